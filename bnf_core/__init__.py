@@ -1,0 +1,1 @@
+"""The backend-agnostic core of bnf-align: NumPy only, never a deep-learning framework."""

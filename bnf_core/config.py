@@ -1,0 +1,140 @@
+"""Every setting of a run, typed, with its default and its meaning in one place.
+
+The CLI makes its flags and `--help` from these classes; a YAML file holds the same keys.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Schedule = Literal["constant", "linear", "cosine"]
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+Template = Literal["auto", "chat", "plain"]
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (LoRA, arXiv 2106.09685); the update is alpha / rank · B A."""
+
+    rank: int = 16
+    """Rank of the update."""
+    alpha: float = 32.0
+    """Scale of the update before it is divided by the rank."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input, 0 to 1."""
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the linear layers to adapt, such as q_proj; `all-linear` is every one in the decoder layers."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "lora.rank", self.rank, "an integer of at least 1")
+        _require(self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
+        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a number from 0 up to, not including, 1")
+        _require(len(self.targets) > 0, "lora.targets", self.targets, "at least one layer name, or all-linear")
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW (arXiv 1711.05101) and its learning-rate schedule."""
+
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    schedule: Schedule = "cosine"
+    """How the learning rate falls after the warmup: to zero by cosine or linearly, or not at all."""
+    warmup_steps: int = 5
+    """Optimizer steps of linear warmup."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the bias-corrected second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    max_grad_norm: float | None = 1.0
+    """Clip the gradient to this norm; null for no clipping."""
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "a number above 0")
+        _require(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "an integer of at least 0")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name}", value, "a number from 0 up to, not including, 1")
+        _require(self.epsilon > 0, "optimizer.epsilon", self.epsilon, "a number above 0")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "a number of at least 0")
+        if self.max_grad_norm is not None:
+            _require(self.max_grad_norm > 0, "optimizer.max_grad_norm", self.max_grad_norm, "a number above 0, or null")
+
+
+@dataclass
+class DataConfig:
+    """Where feedback comes from and how it becomes tokens."""
+
+    train: str
+    """A .jsonl, .json, .csv or .parquet file, a folder with train and valid files, or a Hub data set."""
+    valid: str | None = None
+    """Held-out feedback, in any of the same forms; without it, a folder's own valid file."""
+    valid_fraction: float = 0.0
+    """Without held-out data: hold out this share of the prompts."""
+    template: Template = "auto"
+    """`auto`: the chat template for messages, plain strings as they are; `chat`: the chat template for both;
+    `plain`: never."""
+    max_length: int = 1024
+    """Longest row in tokens; a longer prompt is cut from the left."""
+    skip_bad_rows: bool = False
+    """Count and list bad rows instead of stopping at the first."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.valid_fraction < 1, "data.valid_fraction", self.valid_fraction, "a share from 0 up to 1")
+        _require(self.max_length >= 2, "data.max_length", self.max_length, "an integer of at least 2")
+
+
+@dataclass
+class TrainConfig:
+    """One training run."""
+
+    model: str
+    """A checkpoint folder or a Hub model."""
+    data: DataConfig
+    output: str = "runs/bnf"
+    """Folder of the run: adapter, metrics.jsonl, config.yaml, pictures."""
+    backend: str = "auto"
+    """`torch`, `mlx`, an installed third-party backend, or `auto`: MLX on Apple silicon, else PyTorch."""
+    device: str = "auto"
+    """`auto`, or what the backend calls it: cpu, cuda, mps, gpu."""
+    dtype: DType = "auto"
+    """Of the frozen weights and activations; adapters and losses are float32."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    epochs: int = 1
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps, whatever `epochs` says."""
+    batch_size: int = 16
+    """Sequences per optimizer step."""
+    micro_batch_size: int | None = None
+    """Sequences on the device at a time; default: the whole batch. It changes memory and speed, not the result."""
+    eval_every: int | None = None
+    """Evaluate held-out data every so many steps; default: before the first and after the last."""
+    save_every: int | None = None
+    """Save the adapter every so many steps; it is always saved at the end and when interrupted."""
+    seed: int = 0
+    """Of the order of rows and the adapter's initial weights; the same run on every backend."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        for name in ("max_steps", "micro_batch_size", "eval_every", "save_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "an integer of at least 1, or null")
+        _require(self.seed >= 0, "seed", self.seed, "an integer of at least 0")
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def _require(holds: bool, name: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value!r}: expected {expected}")

@@ -1,0 +1,22 @@
+"""The adapter's initial weights, drawn here so that every backend starts from the same ones."""
+
+import hashlib
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def initial_lora_a(module: str, rank: int, in_features: int, seed: int) -> NDArray[Any]:
+    """A of one adapted module, (rank, in_features) float32, uniform in ±1/√in_features; B starts at zero.
+
+    That is PEFT's Kaiming-uniform and mlx-lm's own distribution. The draw depends on the seed and the module's
+    path alone, not on the order in which a framework visits its modules.
+
+    Args:
+        module: path in the model, such as `model.layers.0.self_attn.q_proj`.
+    """
+    digest = hashlib.sha256(f"{seed}:{module}".encode()).digest()
+    draw = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
+    bound = 1.0 / np.sqrt(in_features)
+    return draw.uniform(-bound, bound, (rank, in_features)).astype(np.float32)
