@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
 from numpy.typing import NDArray
 
 from bnf_core.batching import Batch
@@ -63,9 +62,7 @@ class Losses(Protocol):
 
     dtypes: Sequence[str]  # of "float32", "bfloat16", "float16"
 
-    def dense(
-        self, logits: Array, targets: Array, ref_log_odds: Array, weights: Array, *, dtype: str
-    ) -> DenseResult:
+    def dense(self, logits: Array, targets: Array, ref_log_odds: Array, weights: Array, *, dtype: str) -> DenseResult:
         """logits (N, V), the rest (N,); gradient of Σ weights · ℓ in the logits."""
         ...
 
@@ -84,9 +81,7 @@ class Losses(Protocol):
         """hidden (N, D), head_weight (V, D), the rest (N,); loss is Σ coefficients · ℓ."""
         ...
 
-    def batch(
-        self, micro_batches: Sequence[tuple[Array, Batch, Array]], *, dtype: str
-    ) -> BatchResult:
+    def batch(self, micro_batches: Sequence[tuple[Array, Batch, Array]], *, dtype: str) -> BatchResult:
         """Each micro-batch is logits (B, T, V), its Batch and its tokens' ref_log_odds (N,)."""
         ...
 

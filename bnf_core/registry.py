@@ -62,5 +62,7 @@ def get(name: str = "auto") -> Backend:
         factory = points[0].load()
     backend = factory()
     if not isinstance(backend, Backend):
-        raise UserError(f"backend {name!r} is a {type(backend).__name__}, which lacks parts of bnf_core.protocol.Backend")
+        raise UserError(
+            f"backend {name!r} is a {type(backend).__name__}, which lacks parts of bnf_core.protocol.Backend"
+        )
     return backend
