@@ -1,0 +1,85 @@
+"""LoRA through PEFT: added, switched off for the reference, saved and loaded in PEFT's own layout."""
+
+import json
+import shutil
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from bnf_core.config import LoraConfig
+from bnf_core.errors import UserError
+from bnf_core.lora import initial_lora_a
+
+
+def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
+    """A fresh float32 adapter: A as drawn by `bnf_core.lora`, B zero.
+
+    Raises:
+        UserError: a target that is no linear layer of this model.
+    """
+    if lora.targets != ["all-linear"]:
+        linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        if unknown := sorted(set(lora.targets) - linear):
+            raise UserError(
+                f"lora.targets: no linear layer is called {', '.join(unknown)}; "
+                f"this model has {', '.join(sorted(linear))}"
+            )
+    config = PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it by r: any number will do
+        lora_dropout=lora.dropout,
+        target_modules="all-linear" if lora.targets == ["all-linear"] else lora.targets,
+        task_type="CAUSAL_LM",
+    )
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
+    for name, module in peft_model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            a: nn.Linear = module.lora_A["default"]
+            with torch.no_grad():
+                a.weight.copy_(torch.from_numpy(initial_lora_a(name, lora.rank, a.in_features, seed)))
+    return peft_model
+
+
+def adapter_off(model: PeftModel | PreTrainedModel) -> AbstractContextManager[None]:
+    """Within it the model is the reference: the same weights, without the adapter."""
+    return model.disable_adapter() if isinstance(model, PeftModel) else _Nothing()
+
+
+class _Nothing(AbstractContextManager[None]):
+    def __exit__(self, *_: object) -> None: ...
+
+
+def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
+    """A saved PEFT adapter, ready to be trained further.
+
+    Raises:
+        UserError: not a PEFT adapter, pickled weights, or made for another model.
+    """
+    if (folder / "adapters.safetensors").exists():
+        raise UserError(f"{folder} holds an MLX adapter, and this is the torch backend: use --backend mlx")
+    if not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{folder} is not an adapter: it has no adapter_config.json")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"{folder} has no adapter_model.safetensors; pickled weights are not loaded")
+    try:
+        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=True, use_safetensors=True)
+    except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
+        base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{folder}: this adapter does not fit the model (it was made for {base}): {reason}") from error
+    return peft_model
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, all or nothing."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)

@@ -1,0 +1,100 @@
+"""A loaded PyTorch model that scores, trains and generates: bnf_core.protocol.Engine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from bnf_core.batching import Batch
+from bnf_core.config import OptimizerConfig
+from bnf_core.protocol import Array, TokenStats
+from bnf_torch import adapter
+from bnf_torch.linear import linear_bnf_loss
+from bnf_torch.losses import bnf_token_loss, token_log_odds
+from bnf_torch.model import completion_hidden, completion_logits, head_is_linear, head_weight
+from bnf_torch.optimizer import Optimizer
+
+
+class TorchEngine:
+    def __init__(self, model: PreTrainedModel | PeftModel, optimizer: OptimizerConfig | None = None):
+        self.model = model
+        self.base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+        self.device = self.base.device
+        self.vocab_size = len(head_weight(self.base))
+        self.fused = head_is_linear(self.base)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = Optimizer(trainable, optimizer) if optimizer and trainable else None
+
+    def reference_log_odds(self, batch: Batch) -> Array:
+        with adapter.adapter_off(self.model):
+            return self.evaluate(batch, np.zeros(len(batch.targets), np.float32)).log_odds
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenStats:
+        self.model.eval()
+        return _to_numpy(self._loss(batch, ref_log_odds)[1])
+
+    def accumulate(self, batch: Batch, ref_log_odds: Array) -> TokenStats:
+        self.model.train()
+        loss, stats = self._loss(batch, ref_log_odds)
+        loss.backward()
+        return _to_numpy(stats)
+
+    def update(self, learning_rate: float, max_grad_norm: float | None) -> float:
+        if self.optimizer is None:
+            raise RuntimeError("this engine was loaded without a trainable adapter and an optimizer")
+        return self.optimizer.update(learning_rate, max_grad_norm)
+
+    def _loss(self, batch: Batch, ref_log_odds: Array) -> tuple[Tensor, TokenStats]:
+        """Σ coefficients · ℓ of the batch, and its token statistics."""
+        ids, positions, targets = (
+            self._tensor(batch.input_ids),
+            self._tensor(batch.positions),
+            self._tensor(batch.targets),
+        )
+        reference, coefficients = self._tensor(ref_log_odds), self._tensor(batch.coefficients)
+        if self.fused:
+            hidden = completion_hidden(self.base, ids, positions)  # (N, D)
+            return linear_bnf_loss(hidden, head_weight(self.base), targets, reference, coefficients)
+        log_odds, entropy = token_log_odds(completion_logits(self.base, ids, positions), targets)
+        token_loss = bnf_token_loss(log_odds, entropy, reference)
+        return torch.dot(coefficients, token_loss), TokenStats(log_odds.detach(), entropy, token_loss.detach())
+
+    def _tensor(self, array: Array) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return (tensor.long() if tensor.dtype == torch.int32 else tensor).to(self.device)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
+        self.model.eval()
+        width = max(len(p) for p in prompts)
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)  # padded on the left, so that all end together
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        config = GenerationConfig(
+            max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
+        )
+        output: Any = self.base.generate(
+            ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config
+        )
+        return [_until(row[width:].tolist(), stop_ids) for row in output]
+
+    def save_adapter(self, folder: Path) -> None:
+        assert isinstance(self.model, PeftModel), "only an adapter can be saved"
+        adapter.save_adapter(self.model, folder)
+
+
+def _to_numpy(stats: TokenStats) -> TokenStats:
+    return TokenStats(*(s.cpu().numpy() for s in stats))
+
+
+def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
+    stops = [i for i, token in enumerate(ids) if token in stop_ids]
+    return ids[: stops[0]] if stops else ids

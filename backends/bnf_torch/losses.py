@@ -1,0 +1,117 @@
+"""The BNF loss on logits: pure, unreduced functions.
+
+Everything happens in float32 log-odds. With o the policy's log-odds of an observed token, o_r the reference's
+and σ the logistic function, p = σ(o) and (docs/math.md)
+
+    ℓ = t softplus(−o) + (1 − t) (softplus(o) + H_q)        t = min(1, p / r)
+    ∂ℓ/∂o = p − t = −σ(−o) min(1, exp(o − o_r))
+
+The second line has no subtraction, so no digit of a confident token is lost.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def token_log_odds(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-odds of the observed tokens, and the entropy of the others.
+
+        o = z_y − log Σ_{v≠y} exp z_v        H_q = − Σ_{v≠y} q_v log q_v,  q = softmax over v ≠ y
+
+    Args:
+        logits: (..., V), any float dtype; −inf bans a token.
+        targets: (...), int64 or int32, each in [0, V).
+    Returns:
+        log_odds (...) float32, differentiable in `logits`, and other_entropy (...) float32 in nats, detached.
+    Raises:
+        ValueError: on V < 2 or mismatched shapes.
+
+    In plain code:
+        others = logits.float().scatter(-1, targets[..., None], -inf)
+        log_odds = logits.gather(-1, targets[..., None])[..., 0] - others.logsumexp(-1)
+        other_entropy = Categorical(logits=others).entropy()
+    """
+    if logits.shape[-1] < 2:
+        raise ValueError(f"logits {tuple(logits.shape)}: a vocabulary needs at least 2 tokens")
+    if targets.shape != logits.shape[:-1]:
+        raise ValueError(f"targets {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}")
+    return _TokenLogOdds.apply(logits, targets.long())
+
+
+def bnf_token_loss(log_odds: Tensor, other_entropy: Tensor, ref_log_odds: Tensor) -> Tensor:
+    """The BNF loss of each token (arXiv 2410.04834, section 3).
+
+    Args:
+        log_odds: (...) of the policy, from `token_log_odds`.
+        other_entropy: (...), from `token_log_odds`; enters the value, not the gradient.
+        ref_log_odds: (...) of the reference.
+    Returns:
+        loss (...) float32, differentiable in `log_odds`.
+    Raises:
+        ValueError: on mismatched shapes.
+
+    In plain code, with p = sigmoid(log_odds) and r = sigmoid(ref_log_odds):
+        t = (p / r).clamp(max=1).detach()
+        loss = -(t * log(p) + (1 - t) * (log(1 - p) - other_entropy.detach()))
+    """
+    if not log_odds.shape == other_entropy.shape == ref_log_odds.shape:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (log_odds, other_entropy, ref_log_odds))
+        raise ValueError(f"log_odds, other_entropy and ref_log_odds must have one shape, got {shapes}")
+    return _TokenLoss.apply(log_odds.float(), other_entropy.float(), ref_log_odds.float())
+
+
+def loss_and_slope(log_odds: Tensor, other_entropy: Tensor, ref_log_odds: Tensor) -> tuple[Tensor, Tensor]:
+    """ℓ and ∂ℓ/∂o of each token, float32 in and out, without autograd."""
+    banned = torch.isneginf(log_odds)  # p = 0: t = 0, and nothing can be learned
+    log_p, log_not_p = -F.softplus(-log_odds), -F.softplus(log_odds)
+    log_t = (log_p + F.softplus(-ref_log_odds)).clamp(max=0.0).masked_fill(banned, -torch.inf)
+    t, not_t = log_t.exp(), -torch.expm1(log_t)
+    # 0 · ∞ is 0 here: a part without weight does not count.
+    loss = -(_times(t, log_p) + _times(not_t, log_not_p - other_entropy))
+    ratio = torch.where(log_odds >= ref_log_odds, 1.0, (log_odds - ref_log_odds).exp())
+    return loss, -(torch.sigmoid(-log_odds) * ratio).masked_fill(banned, 0.0)
+
+
+def _times(weight: Tensor, value: Tensor) -> Tensor:
+    return torch.where(weight == 0, 0.0, weight * value)
+
+
+class _TokenLogOdds(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        index = targets.unsqueeze(-1)
+        z = logits.float()
+        others = z.scatter(-1, index, -torch.inf)
+        # Shift by the largest other logit first: at logits of 1e4 the log-sum itself has only three decimals.
+        top = others.amax(-1, keepdim=True)
+        top = top.masked_fill(torch.isneginf(top), 0.0)
+        log_sum = others.sub_(top).logsumexp(-1, keepdim=True)
+        log_odds = z.gather(-1, index) - top - log_sum
+        log_sum = log_sum.masked_fill(torch.isneginf(log_sum), 0.0)  # no other token is possible: q = 0
+        log_q = others.sub_(log_sum)
+        entropy = -_times(log_q.exp(), log_q).sum(-1)
+        ctx.save_for_backward(logits, index, top, log_sum)
+        ctx.mark_non_differentiable(entropy)
+        return log_odds.squeeze(-1), entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_log_odds: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        logits, index, top, log_sum = ctx.saved_tensors
+        slope = grad_log_odds.unsqueeze(-1)
+        q = (logits.float() - top).sub_(log_sum).exp_()
+        return q.mul_(-slope).scatter_(-1, index, slope).to(logits.dtype), None
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, log_odds: Tensor, other_entropy: Tensor, ref_log_odds: Tensor) -> Tensor:
+        loss, slope = loss_and_slope(log_odds, other_entropy, ref_log_odds)
+        ctx.save_for_backward(slope)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None, None]:
+        return grad_loss * ctx.saved_tensors[0], None, None
