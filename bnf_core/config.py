@@ -69,15 +69,23 @@ class OptimizerConfig:
 
 
 @dataclass
-class DataConfig:
-    """Where feedback comes from and how it becomes tokens."""
+class HardwareConfig:
+    """What computes."""
 
-    train: str
+    backend: str = "auto"
+    """`torch`, `mlx`, an installed third-party backend, or `auto`: MLX on Apple silicon, else PyTorch."""
+    device: str = "auto"
+    """`auto`, or what the backend calls it: cpu, cuda, mps, gpu."""
+    dtype: DType = "auto"
+    """Of the frozen weights and activations; adapters and losses are float32."""
+
+
+@dataclass
+class DataConfig:
+    """Feedback and how it becomes tokens."""
+
+    path: str
     """A .jsonl, .json, .csv or .parquet file, a folder with train and valid files, or a Hub data set."""
-    valid: str | None = None
-    """Held-out feedback, in any of the same forms; without it, a folder's own valid file."""
-    valid_fraction: float = 0.0
-    """Without held-out data: hold out this share of the prompts."""
     template: Template = "auto"
     """`auto`: the chat template for messages, plain strings as they are; `chat`: the chat template for both;
     `plain`: never."""
@@ -87,7 +95,6 @@ class DataConfig:
     """Count and list bad rows instead of stopping at the first."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.valid_fraction < 1, "data.valid_fraction", self.valid_fraction, "a share from 0 up to 1")
         _require(self.max_length >= 2, "data.max_length", self.max_length, "an integer of at least 2")
 
 
@@ -98,14 +105,15 @@ class TrainConfig:
     model: str
     """A checkpoint folder or a Hub model."""
     data: DataConfig
+    valid: str | None = None
+    """Held-out feedback, in any form that `data.path` takes; default: the data folder's own valid file."""
+    valid_fraction: float = 0.0
+    """Without held-out data: hold out this share of the prompts."""
     output: str = "runs/bnf"
-    """Folder of the run: adapter, metrics.jsonl, config.yaml, pictures."""
-    backend: str = "auto"
-    """`torch`, `mlx`, an installed third-party backend, or `auto`: MLX on Apple silicon, else PyTorch."""
-    device: str = "auto"
-    """`auto`, or what the backend calls it: cpu, cuda, mps, gpu."""
-    dtype: DType = "auto"
-    """Of the frozen weights and activations; adapters and losses are float32."""
+    """Folder of the run: adapter, metrics.jsonl, config.yaml, run.png."""
+    overwrite: bool = False
+    """Replace a run that is already in the output folder."""
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     epochs: int = 1
@@ -114,8 +122,8 @@ class TrainConfig:
     """Stop after this many optimizer steps, whatever `epochs` says."""
     batch_size: int = 16
     """Sequences per optimizer step."""
-    micro_batch_size: int | None = None
-    """Sequences on the device at a time; default: the whole batch. It changes memory and speed, not the result."""
+    micro_batch_size: int = 8
+    """Sequences on the device at a time. It changes memory and speed, not the result."""
     eval_every: int | None = None
     """Evaluate held-out data every so many steps; default: before the first and after the last."""
     save_every: int | None = None
@@ -124,15 +132,57 @@ class TrainConfig:
     """Of the order of rows and the adapter's initial weights; the same run on every backend."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
+        _require(0 <= self.valid_fraction < 1, "valid_fraction", self.valid_fraction, "a share from 0 up to 1")
+        for name in ("epochs", "batch_size", "micro_batch_size"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
-        for name in ("max_steps", "micro_batch_size", "eval_every", "save_every"):
+        for name in ("max_steps", "eval_every", "save_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "an integer of at least 1, or null")
         _require(self.seed >= 0, "seed", self.seed, "an integer of at least 0")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass
+class EvaluateConfig:
+    """Score labelled completions under a model, with or without an adapter."""
+
+    model: str
+    """A checkpoint folder or a Hub model."""
+    data: DataConfig
+    adapter: str | None = None
+    """An adapter folder; its base model with the adapter off is the reference."""
+    split: str = "valid"
+    """Which file of a data folder: train, valid or test."""
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    micro_batch_size: int = 8
+    """Sequences on the device at a time."""
+    report: str | None = None
+    """Write the metrics to this JSON file."""
+
+    def __post_init__(self) -> None:
+        _require(self.micro_batch_size >= 1, "micro_batch_size", self.micro_batch_size, "an integer of at least 1")
+
+
+@dataclass
+class GenerateConfig:
+    """Greedy completion of a prompt."""
+
+    model: str
+    """A checkpoint folder or a Hub model."""
+    prompt: str
+    """What the user says."""
+    adapter: str | None = None
+    """An adapter folder."""
+    template: Template = "chat"
+    """`chat`: the prompt is a user's message; `plain`: the text is continued as it is."""
+    max_tokens: int = 256
+    """Longest completion."""
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+
+    def __post_init__(self) -> None:
+        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer of at least 1")
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

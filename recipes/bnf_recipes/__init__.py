@@ -1,0 +1,1 @@
+"""The jobs, one module each, and the command line `bnf`."""

@@ -1,0 +1,28 @@
+"""The reference's log-odds, computed once per row: one float32 per completion token."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from bnf_core.batching import Array, Batch
+
+
+class ReferenceCache:
+    """Looks up a batch's reference log-odds, computing those of rows it has not met.
+
+    Args:
+        compute: (N,) reference log-odds of a batch, such as `Engine.reference_log_odds`.
+    """
+
+    def __init__(self, compute: Callable[[Batch], Array]):
+        self._compute = compute
+        self._by_row: dict[int, Array] = {}
+
+    def __call__(self, batch: Batch) -> Array:
+        """(N,) float32, in the order of the batch's tokens."""
+        row_ids = [int(i) for i in batch.row_ids]
+        if any(i not in self._by_row for i in row_ids):
+            values = self._compute(batch)
+            for row, i in enumerate(row_ids):
+                self._by_row[i] = values[batch.rows == row].astype(np.float32)
+        return np.concatenate([self._by_row[i] for i in row_ids])

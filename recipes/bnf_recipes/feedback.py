@@ -1,0 +1,92 @@
+"""Loading feedback as tokens: the first step of every job that reads data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from bnf_core import sources
+from bnf_core.batching import Example
+from bnf_core.config import DataConfig, TrainConfig
+from bnf_core.records import Feedback
+from bnf_core.tokenization import tokenize
+
+
+@dataclass(frozen=True)
+class Split:
+    """The rows of one file as tokens."""
+
+    rows: list[Feedback]
+    examples: list[Example]
+
+
+def load_split(
+    path: str, split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> Split:
+    return _tokenized(_rows(path, split, config, console), split, config, tokenizer, console)
+
+
+def load_train_and_valid(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> tuple[Split, Split | None]:
+    """Training rows, and held-out rows where the config or the data folder has any.
+
+    Raises:
+        UserError: a missing file or a bad row.
+    """
+    data = config.data
+    train = _rows(data.path, "train", data, console)
+    valid = None
+    if config.valid is not None:
+        valid = _rows(config.valid, "valid", data, console)
+    elif sources.has_split(data.path, "valid"):
+        valid = _rows(data.path, "valid", data, console)
+    elif config.valid_fraction > 0:
+        train, valid = sources.split_by_prompt(train, config.valid_fraction, config.seed)
+    return (
+        _tokenized(train, "train", data, tokenizer, console),
+        None if valid is None else _tokenized(valid, "valid", data, tokenizer, console),
+    )
+
+
+def _rows(path: str, split: str, config: DataConfig, console: Console) -> list[Feedback]:
+    loaded = sources.load_feedback(path, split, skip_bad_rows=config.skip_bad_rows)
+    if loaded.skipped:
+        console.print(f"[yellow]skipped {len(loaded.skipped)} bad rows of {path}:[/yellow]")
+        for message in loaded.skipped:
+            console.print(f"  {message}", markup=False)
+    return loaded.rows
+
+
+def _tokenized(
+    rows: Sequence[Feedback], name: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> Split:
+    tokens = tokenize(rows, tokenizer, template=config.template, max_length=config.max_length)
+    good = sum(e.label for e in tokens.examples)
+    console.print(
+        f"{name}: {len(tokens.examples)} rows ({good} good, {len(tokens.examples) - good} bad), "
+        f"{sum(len(e) for e in tokens.examples):,} tokens"
+    )
+    if tokens.prompts_cut or tokens.completions_cut:
+        console.print(
+            f"[yellow]  longer than {config.max_length} tokens: {tokens.prompts_cut} prompts cut from the left, "
+            f"{tokens.completions_cut} completions from the right[/yellow]"
+        )
+    if config.template == "auto" and tokenizer.chat_template and isinstance(rows[0].prompt, str):
+        console.print(
+            "[dim]  plain strings are used as they are; --template chat wraps them in the chat template[/dim]"
+        )
+    return Split(list(rows), tokens.examples)
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any id will do: padding is never scored and never seen by a scored token."""
+    return int(tokenizer.pad_token_id or 0)
+
+
+def checkpoint_folder(path: str) -> Path:
+    from bnf_core.checkpoint import resolve_model
+
+    return resolve_model(path)
