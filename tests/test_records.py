@@ -1,0 +1,144 @@
+"""Rows of feedback: the three column sets, and what is said about each kind of bad row."""
+
+from typing import Any
+
+import pytest
+
+from bnf_core.errors import UserError
+from bnf_core.records import Feedback, RowError, parse_row
+
+AT = "feedback.jsonl:17"
+
+
+def user(content: str) -> dict[str, Any]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+QUESTION = [user("Capital of France?")]
+
+
+def test_unpaired_text_and_messages_and_other_columns_are_ignored() -> None:
+    assert parse_row({"prompt": "2+2=", "completion": "4", "label": True, "id": 7, "score": None}, AT) == [
+        Feedback("2+2=", "4", True, AT)
+    ]
+    answer = [assistant("Paris.")]
+    assert parse_row({"prompt": QUESTION, "completion": answer, "label": False}, AT) == [
+        Feedback(QUESTION, answer, False, AT)
+    ]
+
+
+def test_a_pair_is_a_preferred_and_a_dispreferred_row() -> None:
+    assert parse_row({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, AT) == [
+        Feedback("2+2=", "4", True, AT),
+        Feedback("2+2=", "5", False, AT),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("Capital? Paris", "Capital? Rome", "Capital?"),  # the shared space goes with the completions
+        ("Capital?\nParis", "Capital?\nRome", "Capital?\n"),  # other white space does not
+        ("Capital?  Paris", "Capital?  Rome", "Capital? "),  # only one space does
+        ("A: 12", "A: 13", "A: 1"),  # text has no better boundary than where it differs
+        ("yes", "no", ""),
+        (" yes", " no", ""),
+    ],
+)
+def test_implicit_prompt_of_text(chosen: str, rejected: str, prompt: str) -> None:
+    good, bad = parse_row({"chosen": chosen, "rejected": rejected}, AT)
+    assert (good.prompt, bad.prompt) == (prompt, prompt)
+    assert (good.prompt + good.completion, bad.prompt + bad.completion) == (chosen, rejected)  # type: ignore[operator]
+    assert (good.label, bad.label) == (True, False)
+
+
+def test_implicit_prompt_of_messages_is_the_shared_leading_messages() -> None:
+    start = [user("Hi"), assistant("Hello"), user("Capital of France?")]
+    row = {"chosen": [*start, assistant("Paris")], "rejected": [*start, assistant("Rome")]}
+    assert parse_row(row, AT) == [
+        Feedback(start, [assistant("Paris")], True, AT),
+        Feedback(start, [assistant("Rome")], False, AT),
+    ]
+
+
+def test_a_text_prompt_repeated_in_both_conversations_is_taken_from_them() -> None:
+    row = {
+        "prompt": "Capital of France?",
+        "chosen": [*QUESTION, assistant("Paris")],
+        "rejected": [*QUESTION, assistant("Rome")],
+    }
+    assert parse_row(row, AT)[0] == Feedback(QUESTION, [assistant("Paris")], True, AT)
+    with pytest.raises(RowError, match="chosen: is a list of messages where the prompt is the text"):
+        parse_row(row | {"prompt": "Capital of Spain?"}, AT)
+
+
+def test_nulls_that_a_table_filled_in_are_absent() -> None:
+    row = {"prompt": "q", "completion": None, "label": None, "chosen": "a", "rejected": "b"}
+    assert [r.completion for r in parse_row(row, AT)] == ["a", "b"]
+    message = assistant("Paris") | {"tool_calls": None}
+    assert parse_row({"prompt": QUESTION, "completion": [message], "label": True}, AT)[0].completion == [
+        assistant("Paris")
+    ]
+
+
+TEXT = {"prompt": "q", "completion": "a", "label": True}
+CHAT = {"prompt": QUESTION, "completion": [assistant("Paris")], "label": True}
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "says"),
+    [
+        (TEXT | {"label": 1}, "label", "is 1, expected true or false. Write true"),
+        (TEXT | {"label": 0}, "label", "is 0, expected true or false. .* 0 -> false"),
+        (TEXT | {"label": 1.0}, "label", "is 1.0, expected true or false"),
+        (TEXT | {"label": "yes"}, "label", 'is the text "yes", expected true or false. Write true .* without quotes'),
+        (TEXT | {"label": "true"}, "label", 'is the text "true", expected true or false'),
+        (TEXT | {"label": None}, "label", "is null, expected true or false"),
+        (TEXT | {"completion": ""}, "completion", "is empty"),
+        (TEXT | {"completion": " \n"}, "completion", "is empty"),
+        (TEXT | {"prompt": 5}, "prompt", "is 5, expected text or a list of messages"),
+        (TEXT | {"completion": [assistant("a")]}, "completion", "is a list of messages where the prompt is the text"),
+        (TEXT | {"prompt": "a\ud83d"}, "prompt", "character 2 is half of a surrogate pair"),
+        (CHAT | {"completion": "Paris"}, "completion", 'is the text "Paris" where the prompt is a list of messages'),
+        (CHAT | {"prompt": []}, "prompt", "is an empty list, expected at least one message"),
+        (CHAT | {"prompt": ["hi"]}, "prompt[0]", 'is the text "hi", expected a message'),
+        (CHAT | {"prompt": [{"content": "hi"}]}, "prompt[0]", 'no "role": found content'),
+        (CHAT | {"prompt": [{"role": "user"}]}, "prompt[0]", 'no "content": found role'),
+        (CHAT | {"prompt": [{"role": 1, "content": "hi"}]}, "prompt[0].role", "is 1, expected text"),
+        (CHAT | {"prompt": [{"role": "user", "content": [1]}]}, "prompt[0].content", "is a list, expected text"),
+        (CHAT | {"completion": []}, "completion", "has no message after the prompt"),
+        (CHAT | {"completion": [assistant(" ")]}, "completion[0].content", "is empty"),
+        (CHAT | {"completion": [user("hi")]}, "completion", "role 'user', expected only the assistant's"),
+        ({"prompt": "q", "completion": "a", "lable": True}, "label", "no such column: .* Rename 'lable' to 'label'"),
+        ({"prompt": "q", "choosen": "a", "rejected": "b"}, "chosen", "Rename 'choosen' to 'chosen'"),
+        ({"promt": "q", "chosen": "a"}, "prompt", "no such column: found promt, chosen, .* Rename 'promt' to 'prompt'"),
+        ({"chosen": "a"}, "rejected", "no such column: found chosen, expected prompt, chosen, rejected. Add it"),
+        ({"prompt": "q", "completion": "a"}, "label", "no such column: .* Add it"),
+        ({"instruction": "q", "output": "a"}, "", "unknown columns: found instruction, output. .* chosen, rejected"),
+        ({}, "", "unknown columns: found none"),
+        ([1], "", "found a list, expected an object"),
+        (TEXT | {"chosen": "a", "rejected": "b"}, "", "has both completion and label, and chosen and rejected"),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "rejected", "is the same as chosen"),
+        ({"prompt": "q", "chosen": "a", "rejected": [assistant("a")]}, "rejected", "where chosen is the text"),
+        ({"prompt": "q", "chosen": "a", "rejected": ""}, "rejected", "is empty"),
+        ({"chosen": "q: a", "rejected": "q: a b"}, "chosen", "ends where chosen and rejected begin to differ"),
+        ({"chosen": "q a", "rejected": "q "}, "rejected", "ends where chosen and rejected begin to differ"),
+        ({"chosen": [*QUESTION, assistant("a")], "rejected": QUESTION}, "rejected", "ends where chosen and rejected"),
+        ({"chosen": [assistant("a")], "rejected": [assistant("b")]}, "prompt", "share no leading message"),
+        (
+            {"chosen": [user("a"), assistant("b"), user("c")], "rejected": [user("a"), assistant("d")]},
+            "chosen",
+            "role 'user'",
+        ),
+    ],
+)
+def test_bad_rows_name_place_field_and_expectation(row: Any, field: str, says: str) -> None:
+    with pytest.raises(RowError, match=says) as caught:
+        parse_row(row, AT)
+    assert isinstance(caught.value, UserError)
+    assert (caught.value.source, caught.value.field) == (AT, field)
+    assert str(caught.value).startswith(f"{AT}: {field}")

@@ -1,0 +1,286 @@
+"""Reading feedback from files, folders and the Hub, with true line numbers; grouping and splitting by prompt."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from bnf_core.errors import UserError
+from bnf_core.records import Feedback, RowError
+from bnf_core.sources import assign_groups, has_split, load_feedback, split_by_prompt
+
+ROW = '{"prompt": "q", "completion": "a", "label": true}'
+CHAT = [{"role": "user", "content": "q"}]
+ANSWER = [{"role": "assistant", "content": "a"}]
+
+
+def write(path: Path, text: str | bytes) -> str:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def lines(path: str) -> list[str]:
+    return [row.source.removeprefix(path) for row in load_feedback(path).rows]
+
+
+def test_importing_the_data_modules_loads_no_framework_and_no_reader() -> None:
+    code = (
+        "import sys, bnf_core.records, bnf_core.sources, bnf_core.tokenization, bnf_core.batching\n"
+        "heavy = ('torch', 'mlx', 'transformers', 'datasets', 'pyarrow', 'pandas', 'jinja2')\n"
+        "print([m for m in heavy if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+# JSON lines
+
+
+def test_jsonl_counts_blank_lines_and_allows_bom_crlf_and_separators_within_text(tmp_path: Path) -> None:
+    inner = json.dumps({"prompt": "a\u2028b\x85c", "completion": "d", "label": False}, ensure_ascii=False)
+    path = write(tmp_path / "f.jsonl", "\ufeff" + "\r\n".join([ROW, "", inner, "  ", ROW]))
+    loaded = load_feedback(path)
+    assert lines(path) == [":1", ":3", ":5"]
+    assert loaded.rows[1] == Feedback("a\u2028b\x85c", "d", False, f"{path}:3")
+    assert loaded.skipped == []
+
+
+def test_jsonl_malformed_json_is_named_by_line_and_column(tmp_path: Path) -> None:
+    path = write(tmp_path / "f.jsonl", f'{ROW}\n\n  {{"prompt": "q" "completion": "a"}}\n')
+    with pytest.raises(RowError, match=r"f\.jsonl:3: column 18: not JSON: .*delimiter.* one JSON object on each line"):
+        load_feedback(path)
+
+
+def test_jsonl_not_utf8_is_named_by_line_and_byte(tmp_path: Path) -> None:
+    path = write(tmp_path / "f.jsonl", ROW.encode() + b'\n{"prompt": "caf\xe9"}\n')
+    with pytest.raises(RowError, match=r"f\.jsonl:2: byte 16 of the line is not UTF-8"):
+        load_feedback(path)
+
+
+def test_bad_rows_can_be_skipped_but_not_all_of_them(tmp_path: Path) -> None:
+    bad = '{"prompt": "q", "completion": "a", "label": "yes"}'
+    path = write(tmp_path / "f.jsonl", f'{ROW}\n{bad}\n{{"prompt"\n\xe9\n'.encode("latin-1") + ROW.encode())
+    with pytest.raises(RowError, match=r"f\.jsonl:2: label"):
+        load_feedback(path)
+    loaded = load_feedback(path, skip_bad_rows=True)
+    assert [row.source for row in loaded.rows] == [f"{path}:1", f"{path}:5"]
+    assert [message.removeprefix(path)[:2] for message in loaded.skipped] == [":2", ":3", ":4"]
+    only_bad = write(tmp_path / "bad.jsonl", f"{bad}\n{bad}\n")
+    with pytest.raises(UserError, match=r"none of its 2 rows is usable; the first: .*bad\.jsonl:1: label"):
+        load_feedback(only_bad, skip_bad_rows=True)
+
+
+@pytest.mark.parametrize(("name", "text"), [("f.jsonl", ""), ("f.jsonl", "\n\n"), ("f.json", ""), ("f.json", "[]")])
+def test_a_file_without_rows_is_an_error(tmp_path: Path, name: str, text: str) -> None:
+    with pytest.raises(UserError, match="no rows"):
+        load_feedback(write(tmp_path / name, text))
+
+
+# JSON
+
+
+def test_json_names_the_line_where_each_element_begins(tmp_path: Path) -> None:
+    pretty = json.dumps([json.loads(ROW)] * 3, indent=1)  # five lines an element
+    path = write(tmp_path / "f.json", "\ufeff" + pretty)
+    assert lines(path) == [":2", ":7", ":12"]
+    assert lines(write(tmp_path / "g.json", f"\n[{ROW}, {ROW}\n,\n\n{ROW}]")) == [":2", ":2", ":5"]
+
+
+def test_json_must_be_a_sound_list(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"f\.json: expected a list of objects, found one dict"):
+        load_feedback(write(tmp_path / "f.json", ROW))
+    with pytest.raises(RowError, match=r"g\.json:2: column 1: not JSON"):
+        load_feedback(write(tmp_path / "g.json", f"[{ROW},\n]"))
+    with pytest.raises(RowError, match=r"h\.json:2: byte 3 of the line is not UTF-8"):
+        load_feedback(write(tmp_path / "h.json", b'[\n "\xff"]'))
+    with pytest.raises(RowError, match=r"i\.json:1: found 3, expected an object"):
+        load_feedback(write(tmp_path / "i.json", "[3]"))
+
+
+# CSV
+
+
+def test_csv_labels_messages_and_line_numbers(tmp_path: Path) -> None:
+    chat, answer = (json.dumps(m).replace('"', '""') for m in (CHAT, ANSWER))
+    text = (
+        f'prompt,completion,label,id\r\nq,a,TRUE,1\r\n"two\r\nlines",a,false,2\r\n\r\n"{chat}","{answer}", False ,3\r\n'
+    )
+    path = write(tmp_path / "f.csv", "\ufeff" + text)
+    loaded = load_feedback(path)
+    assert [row.label for row in loaded.rows] == [True, False, False]
+    assert loaded.rows[1].prompt == "two\r\nlines"
+    assert (loaded.rows[2].prompt, loaded.rows[2].completion) == (CHAT, ANSWER)
+    assert lines(path) == [":2", ":3", ":6"]
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ("q,a,1", r"f\.csv:3: label: is the text \"1\", expected true or false"),
+        ("q,a,yes", r"f\.csv:3: label: is the text \"yes\""),
+        ("q,a", r"f\.csv:3: found 2 fields, expected 3 \(prompt, completion, label\)"),
+        ("q,a,b,true", r"f\.csv:3: found 4 fields, expected 3 .*Put fields that hold commas"),
+        ('"q" x,a,true', r"f\.csv:3: not CSV"),
+        ('"q,a,true', r"f\.csv:3: not CSV: unexpected end"),
+        ("\"[{'role': 'user', 'content': 'q'}]\",a,true", r"f\.csv:3: prompt: is a list in Python's notation"),
+    ],
+)
+def test_csv_bad_rows(tmp_path: Path, record: str, says: str) -> None:
+    with pytest.raises(RowError, match=says):
+        load_feedback(write(tmp_path / "f.csv", f"prompt,completion,label\nq,a,true\n{record}\n"))
+
+
+def test_csv_text_that_only_looks_like_json_stays_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "f.csv", 'prompt,completion,label\n"[1, 2]",[{x}],true\n')
+    assert load_feedback(path).rows[0].prompt == "[1, 2]"
+    assert load_feedback(path).rows[0].completion == "[{x}]"
+
+
+# Parquet
+
+
+def test_parquet_text_and_messages(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "f.parquet"
+    rows = [{"prompt": CHAT, "completion": ANSWER, "label": label} for label in (True, False)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    assert load_feedback(str(path)).rows == [
+        Feedback(CHAT, ANSWER, True, f"{path}:1"),
+        Feedback(CHAT, ANSWER, False, f"{path}:2"),
+    ]
+    with pytest.raises(UserError, match=r"g\.parquet: not a parquet file"):
+        load_feedback(write(tmp_path / "g.parquet", ROW))
+
+
+# Folders
+
+
+def test_a_folder_holds_splits_in_any_format(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ROW)
+    write(tmp_path / "validation.csv", "prompt,completion,label\nheld,out,true\n")
+    folder = str(tmp_path)
+    assert load_feedback(folder).rows[0].source == f"{tmp_path}/train.jsonl:1"
+    assert load_feedback(folder, "valid").rows[0].prompt == "held"
+    assert (has_split(folder, "train"), has_split(folder, "valid"), has_split(folder, "test")) == (True, True, False)
+    with pytest.raises(UserError, match=r"no test file in this folder, which holds train.jsonl, validation.csv"):
+        load_feedback(folder, "test")
+
+
+def test_the_valid_split_may_be_called_validation_or_test_but_valid_comes_first(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ROW)
+    assert not has_split(str(tmp_path), "valid")
+    for name in ("test", "validation", "valid"):
+        write(tmp_path / f"{name}.jsonl", ROW.replace('"q"', f'"{name}"'))
+        assert has_split(str(tmp_path), "valid")
+        assert load_feedback(str(tmp_path), "valid").rows[0].prompt == name
+
+
+def test_a_split_held_twice_is_ambiguous(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ROW)
+    write(tmp_path / "train.json", f"[{ROW}]")
+    with pytest.raises(UserError, match=r"train\.jsonl and train\.json are both the train split"):
+        load_feedback(str(tmp_path))
+
+
+def test_a_single_file_is_all_train(tmp_path: Path) -> None:
+    path = write(tmp_path / "f.jsonl", ROW)
+    assert (has_split(path, "train"), has_split(path, "valid")) == (True, False)
+    assert len(load_feedback(path, "valid").rows) == 1  # held-out data given as a file of its own
+    with pytest.raises(UserError, match="unknown split 'dev': expected train, valid, test"):
+        has_split(path, "dev")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./a/b", "data/train.jsonl", "a/b/c", "/no/such", "~/none"])
+def test_what_is_neither_a_path_nor_a_hub_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for ask in (load_feedback, lambda n: has_split(n, "valid")):
+        with pytest.raises(UserError, match=r"no such file or folder. Expected a .jsonl, .json, .csv, .parquet file"):
+            ask(name)
+
+
+def test_an_unknown_ending(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"f\.txt: unknown kind of file. Expected one of the endings .jsonl"):
+        load_feedback(write(tmp_path / "f.txt", ROW))
+
+
+# The Hub
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A stand-in for the Hub that holds owner/pairs; what load_dataset was asked for."""
+    asked: list[Any] = []
+
+    def get_dataset_split_names(name: str) -> list[str]:
+        if name != "owner/pairs":
+            raise ConnectionError("could not\nreach it")
+        return ["train", "validation"]
+
+    def load_dataset(name: str, split: str) -> list[dict[str, Any]]:
+        asked.append((name, split))
+        return [{"prompt": "q", "chosen": split, "rejected": "b"}]
+
+    fake = SimpleNamespace(get_dataset_split_names=get_dataset_split_names, load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    return asked
+
+
+def test_hub_data_set(hub: list[Any]) -> None:
+    loaded = load_feedback("owner/pairs", "valid")
+    assert [(r.completion, r.label, r.source) for r in loaded.rows] == [
+        ("validation", True, "owner/pairs[validation]:1"),
+        ("b", False, "owner/pairs[validation]:1"),
+    ]
+    assert hub == [("owner/pairs", "validation")]
+    assert (has_split("owner/pairs", "valid"), has_split("owner/pairs", "test")) == (True, False)
+    with pytest.raises(UserError, match="has no test split, only train, validation"):
+        load_feedback("owner/pairs", "test")
+
+
+def test_hub_failures_are_told_as_errors_for_people(hub: list[Any]) -> None:
+    for ask in (load_feedback, lambda n: has_split(n, "valid")):
+        with pytest.raises(UserError, match=r"owner/none: there is no such .* could not reach it. Check the spelling"):
+            ask("owner/none")
+
+
+# Groups and splits
+
+
+def rows_of(*prompts: Any) -> list[Feedback]:
+    return [Feedback(p, "a" if isinstance(p, str) else ANSWER, True, f"f:{i}") for i, p in enumerate(prompts)]
+
+
+def test_equal_prompts_share_a_group() -> None:
+    swapped = [{"content": "q", "role": "user"}]  # the same message, its keys in another order
+    rows = rows_of("q", "r", CHAT, "q", swapped, json.dumps(CHAT), [*CHAT, *ANSWER], "q ")
+    assert assign_groups(rows) == [0, 1, 2, 0, 2, 3, 4, 5]
+
+
+def test_no_prompt_is_on_both_sides_and_no_row_is_lost() -> None:
+    rows = rows_of(*(f"p{i % 20}" for i in range(60)))
+    train, held_out = split_by_prompt(rows, 0.25, seed=1)
+    assert {r.prompt for r in train}.isdisjoint(r.prompt for r in held_out)  # type: ignore[arg-type]
+    assert len({str(r.prompt) for r in held_out}) == 5
+    assert sorted(train + held_out, key=rows.index) == rows
+    assert [rows.index(r) for r in train] == sorted(rows.index(r) for r in train)
+    assert split_by_prompt(rows, 0.25, seed=1) == (train, held_out)
+    assert split_by_prompt(rows, 0.25, seed=2) != (train, held_out)
+
+
+@pytest.mark.parametrize(("fraction", "held"), [(0.01, 1), (0.5, 2), (0.99, 2)])
+def test_at_least_one_prompt_goes_to_either_side(fraction: float, held: int) -> None:
+    train, held_out = split_by_prompt(rows_of("a", "b", "c"), fraction, seed=0)
+    assert (len(train), len(held_out)) == (3 - held, held)
+
+
+def test_a_split_that_cannot_be_made() -> None:
+    with pytest.raises(UserError, match="has 1 different prompt, expected at least 2"):
+        split_by_prompt(rows_of("a", "a"), 0.5, seed=0)
+    for fraction in (0.0, 1.0, -1.0, float("nan")):
+        with pytest.raises(UserError, match="expected a number above 0 and below 1"):
+            split_by_prompt(rows_of("a", "b"), fraction, seed=0)
