@@ -40,6 +40,7 @@ def _policy(logits: ArrayLike, targets: ArrayLike) -> _Policy:
     if y.size and (y.min() < 0 or y.max() >= z.shape[1]):
         raise ValueError(f"targets must lie in [0, {z.shape[1]})")
     at = (np.arange(len(y)), y)
+    z = _centred(z)
     others = z.copy()
     others[at] = -np.inf
     total = _logsumexp(z)
@@ -51,6 +52,13 @@ def _policy(logits: ArrayLike, targets: ArrayLike) -> _Policy:
     lack = rest.sum(axis=1)
     log_pi[likeliest] = np.where(lack < 0.5, np.log1p(-np.minimum(lack, 0.5)), log_pi[likeliest])
     return _Policy(log_pi, log_pi[at], _logsumexp(others) - total, at)
+
+
+def _centred(z: Float) -> Float:
+    """Rows shifted so that their largest logit is 0. The shift is exact for logits that are float32 values, and
+    without it the rounding of 1e4 + log(…) alone would cost every gradient 1e-12."""
+    top = z.max(axis=1, keepdims=True)
+    return z - np.where(np.isneginf(top), 0.0, top)
 
 
 def _logsumexp(z: Float) -> Float:
@@ -80,11 +88,32 @@ def log_odds(logits: ArrayLike, targets: ArrayLike) -> Float:
     Raises:
         ValueError: on wrong shapes, V < 2 or a target outside the vocabulary.
     """
-    policy = _policy(logits, targets)
-    others = np.array(logits, np.float64)
-    observed = others[policy.at]
-    others[policy.at] = -np.inf
+    at = _policy(logits, targets).at
+    others = _centred(np.asarray(logits, np.float64))
+    observed = others[at]
+    others[at] = -np.inf
     return observed - _logsumexp(others)
+
+
+def other_entropy(logits: ArrayLike, targets: ArrayLike) -> Float:
+    """H_q, the entropy of the tokens other than the observed one, renormalised among themselves.
+
+    By the definition itself: ban the observed token and t becomes what is left of the policy, ℓ its entropy.
+
+    Args:
+        logits: (N, V), any float; −inf bans a token.
+        targets: (N,) int, the observed tokens.
+    Returns:
+        (N,) float64 in nats, 0 where at most one other token is possible.
+    Raises:
+        ValueError: as `log_odds`.
+    """
+    at = _policy(logits, targets).at
+    others = np.array(logits, np.float64)
+    others[at] = -np.inf
+    none_left = np.isneginf(others).all(axis=1)
+    others[none_left] = 0.0
+    return np.where(none_left, 0.0, token_loss(others, targets, np.zeros(len(others)))[0])
 
 
 def dynamic_target(logits: ArrayLike, targets: ArrayLike, ref_log_odds: ArrayLike) -> Float:
