@@ -1,0 +1,358 @@
+"""Tokenisation, on small tokenizers made here: the exact boundary, special tokens, chat templates and cutting."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from bnf_core import tokenization
+from bnf_core.batching import Example
+from bnf_core.config import Template
+from bnf_core.errors import UserError
+from bnf_core.records import Feedback, Message, RowError, Text
+from bnf_core.tokenization import load_tokenizer, prompt_ids, stop_ids, tokenize
+
+SENTENCES = ["The capital of France is Paris.", "The capital of Italy is Rome.", "12 12 12 user assistant system"] * 9
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Writes BOS itself, trims, ends turns with a token that is not EOS, and accepts only user and assistant in turn.
+GEMMA = (
+    "{{ bos_token }}{% for m in messages %}"
+    "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "<turn>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<turn>assistant\n{% endif %}"
+)
+BARE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+def make(template: str | None = None, *, bos: bool = False, eos: bool = False, **roles: Any) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer whose post-processor adds BOS and EOS if asked."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<turn>", "<end_of_turn>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    core.train_from_iterator(SENTENCES, trainer)
+    single = [*(["<s>"] if bos else []), "$A", *(["</s>"] if eos else [])]
+    core.post_processor = processors.TemplateProcessing(
+        single=" ".join(single), special_tokens=[(t, core.token_to_id(t)) for t in ("<s>", "</s>")]
+    )
+    roles = {"bos_token": "<s>", "eos_token": "</s>"} | roles
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, **{k: v for k, v in roles.items() if v is not None})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def user(content: str) -> Message:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str) -> Message:
+    return {"role": "assistant", "content": content}
+
+
+QUESTION, ANSWER = [user("The capital of France?")], [assistant("Paris.")]
+
+
+def row(prompt: Text, completion: Text, label: bool = True, at: int = 1) -> Feedback:
+    return Feedback(prompt, completion, label, f"f.jsonl:{at}")
+
+
+def one(
+    tokenizer: Any, prompt: Text, completion: Text, template: Template = "auto", max_length: int = 512
+) -> tuple[str, str]:
+    """Prompt and completion as text, special tokens shown, of the one example that this row becomes."""
+    (e,) = tokenize([row(prompt, completion)], tokenizer, template=template, max_length=max_length).examples
+    return tokenizer.decode(e.prompt_ids), tokenizer.decode(e.completion_ids)
+
+
+def encode(tokenizer: Any, text: str) -> tuple[int, ...]:
+    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+# The boundary
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "expected"),
+    [
+        ("The capital of France is", " Paris.", ("The capital of France is", " Paris.</s>")),
+        ("The capital of France is ", "Paris.", ("The capital of France is", " Paris.</s>")),
+        ("The answer: 1", "2", ("The answer:", " 12</s>")),
+        ("The cap", "ital of Italy", ("The", " capital of Italy</s>")),
+    ],
+)
+def test_merges_across_the_boundary_belong_to_the_completion(
+    prompt: str, completion: str, expected: tuple[str, str]
+) -> None:
+    """Rejects tokenising the two apart, or taking the prompt's own length as the boundary."""
+    tokenizer = make()
+    (e,) = tokenize([row(prompt, completion)], tokenizer, template="auto", max_length=99).examples
+    assert (tokenizer.decode(e.prompt_ids), tokenizer.decode(e.completion_ids)) == expected
+    assert e.prompt_ids + e.completion_ids == (*encode(tokenizer, prompt + completion), tokenizer.eos_token_id)
+
+
+def test_a_prompt_that_is_merged_away_is_an_error() -> None:
+    assert len(encode(make(), "12")) == 1
+    with pytest.raises(RowError, match="its first token runs on into the completion"):
+        one(make(bos_token=None), "1", "2")
+    assert one(make(bos=True), "1", "2") == ("<s>", "12</s>")
+
+
+def test_rows_are_independent_of_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokenization, "CHUNK", 2)
+    tokenizer = make(CHATML)
+    rows = [
+        row("The capital of Italy is ", "Rome.", False, 1),
+        row(QUESTION, ANSWER, True, 2),
+        row("The capital of Italy is ", "Paris.", True, 3),
+        row("Paris", " is a city", True, 4),
+        row(QUESTION, [assistant("Rome, I think.")], False, 5),
+    ]
+    done: list[tuple[int, int]] = []
+    result = tokenize(
+        rows, tokenizer, template="auto", max_length=99, progress=lambda at, total: done.append((at, total))
+    )
+    alone = [tokenize([r], tokenizer, template="auto", max_length=99).examples[0] for r in rows]
+    assert [(e.prompt_ids, e.completion_ids) for e in result.examples] == [
+        (e.prompt_ids, e.completion_ids) for e in alone
+    ]
+    assert [(e.label, e.group, e.source) for e in result.examples] == [
+        (False, 0, "f.jsonl:1"),
+        (True, 1, "f.jsonl:2"),
+        (True, 0, "f.jsonl:3"),
+        (True, 2, "f.jsonl:4"),
+        (False, 1, "f.jsonl:5"),
+    ]
+    assert done == [(2, 5), (4, 5), (5, 5)]
+
+
+# BOS and EOS
+
+
+@pytest.mark.parametrize("eos", [False, True])
+@pytest.mark.parametrize("prompt", ["The capital is", "<s>The capital is"])
+def test_bos_comes_once_and_eos_only_at_the_end(prompt: str, eos: bool) -> None:
+    """Rejects the tokenizer's own EOS behind the prompt, which ends the common prefix early or late, and a
+    second BOS or EOS."""
+    assert one(make(bos=True, eos=eos), prompt, " Paris.") == ("<s>The capital is", " Paris.</s>")
+
+
+def test_an_eos_that_the_tokenizer_adds_is_not_taken_for_shared() -> None:
+    # The prompt alone would become "The capital is</s>", and this completion begins with that very token.
+    assert one(make(eos=True), "The capital is", "</s>", "plain") == ("The capital is", "</s>")
+
+
+def test_no_bos_is_added_that_the_tokenizer_would_not_add() -> None:
+    assert one(make(), "The capital is", " Paris.") == ("The capital is", " Paris.</s>")
+
+
+def test_a_plain_completion_that_ends_in_eos_gets_no_second() -> None:
+    assert one(make(), "The capital is", " Paris.</s>") == ("The capital is", " Paris.</s>")
+
+
+def test_an_empty_prompt_needs_bos() -> None:
+    assert one(make(bos=True), "", "Paris.") == ("<s>", "Paris.</s>")
+    assert one(make(), "", "Paris.") == ("<s>", "Paris.</s>")  # it has a BOS token, though it does not add it
+    with pytest.raises(RowError, match=r"f\.jsonl:1: prompt: is empty, .* no BOS token"):
+        one(make(bos_token=None), "", "Paris.")
+
+
+def test_a_tokenizer_without_eos_is_refused() -> None:
+    with pytest.raises(UserError, match=r"no EOS token.* Set eos_token in tokenizer_config\.json"):
+        one(make(eos_token=None), "a", "b")
+
+
+# Chat templates
+
+
+def test_the_newline_that_a_template_writes_after_the_turn_is_not_trained() -> None:
+    tokenizer = make(CHATML, eos_token="<|im_end|>")
+    assert one(tokenizer, QUESTION, ANSWER) == (
+        "<|im_start|>user\nThe capital of France?<|im_end|>\n<|im_start|>assistant\n",
+        "Paris.<|im_end|>",
+    )
+
+
+def test_an_end_of_turn_that_is_not_eos_is_kept_without_eos_and_bos_is_not_doubled() -> None:
+    tokenizer = make(GEMMA, bos=True)
+    tokenizer.add_tokens([AddedToken("<end_of_turn>", special=True)])
+    assert one(tokenizer, QUESTION, ANSWER) == (
+        "<s><turn>user\nThe capital of France?<end_of_turn>\n<turn>assistant\n",
+        "Paris.<end_of_turn>",
+    )
+
+
+def test_a_template_without_end_of_turn_gets_eos() -> None:
+    assert one(make(BARE), QUESTION, ANSWER) == (
+        "user: The capital of France?\nassistant:",
+        " Paris.\n</s>",
+    )
+
+
+def test_eos_that_is_also_the_unknown_token_ends_a_turn() -> None:
+    template = BARE.replace("{{ m.content }}\n", "{{ m.content }}{{ eos_token }}\n")
+    assert one(make(template, unk_token="</s>"), QUESTION, ANSWER)[1] == " Paris.</s>"
+
+
+def test_only_the_last_turn_end_cuts() -> None:
+    answer = [assistant("Paris."), assistant("I am sure.")]
+    completion = "Paris.<|im_end|>\n<|im_start|>assistant\nI am sure.<|im_end|>"
+    assert one(make(CHATML, eos_token="<|im_end|>"), QUESTION, answer)[1] == completion
+
+
+def test_a_turn_opened_differently_for_generation_is_completed_from_where_it_differs() -> None:
+    template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    tokenizer = make(template, eos_token="<|im_end|>")
+    prompt, completion = one(tokenizer, QUESTION, ANSWER)
+    assert prompt.endswith("<|im_start|>assistant\n")
+    assert completion == "Paris.<|im_end|>"
+    assert tokenizer.decode(prompt_ids(QUESTION, tokenizer)).endswith("assistant\n<think>")
+
+
+def test_a_template_that_rewrites_the_prompt_is_refused_rather_than_training_on_it() -> None:
+    template = "{% for m in messages %}{{ loop.length }}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    with pytest.raises(RowError, match=r"f\.jsonl:1: prompt: the chat template writes it differently"):
+        one(make(template), QUESTION, ANSWER)
+
+
+def test_a_template_that_drops_the_completion_is_refused() -> None:
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}</s>{% endfor %}"
+    with pytest.raises(RowError, match=r"f\.jsonl:1: completion: no token of it is left"):
+        one(make(template), QUESTION, ANSWER)
+
+
+def test_the_template_setting() -> None:
+    tokenizer = make(CHATML, eos_token="<|im_end|>")
+    assert one(tokenizer, "Hi", " there", "auto") == ("Hi", " there<|im_end|>")
+    assert one(tokenizer, "Hi", " there", "plain") == ("Hi", " there<|im_end|>")
+    assert one(tokenizer, "Hi", "there", "chat") == one(tokenizer, [user("Hi")], [assistant("there")], "auto")
+    with pytest.raises(RowError, match=r"f\.jsonl:1: prompt: is a list of messages, .* data\.template to auto or chat"):
+        one(tokenizer, QUESTION, ANSWER, "plain")
+    for prompt, completion, template in ((QUESTION, ANSWER, "auto"), ("Hi", "there", "chat")):
+        with pytest.raises(UserError, match=r"no chat template, which messages and data.template=chat need"):
+            one(make(), prompt, completion, template)  # type: ignore[arg-type]
+
+
+def test_a_row_that_the_template_refuses_is_named_and_can_be_skipped() -> None:
+    tokenizer = make(GEMMA)
+    rows = [row(QUESTION, ANSWER, at=1), row([*QUESTION, user("Well?")], ANSWER, at=2), row("", "b", at=3)]
+    with pytest.raises(RowError, match=r"f\.jsonl:2: .* refuses the roles user, user: roles must alternate"):
+        tokenize(rows, tokenizer, template="auto", max_length=99)
+    result = tokenize(rows, tokenizer, template="auto", max_length=99, skip_bad_rows=True)
+    assert [e.source for e in result.examples] == ["f.jsonl:1", "f.jsonl:3"]
+    assert len(result.skipped) == 1
+    with pytest.raises(UserError, match=r"none of the 1 rows can be tokenised; the first: f.jsonl:2"):
+        tokenize(rows[1:2], tokenizer, template="auto", max_length=99, skip_bad_rows=True)
+
+
+# Cutting
+
+
+def cut(bos: bool, max_length: int) -> tuple[Example, int, int, Example]:
+    rows = [row("The capital of France is", " Paris. Rome.")]
+    tokenizer = make(bos=bos)
+    (whole,) = tokenize(rows, tokenizer, template="auto", max_length=999).examples
+    result = tokenize(rows, tokenizer, template="auto", max_length=max_length)
+    return result.examples[0], result.prompts_cut, result.completions_cut, whole
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_what_does_not_fit_is_cut(bos: bool) -> None:
+    *_, whole = cut(bos, 999)
+    prompt, completion = whole.prompt_ids, whole.completion_ids
+    assert (len(prompt), len(completion)) == (5 + bos, 5)
+
+    at_limit, *counts, _ = cut(bos, len(whole))
+    assert ((at_limit.prompt_ids, at_limit.completion_ids), counts) == ((prompt, completion), [0, 0])
+
+    shorter, *counts, _ = cut(bos, len(completion) + 3)  # three tokens of prompt: the last ones, after BOS
+    assert (shorter.prompt_ids, shorter.completion_ids) == (
+        (prompt[0], *prompt[-2:]) if bos else prompt[-3:],
+        completion,
+    )
+    assert counts == [1, 0]
+
+    edge, *counts, _ = cut(bos, len(completion) + 1)  # the completion just fits behind one token
+    assert (edge.prompt_ids, edge.completion_ids, counts) == (prompt[-1:], completion, [1, 0])
+
+    shortest, *counts, _ = cut(bos, len(completion))  # now it does not
+    assert (shortest.prompt_ids, shortest.completion_ids, counts) == (prompt[-1:], completion[:-1], [1, 1])
+
+
+def test_a_limit_without_room_for_prompt_and_completion_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data\.max_length is 1: expected at least 2"):
+        cut(False, 1)
+
+
+# Generation and loading
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "prompt", "template"),
+    [
+        (make(bos=True, eos=True), "The capital is", "auto"),
+        (make(bos=True), "<s>The capital is", "auto"),
+        (make(), "", "plain"),
+        (make(CHATML), QUESTION, "auto"),
+        (make(CHATML, bos=True), "The capital of France?", "chat"),
+    ],
+)
+def test_generation_begins_as_training_does(tokenizer: Any, prompt: Text, template: Template) -> None:
+    completion: Text = " Paris." if isinstance(prompt, str) else [assistant(" Paris.")]
+    (e,) = tokenize([row(prompt, completion)], tokenizer, template=template, max_length=99).examples
+    assert tuple(prompt_ids(prompt, tokenizer, template)) == e.prompt_ids
+
+
+def test_generation_from_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match="prompt: prompt: is empty"):
+        prompt_ids("", make(bos_token=None))
+
+
+def test_a_saved_tokenizer_is_loaded_with_its_template(tmp_path: Path) -> None:
+    tokenizer = make(CHATML, bos=True)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert one(loaded, QUESTION, ANSWER) == one(tokenizer, QUESTION, ANSWER)
+    assert one(loaded, "Paris", " is") == one(tokenizer, "Paris", " is")
+
+
+def test_a_folder_without_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no tokenizer that can be loaded .*Expected tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="no such folder"):
+        load_tokenizer(tmp_path / "none")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"no tokenizer that can be loaded"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(("listed", "expected"), [(None, [1]), (5, [1, 5]), ([5, 1, 3], [1, 5, 3])])
+def test_stop_ids(listed: Any, expected: list[int], tmp_path: Path) -> None:
+    assert stop_ids(make(), tmp_path) == [1]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": listed}))
+    assert stop_ids(make(), tmp_path) == expected
+    assert stop_ids(make(eos_token=None), tmp_path) == [
+        i for i in (listed if isinstance(listed, list) else [listed]) if i
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("{", "not a JSON object"), ("[]", "not a JSON object"), ('{"eos_token_id": "x"}', "expected a token id")],
+)
+def test_a_broken_generation_config(text: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match=says):
+        stop_ids(make(), tmp_path)
