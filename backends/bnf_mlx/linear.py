@@ -5,12 +5,12 @@ through the head once and leaves with its gradient: two matrix products with a f
 trainable one, and never an (N, V) array.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
-from bnf_core.protocol import TokenStats
 
-from bnf_mlx.losses import accurate_sum, loss_and_slope, statistics
+from bnf_core.protocol import TokenStats
+from bnf_mlx.losses import accurate_sum, custom_function, loss_and_slope, statistics
 
 CHUNK_BYTES = 128 * 2**20  # of one chunk: six float32 buffers as large as its logits, measured
 UPCAST_BYTES = 8 * 2**20  # of one vocabulary block of a half-precision head; MLX runs some ten of them ahead
@@ -55,9 +55,9 @@ def linear_bnf_loss(
     if not targets.shape == ref_log_odds.shape == coefficients.shape:
         raise ValueError(f"targets, ref_log_odds and coefficients must be ({len(hidden)},), one for each hidden state")
 
-    @mx.custom_function
+    @custom_function
     def fused(*arguments: mx.array) -> tuple[mx.array, ...]:
-        stats, grads = _one_pass(*arguments, chunk_tokens, want_hidden=True, want_head=train_head)
+        stats, grads = _one_pass(arguments, chunk_tokens, want_hidden=True, want_head=train_head)
         return accurate_sum(arguments[-1] * stats.token_loss)[0], *stats, *grads
 
     @fused.vjp
@@ -65,7 +65,7 @@ def linear_bnf_loss(
         hidden, head, targets, ref_log_odds, _ = primals
         _, _, _, token_loss, grad_hidden, *grad_head = outputs
         if not grad_head:  # lazy: costs nothing unless it is asked for
-            _, grad_head = _one_pass(*primals, chunk_tokens, want_hidden=False, want_head=True)
+            _, grad_head = _one_pass(primals, chunk_tokens, want_hidden=False, want_head=True)
         grad_loss = cotangents[0]
         return (
             (grad_loss * grad_hidden).astype(hidden.dtype),
@@ -92,7 +92,7 @@ def linear_log_odds(
     """
     chunk_tokens = _check(hidden, head_weight, targets, chunk_tokens)
     zeros = mx.zeros(len(hidden))
-    stats, _ = _one_pass(hidden, head_weight, targets, zeros, zeros, chunk_tokens, want_hidden=False, want_head=False)
+    stats, _ = _one_pass((hidden, head_weight, targets, zeros, zeros), chunk_tokens, want_hidden=False, want_head=False)
     return mx.stop_gradient(stats.log_odds), mx.stop_gradient(stats.other_entropy)
 
 
@@ -107,17 +107,14 @@ def _check(hidden: mx.array, head: mx.array, targets: mx.array, chunk_tokens: in
 
 
 def _one_pass(
-    hidden: mx.array,
-    head: mx.array,
-    targets: mx.array,
-    ref_log_odds: mx.array,
-    coefficients: mx.array,
+    arguments: Sequence[mx.array],
     chunk_tokens: int,
     *,
     want_hidden: bool,
     want_head: bool,
 ) -> tuple[TokenStats, list[mx.array]]:
     """Statistics of each token, and those of the gradients (N, D) and (V, D) that are wanted, float32."""
+    hidden, head, targets, ref_log_odds, coefficients = arguments
     stats, grad_hidden = [], []
     grad_head = mx.zeros(head.shape) if want_head else None
     finished: list[mx.array] = []
@@ -141,7 +138,7 @@ def _one_pass(
             grad_head = mx.addmm(grad_head, others.weights.T, h * scale).at[y].add(h * w)
             finished.append(grad_head)
     grads = [mx.concatenate(grad_hidden)] if want_hidden else []
-    return TokenStats(*map(mx.concatenate, zip(*stats, strict=True))), grads + (
+    return TokenStats(*(mx.concatenate(list(parts)) for parts in zip(*stats, strict=True))), grads + (
         [] if grad_head is None else [grad_head]
     )
 

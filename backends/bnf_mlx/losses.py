@@ -9,10 +9,11 @@ and σ the logistic function, p = σ(o) and (docs/math.md)
 The second line has no subtraction, so no digit of a confident token is lost.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+custom_function: Any = mx.custom_function  # typed as returning object
 NEVER = -200.0  # exp of it is exactly 0 in float32, and so is 0 times it
 
 
@@ -124,7 +125,7 @@ def _times(weight: mx.array, value: mx.array) -> mx.array:
     return mx.where(weight == 0, 0.0, weight * value)
 
 
-@mx.custom_function
+@custom_function
 def _token_log_odds(logits: mx.array, targets: mx.array) -> tuple[mx.array, ...]:
     others = statistics(logits.astype(mx.float32), targets)
     return others.log_odds, others.entropy, others.top, others.total
@@ -140,7 +141,7 @@ def _(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
     return grad.astype(logits.dtype), mx.zeros_like(targets)
 
 
-@mx.custom_function
+@custom_function
 def _token_loss(log_odds: mx.array, other_entropy: mx.array, ref_log_odds: mx.array) -> tuple[mx.array, mx.array]:
     return loss_and_slope(log_odds, other_entropy, ref_log_odds)
 

@@ -1,0 +1,76 @@
+"""The MLX backend as the entry point `bnf.backends` gives it: bnf_core.protocol.Backend."""
+
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+
+from bnf_core.config import LoraConfig, OptimizerConfig
+from bnf_core.protocol import Engine, Losses
+
+SLOW_GFLOPS = 10  # the reference BLAS does 1 to 2 on any processor, an optimised one tens a core
+
+
+class MLXBackend:
+    name = "mlx"
+
+    def losses(self, device: str = "auto") -> Losses:
+        from bnf_mlx.model import resolve_device
+        from bnf_mlx.numpy_losses import MLXLosses
+
+        return MLXLosses(resolve_device(device))
+
+    def devices(self) -> list[str]:
+        from bnf_mlx.model import devices
+
+        return devices()
+
+    def load(
+        self,
+        model: Path,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        lora: LoraConfig | None = None,
+        adapter: Path | None = None,
+        optimizer: OptimizerConfig | None = None,
+        seed: int = 0,
+    ) -> Engine:
+        from bnf_mlx import adapter as adapters
+        from bnf_mlx.engine import MLXEngine
+        from bnf_mlx.model import load_model, resolve_device, resolve_dtype
+
+        mx.random.seed(seed)  # dropout, where there is any
+        where = resolve_device(device)
+        loaded = load_model(model, where, resolve_dtype(dtype, where))
+        with mx.stream(where):
+            if adapter is not None:
+                adapters.load_adapter(loaded, adapter)
+            elif lora is not None:
+                adapters.add_lora(loaded, lora, seed)
+        return MLXEngine(loaded, where, optimizer)
+
+    def describe(self) -> dict[str, str]:
+        facts = {"mlx": version("mlx"), "mlx-lm": version("mlx-lm"), "devices": ", ".join(self.devices())}
+        if mx.is_available(mx.gpu):
+            facts["gpu"] = str(mx.device_info(mx.gpu).get("device_name", "unknown"))
+        if platform.system() == "Linux":
+            speed = _cpu_gflops()
+            facts["cpu matrix product"] = f"{speed:.1f} GFLOP/s"
+            if speed < SLOW_GFLOPS:
+                facts["cpu matrix product"] += (
+                    " is slow: install OpenBLAS (Debian, Ubuntu: libopenblas0-pthread) and set "
+                    f"LD_PRELOAD=/usr/lib/{platform.machine()}-linux-gnu/openblas-pthread/libopenblas.so.0"
+                )
+        return facts
+
+
+def _cpu_gflops(size: int = 512) -> float:
+    with mx.stream(mx.cpu):
+        a = mx.ones((size, size))
+        mx.eval(a @ a)
+        start = time.perf_counter()
+        mx.eval(a @ a)
+        return 2 * size**3 / (time.perf_counter() - start) / 1e9

@@ -1,0 +1,102 @@
+"""A loaded MLX model that scores, trains and generates: bnf_core.protocol.Engine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from bnf_core.batching import Batch
+from bnf_core.config import OptimizerConfig
+from bnf_core.protocol import Array, TokenStats
+from bnf_mlx import adapter
+from bnf_mlx.linear import linear_bnf_loss, linear_log_odds
+from bnf_mlx.losses import bnf_token_loss, token_log_odds
+from bnf_mlx.model import completion_hidden, completion_logits, head_is_linear, head_weight, vocab_size
+from bnf_mlx.optimizer import Optimizer, flat
+
+
+class MLXEngine:
+    def __init__(self, model: nn.Module, device: mx.Device, optimizer: OptimizerConfig | None = None):
+        self.model = model
+        self.device = device
+        self.vocab_size = vocab_size(model)
+        with mx.stream(device):
+            # The head's weights, dequantised once; None where logits are more than hidden @ head.T.
+            self.head = head_weight(model) if head_is_linear(model) else None
+        self.optimizer = Optimizer(model, optimizer) if optimizer and flat(model.trainable_parameters()) else None
+        self.gradients: dict[str, mx.array] = {}
+
+    def reference_log_odds(self, batch: Batch) -> Array:
+        with adapter.adapter_off(self.model):
+            return self.evaluate(batch, np.zeros(len(batch.targets), np.float32)).log_odds
+
+    def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenStats:
+        self.model.eval()
+        with mx.stream(self.device):
+            return _to_numpy(self._stats(*_arrays(batch, ref_log_odds)))
+
+    def accumulate(self, batch: Batch, ref_log_odds: Array) -> TokenStats:
+        self.model.train()
+        with mx.stream(self.device):
+            loss_and_gradients = nn.value_and_grad(self.model, self._loss)
+            (_, stats), tree = loss_and_gradients(*_arrays(batch, ref_log_odds), mx.array(batch.coefficients))
+            for name, gradient in flat(tree).items():
+                held = self.gradients.get(name)
+                self.gradients[name] = gradient if held is None else held + gradient
+            mx.eval(self.gradients, stats)
+            return _to_numpy(stats)
+
+    def update(self, learning_rate: float, max_grad_norm: float | None) -> float:
+        if self.optimizer is None:
+            raise RuntimeError("this engine was loaded without a trainable adapter and an optimizer")
+        gradients, self.gradients = self.gradients, {}
+        with mx.stream(self.device):
+            return self.optimizer.update(gradients, learning_rate, max_grad_norm)
+
+    def _loss(
+        self, ids: mx.array, positions: mx.array, targets: mx.array, reference: mx.array, coefficients: mx.array
+    ) -> tuple[mx.array, TokenStats]:
+        """Σ coefficients · ℓ of the batch, and its token statistics."""
+        if self.head is not None:
+            hidden = completion_hidden(self.model, ids, positions)  # (N, D)
+            return linear_bnf_loss(hidden, self.head, targets, reference, coefficients)
+        stats = self._stats(ids, positions, targets, reference)
+        return (coefficients * stats.token_loss).sum(), TokenStats(*map(mx.stop_gradient, stats))
+
+    def _stats(self, ids: mx.array, positions: mx.array, targets: mx.array, reference: mx.array) -> TokenStats:
+        if self.head is not None:
+            log_odds, entropy = linear_log_odds(completion_hidden(self.model, ids, positions), self.head, targets)
+        else:
+            log_odds, entropy = token_log_odds(completion_logits(self.model, ids, positions), targets)
+        return TokenStats(log_odds, entropy, bnf_token_loss(log_odds, entropy, reference))
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
+        from mlx_lm.generate import BatchGenerator
+
+        self.model.eval()
+        with mx.stream(self.device):
+            generator = BatchGenerator(
+                self.model, stop_tokens=[[token] for token in stop_ids], stream=mx.default_stream(self.device)
+            )
+            rows = generator.insert([list(prompt) for prompt in prompts], [max_tokens] * len(prompts))
+            completions: dict[int, list[int]] = {row: [] for row in rows}
+            while responses := generator.next_generated():
+                for response in responses:
+                    if response.finish_reason != "stop":
+                        completions[response.uid].append(response.token)
+            generator.close()
+        return [completions[row] for row in rows]
+
+    def save_adapter(self, folder: Path) -> None:
+        adapter.save_adapter(self.model, folder)
+
+
+def _arrays(batch: Batch, ref_log_odds: Array) -> tuple[mx.array, ...]:
+    """Token ids (B, T), positions, targets and reference (N,)."""
+    return tuple(map(mx.array, (batch.input_ids, batch.positions, batch.targets, ref_log_odds)))
+
+
+def _to_numpy(stats: TokenStats) -> TokenStats:
+    return TokenStats(*map(np.array, stats))

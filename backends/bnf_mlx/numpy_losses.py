@@ -1,0 +1,88 @@
+"""The MLX losses in NumPy terms, for the conformance suite: bnf_core.protocol.Losses."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from bnf_core.batching import Batch
+from bnf_core.protocol import Array, BatchResult, DenseResult, FusedResult
+from bnf_mlx.linear import linear_bnf_loss
+from bnf_mlx.losses import bnf_token_loss, token_log_odds
+from bnf_mlx.model import DTYPES
+
+
+class MLXLosses:
+    dtypes: Sequence[str] = tuple(DTYPES)
+
+    def __init__(self, device: mx.Device):
+        self.device = device
+
+    def dense(self, logits: Array, targets: Array, ref_log_odds: Array, weights: Array, *, dtype: str) -> DenseResult:
+        def weighted(z: mx.array) -> tuple[mx.array, ...]:
+            log_odds, entropy = token_log_odds(z, mx.array(targets))
+            loss = bnf_token_loss(log_odds, entropy, _floats(ref_log_odds))
+            return (_floats(weights) * loss).sum(), log_odds, entropy, loss
+
+        with mx.stream(self.device):
+            (_, *values), grad = mx.value_and_grad(weighted)(_floats(logits, dtype))
+            return DenseResult(*map(_numpy, (*values, grad)))
+
+    def fused(
+        self,
+        hidden: Array,
+        head_weight: Array,
+        targets: Array,
+        ref_log_odds: Array,
+        coefficients: Array,
+        *,
+        dtype: str,
+        train_head: bool,
+        chunk_tokens: int | None = None,
+    ) -> FusedResult:
+        with mx.stream(self.device):
+            rest = mx.array(targets), _floats(ref_log_odds), _floats(coefficients)
+            (loss, stats), grads = mx.value_and_grad(
+                lambda h, head: linear_bnf_loss(h, head, *rest, train_head=train_head, chunk_tokens=chunk_tokens),
+                argnums=(0, 1) if train_head else (0,),
+            )(_floats(hidden, dtype), _floats(head_weight, dtype))
+            log_odds, entropy, token_loss = map(_numpy, stats)
+            grad_head = _numpy(grads[1]) if train_head else None
+            return FusedResult(float(loss), log_odds, entropy, token_loss, _numpy(grads[0]), grad_head)
+
+    def batch(self, micro_batches: Sequence[tuple[Array, Batch, Array]], *, dtype: str) -> BatchResult:
+        total, sequence_loss, grads = 0.0, [], []
+        for logits, batch, ref_log_odds in micro_batches:
+            with mx.stream(self.device):
+                (loss, token_loss), grad = mx.value_and_grad(_batch_loss)(_floats(logits, dtype), batch, ref_log_odds)
+                total += float(loss)
+                grads.append(_numpy(grad))
+                counts = np.bincount(batch.rows, minlength=len(batch.labels))
+                sums = np.bincount(batch.rows, weights=_numpy(token_loss), minlength=len(batch.labels))
+                sequence_loss.append(batch.labels * sums / counts)
+        return BatchResult(total, np.concatenate(sequence_loss), grads)
+
+    def cross_entropy(self, logits: Array, targets: Array, *, dtype: str) -> tuple[Array, Array]:
+        def summed(z: mx.array) -> tuple[mx.array, mx.array]:
+            loss = nn.losses.cross_entropy(z, mx.array(targets), reduction="none")
+            return loss.sum(), loss
+
+        with mx.stream(self.device):
+            (_, loss), grad = mx.value_and_grad(summed)(_floats(logits, dtype))
+            return _numpy(loss), _numpy(grad)
+
+
+def _batch_loss(grid: mx.array, batch: Batch, ref_log_odds: Array) -> tuple[mx.array, mx.array]:
+    z = grid.flatten(0, 1)[mx.array(batch.positions)]
+    log_odds, entropy = token_log_odds(z, mx.array(batch.targets))
+    token_loss = bnf_token_loss(log_odds, entropy, _floats(ref_log_odds))
+    return (_floats(batch.coefficients) * token_loss).sum(), token_loss
+
+
+def _floats(array: Array, dtype: str = "float32") -> mx.array:
+    return mx.array(array, dtype=DTYPES[dtype])
+
+
+def _numpy(array: mx.array) -> Array:
+    return np.array(array.astype(mx.float32))
