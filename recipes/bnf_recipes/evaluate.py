@@ -27,7 +27,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> Metrics:
     """
     folder = checkpoint_folder(config.model)
     tokenizer = load_tokenizer(folder)
-    split = load_split(config.data.path, config.split, config.data, tokenizer, console)
+    examples = load_split(config.data.path, config.split, config.data, tokenizer, console)
     engine = registry.get(config.hardware.backend).load(
         folder,
         device=config.hardware.device,
@@ -35,7 +35,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> Metrics:
         adapter=Path(config.adapter) if config.adapter else None,
     )
     reference = ReferenceCache(engine.reference_log_odds)
-    metrics = score(engine, reference, split.examples, config.micro_batch_size, pad_id(tokenizer), console)
+    metrics = score(engine, reference, examples, config.micro_batch_size, pad_id(tokenizer), console)
     if config.report:
         Path(config.report).write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics

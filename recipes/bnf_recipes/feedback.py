@@ -1,7 +1,6 @@
 """Loading feedback as tokens: the first step of every job that reads data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -14,23 +13,20 @@ from bnf_core.records import Feedback
 from bnf_core.tokenization import tokenize
 
 
-@dataclass(frozen=True)
-class Split:
-    """The rows of one file as tokens."""
-
-    rows: list[Feedback]
-    examples: list[Example]
-
-
 def load_split(
     path: str, split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> Split:
+) -> list[Example]:
+    """The tokenised rows of one file, or of one split of a folder or Hub data set.
+
+    Raises:
+        UserError: a missing file or a bad row.
+    """
     return _tokenized(_rows(path, split, config, console), split, config, tokenizer, console)
 
 
 def load_train_and_valid(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> tuple[Split, Split | None]:
+) -> tuple[list[Example], list[Example] | None]:
     """Training rows, and held-out rows where the config or the data folder has any.
 
     Raises:
@@ -53,32 +49,39 @@ def load_train_and_valid(
 
 def _rows(path: str, split: str, config: DataConfig, console: Console) -> list[Feedback]:
     loaded = sources.load_feedback(path, split, skip_bad_rows=config.skip_bad_rows)
-    if loaded.skipped:
-        console.print(f"[yellow]skipped {len(loaded.skipped)} bad rows of {path}:[/yellow]")
-        for message in loaded.skipped:
-            console.print(f"  {message}", markup=False)
+    _list_skipped(loaded.skipped, path, console)
     return loaded.rows
 
 
 def _tokenized(
     rows: Sequence[Feedback], name: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> Split:
-    tokens = tokenize(rows, tokenizer, template=config.template, max_length=config.max_length)
-    good = sum(e.label for e in tokens.examples)
+) -> list[Example]:
+    tokens = tokenize(
+        rows, tokenizer, template=config.template, max_length=config.max_length, skip_bad_rows=config.skip_bad_rows
+    )
+    _list_skipped(tokens.skipped, name, console)
+    examples = tokens.examples
+    good = sum(e.label for e in examples)
     console.print(
-        f"{name}: {len(tokens.examples)} rows ({good} good, {len(tokens.examples) - good} bad), "
-        f"{sum(len(e) for e in tokens.examples):,} tokens"
+        f"{name}: {len(examples):,} rows ({good:,} good, {len(examples) - good:,} bad), "
+        f"{sum(map(len, examples)):,} tokens",
+        highlight=False,
     )
     if tokens.prompts_cut or tokens.completions_cut:
         console.print(
-            f"[yellow]  longer than {config.max_length} tokens: {tokens.prompts_cut} prompts cut from the left, "
-            f"{tokens.completions_cut} completions from the right[/yellow]"
+            f"[yellow]  longer than {config.max_length} tokens: {tokens.prompts_cut:,} prompts cut from the left, "
+            f"{tokens.completions_cut:,} completions from the right[/yellow]"
         )
     if config.template == "auto" and tokenizer.chat_template and isinstance(rows[0].prompt, str):
-        console.print(
-            "[dim]  plain strings are used as they are; --template chat wraps them in the chat template[/dim]"
-        )
-    return Split(list(rows), tokens.examples)
+        console.print("[dim]  plain strings are used as they are; --template chat wraps them in the chat template[/dim]")
+    return examples
+
+
+def _list_skipped(messages: Sequence[str], name: str, console: Console) -> None:
+    if messages:
+        console.print(f"[yellow]skipped {len(messages)} bad rows of {name}:[/yellow]")
+        for message in messages:
+            console.print(f"  {message}", markup=False, highlight=False)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

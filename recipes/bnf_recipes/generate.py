@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 from bnf_core import registry
 from bnf_core.config import GenerateConfig
 from bnf_core.protocol import Engine
-from bnf_core.records import Prompt
+from bnf_core.records import Text
 from bnf_core.tokenization import load_tokenizer, prompt_ids, stop_ids
 from bnf_recipes.feedback import checkpoint_folder
 
@@ -34,7 +34,7 @@ def generate(config: GenerateConfig) -> str:
 def complete(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[Text],
     template: str,
     max_tokens: int,
     stops: Sequence[int],

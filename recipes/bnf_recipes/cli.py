@@ -1,0 +1,169 @@
+"""The command line `bnf`: one function a command. Exit codes: 0 done, 1 failed, 2 bad usage or bad input."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from bnf_core import registry
+from bnf_core.config import EvaluateConfig, GenerateConfig, HardwareConfig, TrainConfig
+from bnf_core.errors import TrainingStopped, UserError
+from bnf_recipes.arguments import parse
+from bnf_recipes.blas import preload_openblas
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def train(argv: Sequence[str]) -> int:
+    config = parse(TrainConfig, "train", argv)
+    _prepare(config.hardware)
+    from bnf_recipes.evaluate import table
+    from bnf_recipes.train import train as run
+
+    result = run(config, console)
+    if result.before is not None and result.after is not None:
+        console.print(table({"before": result.before, "after": result.after}, "held-out rows"))
+    console.print(f"adapter  {result.adapter}\npicture  {result.picture}", highlight=False)
+    return 0
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    config = parse(EvaluateConfig, "evaluate", argv)
+    _prepare(config.hardware)
+    from bnf_recipes.evaluate import evaluate as run
+    from bnf_recipes.evaluate import table
+
+    console.print(table({"value": run(config, console)}))
+    return 0
+
+
+def generate(argv: Sequence[str]) -> int:
+    config = parse(GenerateConfig, "generate", argv)
+    _prepare(config.hardware)
+    from bnf_recipes.generate import generate as run
+
+    print(run(config))
+    return 0
+
+
+def demo(argv: Sequence[str]) -> int:
+    from bnf_recipes.demo import DemoConfig
+
+    config = parse(DemoConfig, "demo", argv)
+    _prepare(config.hardware)
+    from bnf_recipes.demo import demo as run
+
+    run(config, console)
+    return 0
+
+
+@dataclass
+class ImportConfig:
+    """Turn a GGUF file into a folder of safetensors, config and tokenizer."""
+
+    source: str
+    """A .gguf file, or an installed Python package that carries one."""
+    output: str
+    """The folder to write."""
+    force: bool = False
+    """Replace a folder that an earlier import made."""
+
+
+def import_gguf(argv: Sequence[str]) -> int:
+    config = parse(ImportConfig, "import-gguf", argv)
+    _quiet()
+    from bnf_recipes.import_gguf import import_gguf as run
+
+    console.print(f"model  {run(config.source, Path(config.output), force=config.force)}", highlight=False)
+    return 0
+
+
+@dataclass
+class DoctorConfig:
+    """What is installed, what each backend can do here, and what to do about the rest."""
+
+
+def doctor(argv: Sequence[str]) -> int:
+    parse(DoctorConfig, "doctor", argv)
+    _quiet()
+    from bnf_recipes.doctor import doctor as run
+
+    return run(console)
+
+
+@dataclass
+class ConformanceConfig:
+    """Check a backend's losses and gradients against the float64 oracle."""
+
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    report: str | None = None
+    """Write every result to this JSON file."""
+
+
+def conformance(argv: Sequence[str]) -> int:
+    config = parse(ConformanceConfig, "conformance", argv)
+    _prepare(config.hardware)
+    from bnf_recipes.conformance import conformance as run
+
+    return run(config.hardware, config.report, console)
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "train": (train, "align a model with LoRA on good and bad completions"),
+    "evaluate": (evaluate, "score labelled completions under a model"),
+    "generate": (generate, "complete a prompt"),
+    "demo": (demo, "align a small model on generated word problems and show before and after"),
+    "import-gguf": (import_gguf, "turn a GGUF file into safetensors"),
+    "doctor": (doctor, "what is installed and what works here"),
+    "conformance": (conformance, "check a backend against the float64 oracle"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `bnf`; exits with the command's code."""
+    sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+
+
+def run(argv: Sequence[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        console.print("usage: bnf COMMAND [--config FILE] [settings]   (bnf COMMAND --help explains a command)\n")
+        for name, (_, text) in COMMANDS.items():
+            console.print(f"  {name:<13}{text}", highlight=False)
+        return 0 if argv else 2
+    try:
+        if argv[0] not in COMMANDS:
+            raise UserError(f"unknown command {argv[0]!r}: expected {', '.join(COMMANDS)}")
+        return COMMANDS[argv[0]][0](argv[1:])
+    except UserError as error:
+        errors.print(f"bnf: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except TrainingStopped as error:
+        errors.print(f"bnf: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 1
+    except KeyboardInterrupt:
+        errors.print("bnf: interrupted", style="red")
+        return 1
+
+
+def _prepare(hardware: HardwareConfig) -> None:
+    """Settle the backend before a framework is loaded."""
+    hardware.backend = registry.choose(hardware.backend)
+    preload_openblas(hardware.backend)
+    _quiet()
+
+
+def _quiet() -> None:
+    """The libraries' own bars and advice would cut through ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    main()

