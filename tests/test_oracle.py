@@ -12,6 +12,8 @@ from bnf_core import oracle
 LOG2, LOG3 = np.log(2.0), np.log(3.0)
 INF = np.inf
 
+pytestmark = pytest.mark.filterwarnings("error")  # its limits are meant, not accidents
+
 
 def draw(seed: int, n: int, vocab: int, scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Random logits (N, V), targets and reference log-odds (N,), the reference near for half of them."""
