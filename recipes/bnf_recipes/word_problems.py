@@ -14,7 +14,7 @@ operation, or the wrong number put in. The slip is carried through to the end, i
 import json
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "*": lambda a, b: a * b,
 }
 OTHER_OPERATION = {"+": "-", "-": "+", "*": "+"}
-LARGEST = 99
+LARGEST = 20
 ANSWER = re.compile(r"^Answer: (-?\d+)$", re.MULTILINE)
 
 NAMES = "Mia Tom Ana Ben Eva Sam Lea Max Zoe Leo Amy Dan".split()
@@ -37,14 +37,14 @@ THINGS = "pens apples books coins cards stamps shells eggs beads nuts".split()
 # What is asked, and the operations that solve it from left to right.
 TEMPLATES = (
     ("{name} has {a} {things} and buys {b} more. How many {things} now?", "+"),
+    ("{a} {things} are in a box. {name} puts in {b}. How many are there now?", "+"),
     ("{name} had {a} {things} and lost {b}. How many are left?", "-"),
+    ("{name} has {a} {things} and gives away {b}. How many are left?", "-"),
     ("{name} fills {a} bags with {b} {things} each. How many {things}?", "*"),
     ("{name} has {a} {things}, finds {b} and sells {c}. How many are left?", "+-"),
-    ("{name} had {a} {things}, gave away {b}, then got {c}. How many now?", "-+"),
-    ("{name} has {a} {things}, uses {b}, then {c} more. How many are left?", "--"),
-    ("{name} has {a} {things}. Two friends bring {b} and {c}. How many in all?", "++"),
-    ("{name} buys {a} boxes of {b} {things} and gets {c} extra. How many {things}?", "*+"),
-    ("{name} packs {a} rows of {b} {things} and {c} break. How many are left?", "*-"),
+    ("{name} had {a} {things}, lost {b}, then got {c}. How many now?", "-+"),
+    ("{name} has {a} {things}, uses {b}, then uses {c}. How many are left?", "--"),
+    ("{name} buys {a} boxes of {b} {things} and gets {c} more. How many {things}?", "*+"),
 )
 
 
@@ -61,12 +61,12 @@ def generate(num_prompts: int, seed: int) -> list[Row]:
     """Unpaired feedback: each prompt gets a right answer, a wrong one or both, in a mixed order.
 
     Args:
-        num_prompts: different prompts; no two ask for the same calculation.
+        num_prompts: how many different prompts.
         seed: the same seed gives the same rows everywhere.
     Returns:
         One to two rows a prompt, {"prompt": messages, "completion": messages, "label": bool}.
     Raises:
-        ValueError: fewer prompts than one, or more than there are calculations to tell apart.
+        ValueError: a negative number of prompts, or more than there are to tell apart.
     """
     rng = random.Random(seed)
     return _unpaired(_problems(num_prompts, rng), rng)
@@ -75,7 +75,7 @@ def generate(num_prompts: int, seed: int) -> list[Row]:
 def write(folder: Path, train_prompts: int, valid_prompts: int, seed: int) -> Path:
     """Write train.jsonl, as `generate`, and valid.jsonl, in which each prompt has a right and a wrong answer.
 
-    No calculation is in both files.
+    No calculation is in both files: held-out answers cannot be looked up among the training rows.
 
     Returns:
         `folder`.
@@ -83,9 +83,9 @@ def write(folder: Path, train_prompts: int, valid_prompts: int, seed: int) -> Pa
         ValueError: as `generate`.
     """
     rng = random.Random(seed)
-    problems = _problems(train_prompts + valid_prompts, rng)
-    train = _unpaired(problems[:train_prompts], rng)
-    valid = [_row(problem, label, rng) for problem in problems[train_prompts:] for label in (True, False)]
+    held_out = _problems(valid_prompts, rng, distinct=True)
+    valid = [_row(problem, label, rng) for problem in held_out for label in (True, False)]
+    train = _unpaired(_problems(train_prompts, rng, banned={solve(problem) for problem in held_out}), rng)
     folder.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", train), ("valid", valid)):
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -107,7 +107,7 @@ def solve(problem: Problem) -> str:
 def slip(problem: Problem, rng: random.Random) -> str:
     """A wrong worked answer: `solve` with one slip, carried through."""
     right = final_answer(solve(problem))
-    while True:
+    while True:  # a slip can cancel out, or leave less than nothing
         wrong = _worked(list(_steps(problem, slip_at=rng.randrange(len(problem.operations)), rng=rng)))
         answer = final_answer(wrong)
         if answer != right and answer is not None and answer >= 0:
@@ -123,7 +123,7 @@ def _steps(
         off = 0
         if at == slip_at:
             assert rng is not None
-            kind = rng.choice(("one", "ten", "operation", "number"))
+            kind = rng.choice(("one", "ten", "operation", "operation", "number"))
             if kind == "one":
                 off = rng.choice((-1, 1))
             elif kind == "ten":
@@ -142,29 +142,26 @@ def _worked(steps: list[tuple[int, str, int, int]]) -> str:
     return "\n".join([*equations, f"Answer: {steps[-1][-1]}"])
 
 
-def _problems(count: int, rng: random.Random) -> list[Problem]:
-    """`count` problems, no two with the same calculation."""
-    if count < 1:
-        raise ValueError(f"{count} prompts asked for: expected at least 1")
+def _problems(count: int, rng: random.Random, banned: Collection[str] = (), distinct: bool = False) -> list[Problem]:
+    """`count` problems with different questions and none of the banned calculations; with `distinct`, no two
+    with one calculation. A calculation is named by its right answer, `solve`."""
+    if count < 0:
+        raise ValueError(f"{count} prompts asked for: expected at least 0")
     problems: dict[str, Problem] = {}
-    misses = 0
-    while len(problems) < count:
+    for _ in range(1000 + 100 * count):
+        if len(problems) == count:
+            return list(problems.values())
         problem = _draw(rng)
-        if problem is None or solve(problem) in problems:
-            misses += 1
-            if misses > 1000 + 100 * count:
-                raise ValueError(f"{count} prompts asked for, but there are only about {len(problems)} calculations")
-            continue
-        problems[solve(problem)] = problem
-    return list(problems.values())
+        if problem is not None and solve(problem) not in banned:
+            problems.setdefault(solve(problem) if distinct else problem.question, problem)
+    raise ValueError(f"{count} prompts asked for, but there are only about {len(problems)} to tell apart")
 
 
 def _draw(rng: random.Random) -> Problem | None:
     """One random problem, or None where its results leave 1 to LARGEST."""
     text, operations = rng.choice(TEMPLATES)
-    small = operations[0] == "*"
-    a, b = (rng.randint(2, 9), rng.randint(2, 9)) if small else (rng.randint(4, 30), rng.randint(2, 15))
-    c = rng.randint(2, 9)
+    a = rng.randint(2, 6) if operations[0] == "*" else rng.randint(3, 15)
+    b, c = rng.randint(2, 9), rng.randint(2, 9)
     question = text.format(name=rng.choice(NAMES), things=rng.choice(THINGS), a=a, b=b, c=c)
     problem = Problem(question, (a, b, c)[: len(operations) + 1], operations)
     return problem if all(1 <= step[-1] <= LARGEST for step in _steps(problem)) else None
