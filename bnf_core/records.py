@@ -89,7 +89,7 @@ def parse_row(row: Any, source: str) -> list[Feedback]:
                     source,
                     field,
                     "ends where chosen and rejected begin to differ, expected a completion after the shared prompt",
-                    "Give the prompt in a column of its own",
+                    "Add it, or give the prompt in a column of its own",
                 )
     _check_prompt(prompt, source, "chosen and rejected share no leading message" if columns == IMPLICIT else "")
     _check_completion(chosen, "chosen", prompt, source)

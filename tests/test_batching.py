@@ -30,7 +30,7 @@ def test_a_batch_by_hand() -> None:
     assert batch.positions.tolist() == [2, 3, 6, 7, 8, 9, 10]  # the last prompt token predicts the first target
     assert batch.targets.tolist() == [4, 5, 21, 22, 23, 24, 25]
     assert batch.rows.tolist() == [0, 0, 1, 1, 1, 1, 1]
-    np.testing.assert_array_equal(batch.coefficients, np.float32([1 / 4, 1 / 4] + [-1 / 10] * 5))
+    np.testing.assert_array_equal(batch.coefficients, np.array([1 / 4] * 2 + [-1 / 10] * 5, np.float32))
     assert batch.labels.tolist() == [1, -1]
     assert [a.dtype for a in (batch.input_ids, batch.lengths, batch.positions, batch.targets, batch.rows)] == [
         np.int32,

@@ -1,6 +1,7 @@
 """Reading feedback from files, folders and the Hub, with true line numbers; grouping and splitting by prompt."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -257,14 +258,14 @@ def rows_of(*prompts: Any) -> list[Feedback]:
 
 def test_equal_prompts_share_a_group() -> None:
     swapped = [{"content": "q", "role": "user"}]  # the same message, its keys in another order
-    rows = rows_of("q", "r", CHAT, "q", swapped, json.dumps(CHAT), [*CHAT, *ANSWER], "q ")
+    rows = rows_of("q", "r", CHAT, "q", swapped, json.dumps(CHAT, sort_keys=True), [*CHAT, *ANSWER], "q ")
     assert assign_groups(rows) == [0, 1, 2, 0, 2, 3, 4, 5]
 
 
 def test_no_prompt_is_on_both_sides_and_no_row_is_lost() -> None:
     rows = rows_of(*(f"p{i % 20}" for i in range(60)))
     train, held_out = split_by_prompt(rows, 0.25, seed=1)
-    assert {r.prompt for r in train}.isdisjoint(r.prompt for r in held_out)  # type: ignore[arg-type]
+    assert {r.prompt for r in train}.isdisjoint(r.prompt for r in held_out)
     assert len({str(r.prompt) for r in held_out}) == 5
     assert sorted(train + held_out, key=rows.index) == rows
     assert [rows.index(r) for r in train] == sorted(rows.index(r) for r in train)
@@ -284,3 +285,45 @@ def test_a_split_that_cannot_be_made() -> None:
     for fraction in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(UserError, match="expected a number above 0 and below 1"):
             split_by_prompt(rows_of("a", "b"), fraction, seed=0)
+
+
+# The documentation
+
+
+def test_the_gsm8k_script_of_the_docs_makes_a_loadable_folder_split_by_question(tmp_path: Path) -> None:
+    docs = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    (script,) = [block for block in re.findall(r"```python\n(.*?)```", docs, re.S) if block.startswith("# gsm8k.py")]
+    solved = {"is_correct": True, "solution": "1 + 1 = <<1+1=2>>2\nA: 2"}
+    broken = {"is_correct": False, "solution": "1 + 1 = <<1/3=0.333"}
+    with open(tmp_path / "solutions.jsonl", "w") as file:
+        for i in range(20):
+            problem = {"question": f"Question {i}?", "ground_truth": "A: 2", "small": broken, "large": solved}
+            file.write(json.dumps(problem) + "\n")
+    subprocess.run([sys.executable, "-c", script, "solutions.jsonl"], cwd=tmp_path, check=True)
+    folder = str(tmp_path / "gsm8k")
+    train, valid = load_feedback(folder, "train").rows, load_feedback(folder, "valid").rows
+    assert (len(train), len(valid)) == (36, 4)
+    assert not {str(r.prompt) for r in train} & {str(r.prompt) for r in valid}
+    assert {(r.completion[0]["content"], r.label) for r in train} == {  # type: ignore[index]
+        ("1 + 1 = 2\nA: 2", True),
+        ("1 + 1 = ", False),
+    }
+
+
+def test_the_rows_and_messages_of_the_docs_are_real(tmp_path: Path) -> None:
+    docs = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    (rows,) = re.findall(r"```json\n(.*?)```", docs, re.S)
+    assert len(load_feedback(write(tmp_path / "docs.jsonl", rows)).rows) == 6
+    bad = [
+        '{"prompt": "2 + 2 =", "completion": " 4", "label": true}',
+        '{"prompt": "2 + 2 =", "completion": " 5", "label": "no"}',
+        '{"prompt": "2 + 3 =", "completion": " 5", "lable": true}',
+        '{"prompt": "2 + 3 =", "completion": " 6" "label": false}',
+        '{"prompt": "2 + 4 =", "completion": "", "label": false}',
+        '{"chosen": [{"role": "user", "content": "2 + 5?"}, {"role": "assistant", "content": "7"}], '
+        '"rejected": [{"role": "user", "content": "2 + 5?"}]}',
+    ]
+    path = write(tmp_path / "feedback.jsonl", "\n".join(bad))
+    skipped = load_feedback(path, skip_bad_rows=True).skipped
+    (shown,) = re.findall(r"```\n(feedback\.jsonl:2.*?)```", docs, re.S)
+    assert "\n".join(skipped).replace(path, "feedback.jsonl") + "\n" == shown

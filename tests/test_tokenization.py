@@ -99,14 +99,15 @@ def test_merges_across_the_boundary_belong_to_the_completion(
     """Rejects tokenising the two apart, or taking the prompt's own length as the boundary."""
     tokenizer = make()
     (e,) = tokenize([row(prompt, completion)], tokenizer, template="auto", max_length=99).examples
-    assert (tokenizer.decode(e.prompt_ids), tokenizer.decode(e.completion_ids)) == expected
+    assert (tokenizer.decode([*e.prompt_ids]), tokenizer.decode([*e.completion_ids])) == expected
     assert e.prompt_ids + e.completion_ids == (*encode(tokenizer, prompt + completion), tokenizer.eos_token_id)
 
 
 def test_a_prompt_that_is_merged_away_is_an_error() -> None:
     assert len(encode(make(), "12")) == 1
-    with pytest.raises(RowError, match="its first token runs on into the completion"):
-        one(make(bos_token=None), "1", "2")
+    rows = [row("The capital", " is"), row("1", "2", at=2)]
+    with pytest.raises(RowError, match=r"f\.jsonl:2: prompt: its first token runs on into the completion"):
+        tokenize(rows, make(bos_token=None), template="auto", max_length=99)
     assert one(make(bos=True), "1", "2") == ("<s>", "12</s>")
 
 
@@ -212,13 +213,18 @@ def test_only_the_last_turn_end_cuts() -> None:
     assert one(make(CHATML, eos_token="<|im_end|>"), QUESTION, answer)[1] == completion
 
 
+def test_a_special_token_amid_the_answer_does_not_end_it() -> None:
+    answer = [assistant("Paris.<|im_end|> Rome.")]
+    assert one(make(BARE), QUESTION, answer)[1] == " Paris.<|im_end|> Rome.\n</s>"
+
+
 def test_a_turn_opened_differently_for_generation_is_completed_from_where_it_differs() -> None:
     template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
     tokenizer = make(template, eos_token="<|im_end|>")
     prompt, completion = one(tokenizer, QUESTION, ANSWER)
     assert prompt.endswith("<|im_start|>assistant\n")
     assert completion == "Paris.<|im_end|>"
-    assert tokenizer.decode(prompt_ids(QUESTION, tokenizer)).endswith("assistant\n<think>")
+    assert str(tokenizer.decode(prompt_ids(QUESTION, tokenizer))).endswith("assistant\n<think>")
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused_rather_than_training_on_it() -> None:
