@@ -39,6 +39,7 @@ def add_lora(model: nn.Module, lora: LoraConfig, seed: int) -> nn.Module:
     for name, module in _adapted(model):
         a = initial_lora_a(name, lora.rank, module.lora_a.shape[0], seed)  # (r, in)
         module.lora_a = mx.array(a.T)  # (in, r)
+    model.eval()  # new modules are in training mode, and would drop inputs
     return model
 
 
@@ -85,6 +86,7 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
             f"the first is {absent[0]}"
         )
     model.update(tree_unflatten([(name, x.astype(mx.float32)) for name, x in expected.items()]))
+    model.eval()
     return model
 
 

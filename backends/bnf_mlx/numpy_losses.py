@@ -43,13 +43,13 @@ class MLXLosses:
     ) -> FusedResult:
         with mx.stream(self.device):
             rest = mx.array(targets), _floats(ref_log_odds), _floats(coefficients)
-            (loss, stats), grads = mx.value_and_grad(
+            (loss, stats), (grad_hidden, grad_head) = mx.value_and_grad(
                 lambda h, head: linear_bnf_loss(h, head, *rest, train_head=train_head, chunk_tokens=chunk_tokens),
-                argnums=(0, 1) if train_head else (0,),
+                argnums=(0, 1),  # lazy: the head's gradient is not computed unless it is read
             )(_floats(hidden, dtype), _floats(head_weight, dtype))
             log_odds, entropy, token_loss = map(_numpy, stats)
-            grad_head = _numpy(grads[1]) if train_head else None
-            return FusedResult(float(loss), log_odds, entropy, token_loss, _numpy(grads[0]), grad_head)
+            head_result = _numpy(grad_head) if train_head else None
+            return FusedResult(float(loss), log_odds, entropy, token_loss, _numpy(grad_hidden), head_result)
 
     def batch(self, micro_batches: Sequence[tuple[Array, Batch, Array]], *, dtype: str) -> BatchResult:
         total, sequence_loss, grads = 0.0, [], []
