@@ -1,0 +1,228 @@
+"""Import of GGUF files, on a tiny llama model written here."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bnf_core.checkpoint import resolve_model
+from bnf_core.errors import UserError
+from bnf_recipes import import_gguf as module
+from bnf_recipes.import_gguf import RECORD, find_gguf, import_gguf
+
+gguf = pytest.importorskip("gguf")
+pytest.importorskip("torch")
+
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+HIDDEN, INNER, LAYERS, HEADS, CONTEXT, THETA = 64, 96, 2, 2, 128, 54321.0
+UNQUANTISED = ("norm", "token_embd")
+
+
+def tokens() -> list[str]:
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *sorted(ByteLevel.alphabet()), "ĊĊ", "ĠĠ"]
+
+
+def write_gguf(path: Path, seed: int = 0, architecture: str = "llama") -> dict[str, np.ndarray]:
+    """A llama model with a Q8_0 body; returns its dequantised tensors."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    vocabulary = tokens()
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(LAYERS)
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(THETA)
+    writer.add_vocab_size(len(vocabulary))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(vocabulary)
+    writer.add_token_types([3, 3, 3] + [1] * (len(vocabulary) - 3))
+    writer.add_token_merges(["Ċ Ċ", "Ġ Ġ"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    shapes = {"token_embd.weight": (len(vocabulary), HIDDEN), "output_norm.weight": (HIDDEN,)}
+    for i in range(LAYERS):
+        shapes |= {f"blk.{i}.attn_{x}.weight": (HIDDEN, HIDDEN) for x in ("q", "k", "v", "output")}
+        shapes |= {f"blk.{i}.ffn_{x}.weight": (INNER, HIDDEN) for x in ("gate", "up")}
+        shapes |= {f"blk.{i}.ffn_down.weight": (HIDDEN, INNER)}
+        shapes |= {f"blk.{i}.{x}_norm.weight": (HIDDEN,) for x in ("attn", "ffn")}
+    written = {}
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name, shape in shapes.items():
+        values = rng.normal(0, 0.1, shape).astype(np.float32)
+        if any(word in name for word in UNQUANTISED):
+            writer.add_tensor(name, values)
+            written[name] = values
+        else:
+            blocks = gguf.quantize(values, kind)
+            writer.add_tensor(name, blocks, raw_dtype=kind)
+            written[name] = gguf.dequantize(blocks, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return written
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[str, np.ndarray]]:
+    """(the GGUF file, the folder made from it, its tensors)"""
+    root = tmp_path_factory.mktemp("gguf")
+    tensors = write_gguf(root / "tiny.gguf")
+    return root / "tiny.gguf", import_gguf(str(root / "tiny.gguf"), root / "made" / "model"), tensors
+
+
+def refused(source: Path | str, output: Path, force: bool = False) -> str:
+    with pytest.raises(UserError) as caught:
+        import_gguf(str(source), output, force=force)
+    return str(caught.value)
+
+
+def test_weights_are_the_dequantised_ones_exactly(imported: tuple[Path, Path, dict[str, np.ndarray]]) -> None:
+    from safetensors.numpy import load_file
+
+    _, folder, tensors = imported
+    made = load_file(folder / "model.safetensors")
+    assert all(weight.dtype == np.float32 for weight in made.values())
+    for ours, theirs in {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "model.layers.1.self_attn.v_proj": "blk.1.attn_v",
+        "model.layers.0.mlp.down_proj": "blk.0.ffn_down",
+    }.items():
+        np.testing.assert_array_equal(made[f"{ours}.weight"], tensors[f"{theirs}.weight"])
+    # GGUF interleaves the two halves of each head's rows that rotary embeddings turn together.
+    halves = tensors["blk.1.attn_q.weight"].reshape(HEADS, HIDDEN // HEADS // 2, 2, HIDDEN).swapaxes(1, 2)
+    np.testing.assert_array_equal(made["model.layers.1.self_attn.q_proj.weight"], halves.reshape(HIDDEN, HIDDEN))
+
+
+def test_the_folder_is_a_checkpoint_that_loads(imported: tuple[Path, Path, dict[str, np.ndarray]]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    _, folder, _ = imported
+    assert resolve_model(str(folder)) == folder
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert getattr(model, "hf_quantizer", None) is None and not hasattr(model.config, "quantization_config")
+    assert model.config.rope_parameters["rope_theta"] == THETA
+    assert model.generation_config.eos_token_id == 2
+
+
+def test_tokenizer_keeps_template_turn_end_and_splitting(imported: tuple[Path, Path, dict[str, np.ndarray]]) -> None:
+    from transformers import AutoTokenizer
+
+    _, folder, _ = imported
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.chat_template == TEMPLATE
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.model_max_length == CONTEXT
+    assert tokenizer.tokenize("a\n\n12") == ["a", "ĊĊ", "1", "2"]
+    assert tokenizer.tokenize("a  1<|im_end|>") == ["a", "ĠĠ", "1", "<|im_end|>"]
+
+
+def test_an_import_that_is_there_is_kept(
+    imported: tuple[Path, Path, dict[str, np.ndarray]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source, folder, _ = imported
+    monkeypatch.setattr(module, "_convert", lambda *_: pytest.fail("converted again"))
+    assert import_gguf(str(source), folder) == folder
+    assert "already holds tiny.gguf" in capsys.readouterr().out
+
+
+def fake_convert(source: Path, output: Path) -> None:
+    output.mkdir()
+    (output / "config.json").write_text(f'"{source.name}"')
+
+
+def test_another_file_needs_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_convert", fake_convert)
+    one, two, output = tmp_path / "one.gguf", tmp_path / "two.gguf", tmp_path / "model"
+    one.write_bytes(b"GGUF one")
+    two.write_bytes(b"GGUF two")
+    import_gguf(str(one), output)
+    assert "holds one.gguf, not this two.gguf" in refused(two, output)
+    assert json.loads((output / "config.json").read_text()) == "one.gguf"
+    import_gguf(str(two), output, force=True)
+    assert json.loads((output / "config.json").read_text()) == "two.gguf"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "one.gguf", "two.gguf"]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_never_replaces_what_it_did_not_make(tmp_path: Path, force: bool) -> None:
+    source, output = tmp_path / "one.gguf", tmp_path / "thesis"
+    source.write_bytes(b"GGUF")
+    output.mkdir()
+    (output / "chapter1.txt").write_text("precious")
+    assert "no earlier import" in refused(source, output, force)
+    assert (output / "chapter1.txt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_an_interrupted_import_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    def interrupted(source: Path, output: Path) -> None:
+        fake_convert(source, output)
+        raise error
+
+    source, output = tmp_path / "one.gguf", tmp_path / "model"
+    source.write_bytes(b"GGUF")
+    monkeypatch.setattr(module, "_convert", interrupted)
+    with pytest.raises(error):
+        import_gguf(str(source), output)
+    assert [path.name for path in tmp_path.iterdir()] == ["one.gguf"]
+
+
+def test_refuses_what_is_no_gguf(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"\x93NUMPY")
+    assert "not a GGUF file" in refused(tmp_path / "model.gguf", tmp_path / "out")
+    assert "is a folder" in refused(tmp_path, tmp_path / "out")
+    assert "no installed package" in refused(tmp_path / "missing.gguf", tmp_path / "out")
+    assert "no installed package" in refused("no-such-package-here", tmp_path / "out")
+    assert "found none" in refused("numpy", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_refuses_a_cut_file_and_an_unknown_architecture(tmp_path: Path) -> None:
+    cut, unknown = tmp_path / "cut.gguf", tmp_path / "unknown.gguf"
+    write_gguf(cut)
+    cut.write_bytes(cut.read_bytes()[:-5000])
+    write_gguf(unknown, architecture="abacus")
+    for source in (cut, unknown):
+        assert "cannot read this GGUF" in refused(source, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.gguf", "unknown.gguf"]
+
+
+def test_names_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one.gguf").write_bytes(b"GGUF")
+    monkeypatch.setattr(module, "find_spec", lambda name: None)
+    message = refused(tmp_path / "one.gguf", tmp_path / "out")
+    assert "needs torch, gguf" in message and "pip install" in message
+
+
+def test_finds_the_file_inside_a_package_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "llm_toy"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise RuntimeError('imported')")
+    (package / "toy.gguf").write_bytes(b"GGUF")
+    info = tmp_path / "llm_toy-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llm-toy\nVersion: 1.0\n")
+    (info / "RECORD").write_text("llm_toy/__init__.py,,\nllm_toy/toy.gguf,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_gguf("llm-toy") == package / "toy.gguf"
+
+
+def test_the_record_names_the_source(imported: tuple[Path, Path, dict[str, np.ndarray]]) -> None:
+    _, folder, _ = imported
+    record = json.loads((folder / RECORD).read_text())
+    assert record["source"] == "tiny.gguf" and record["dtype"] == "float32" and len(record["sha256"]) == 64
