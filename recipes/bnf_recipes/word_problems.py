@@ -106,12 +106,11 @@ def solve(problem: Problem) -> str:
 
 def slip(problem: Problem, rng: random.Random) -> str:
     """A wrong worked answer: `solve` with one slip, carried through."""
-    right = final_answer(solve(problem))
+    right = list(_steps(problem))[-1][-1]
     while True:  # a slip can cancel out, or leave less than nothing
-        wrong = _worked(list(_steps(problem, slip_at=rng.randrange(len(problem.operations)), rng=rng)))
-        answer = final_answer(wrong)
-        if answer != right and answer is not None and answer >= 0:
-            return wrong
+        wrong = list(_steps(problem, slip_at=rng.randrange(len(problem.operations)), rng=rng))
+        if wrong[-1][-1] != right and all(step[-1] >= 0 for step in wrong):
+            return _worked(wrong)
 
 
 def _steps(

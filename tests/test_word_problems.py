@@ -1,0 +1,136 @@
+"""Word problems: right answers are right, wrong ones wrong, nothing leaks into the held-out set."""
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bnf_recipes.word_problems import TEMPLATES, final_answer, generate, slip, solve, write
+from bnf_recipes.word_problems import _problems as problems
+
+ARITHMETIC = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
+
+
+def text(row: dict[str, Any]) -> str:
+    return row["completion"][-1]["content"]
+
+
+def question(row: dict[str, Any]) -> str:
+    return row["prompt"][-1]["content"]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def calculation(row: dict[str, Any]) -> tuple[str, ...]:
+    """The operations of a row's question and the numbers in it, found without the generator."""
+    words = re.sub(r"\d+", "#", question(row))
+    for template, operations in TEMPLATES:
+        pattern = re.sub(r"\\{(name|things)\\}", r"\\w+", re.escape(template))
+        pattern = re.sub(r"\\{[abc]\\}", "#", pattern)
+        if re.fullmatch(pattern, words):
+            return operations, *re.findall(r"\d+", question(row))
+    raise AssertionError(question(row))
+
+
+def expected(row: dict[str, Any]) -> int:
+    operations, first, *rest = calculation(row)
+    result = int(first)
+    for operation, number in zip(operations, rest, strict=True):
+        result = ARITHMETIC[operation](result, int(number))
+    return result
+
+
+def test_labels_say_whether_the_answer_is_right() -> None:
+    rows = generate(400, seed=1)
+    assert {row["label"] for row in rows} == {True, False}
+    for row in rows:
+        assert (final_answer(text(row)) == expected(row)) == row["label"], row
+
+
+def test_right_answers_have_no_wrong_line() -> None:
+    for row in generate(400, seed=2):
+        if row["label"]:
+            for left, operation, right, result in re.findall(r"(\d+) (.) (\d+) = (\d+)\n", text(row)):
+                assert ARITHMETIC[operation](int(left), int(right)) == int(result)
+
+
+def test_right_and_wrong_answers_look_alike() -> None:
+    """The label must not show in the layout, only in the numbers and operations."""
+    rng = random.Random(3)
+    for problem in problems(200, rng):
+        layouts = {
+            re.sub(r"[-+*] ", "? ", re.sub(r"\d+", "#", answer)) for answer in (solve(problem), slip(problem, rng))
+        }
+        assert len(layouts) == 1
+
+
+def test_slips_are_of_every_kind() -> None:
+    rng = random.Random(4)
+    off = []
+    other_operation = 0
+    for problem in problems(200, rng):
+        right, wrong = solve(problem), slip(problem, rng)
+        off.append(abs((final_answer(wrong) or 0) - (final_answer(right) or 0)))
+        other_operation += re.sub(r"[^-+*]", "", right) != re.sub(r"[^-+*]", "", wrong)
+    assert off.count(0) == 0
+    assert off.count(1) > 20 and off.count(10) > 10 and 40 < other_operation < 160
+
+
+def test_rows_are_chat_messages_and_roughly_balanced() -> None:
+    rows = generate(500, seed=5)
+    for row in rows:
+        assert set(row) == {"prompt", "completion", "label"}
+        assert [message["role"] for message in row["prompt"]] == ["system", "user"]
+        assert [message["role"] for message in row["completion"]] == ["assistant"]
+    prompts = [question(row) for row in rows]
+    assert len(set(prompts)) == 500 < len(prompts) <= 1000
+    assert 0.5 < sum(row["label"] for row in rows) / len(rows) < 0.65
+
+
+def test_the_seed_decides_everything() -> None:
+    assert generate(50, seed=6) == generate(50, seed=6) != generate(50, seed=7)
+
+
+def test_writes_two_files_that_share_no_prompt_and_no_calculation(tmp_path: Path) -> None:
+    assert write(tmp_path / "data", 300, 60, seed=8) == tmp_path / "data"
+    train, valid = read(tmp_path / "data" / "train.jsonl"), read(tmp_path / "data" / "valid.jsonl")
+    assert len({question(row) for row in train}) == 300 and len(valid) == 120
+    assert not {question(row) for row in train} & {question(row) for row in valid}
+    assert not {calculation(row) for row in train} & {calculation(row) for row in valid}
+    for good, bad in zip(valid[::2], valid[1::2], strict=True):
+        assert good["prompt"] == bad["prompt"] and good["label"] is True and bad["label"] is False
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("14 + 9 = 23\nAnswer: 23", 23),
+        ("Answer: 7", 7),
+        ("Answer: 7\n", 7),
+        ("Answer: -3", -3),
+        ("Answer: 1\nAnswer: 2", 2),
+        ("", None),
+        ("14 + 9 = 23", None),
+        ("The Answer: 7", None),
+        ("Answer: 7 pens", None),
+        ("Answer: 7.5", None),
+        ("Answer: seven", None),
+        ("answer: 7", None),
+        ("Answer: 7\nAnswer: 8 or so", 7),
+    ],
+)
+def test_final_answer_reads_one_form_only(answer: str, number: int | None) -> None:
+    assert final_answer(answer) == number
+
+
+def test_refuses_more_prompts_than_there_are(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there are only about"):
+        write(tmp_path, 10, 4000, seed=9)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="at least 0"):
+        generate(-1, seed=9)
