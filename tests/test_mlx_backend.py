@@ -133,6 +133,22 @@ def test_only_a_head_that_is_a_matrix_is_fused(checkpoint, family):
         assert head_is_linear(load_model(checkpoint(family), CPU, dtype)) == LINEAR_HEADS[family]
 
 
+def test_what_a_config_leaves_out_is_what_transformers_takes_it_to_be(checkpoint, tmp_path):
+    shutil.copytree(checkpoint("starcoder2"), tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["rope_parameters"]  # a base of 10,000 in transformers, of 100,000 in mlx-lm
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = np.load(tmp_path / "logits.npy")
+    error = np.abs(logits_of(load_model(tmp_path, CPU, mx.float32)) - expected).max()
+    assert error < 1e-5 * np.abs(expected).max()
+
+
+def test_a_small_head_bias_is_not_lost_in_half_precision(checkpoint):
+    model = load_model(checkpoint("llama"), CPU, mx.bfloat16)
+    model.lm_head.bias = mx.full((64,), 1e-3, mx.bfloat16)
+    assert not head_is_linear(model)
+
+
 def test_rope_settings_move_to_where_mlx_lm_reads_them():
     config = {"rope_parameters": LLAMA3_ROPE | {"partial_rotary_factor": 0.5}}
     normalised = normalised_config(config)

@@ -40,9 +40,9 @@ class Optimizer:
         step_size = learning_rate / (1.0 - c.beta1**self.step)
         root_correction = math.sqrt(1.0 - c.beta2**self.step)
         decay = 1.0 - learning_rate * c.weight_decay
-        updated = {}
-        for name, p in flat(self.model.trainable_parameters()).items():
-            g = gradients[name] * factor
+        parameters, updated = flat(self.model.trainable_parameters()), {}
+        for name, gradient in gradients.items():
+            p, g = parameters[name], gradient * factor
             m = self.first[name] = self.first[name] + (1.0 - c.beta1) * (g - self.first[name])
             v = self.second[name] = c.beta2 * self.second[name] + (1.0 - c.beta2) * mx.square(g)
             updated[name] = decay * p - step_size * m / (mx.sqrt(v) / root_correction + c.epsilon)
