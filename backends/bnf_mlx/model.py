@@ -11,8 +11,7 @@ from mlx.utils import tree_map_with_path
 from bnf_core.errors import UserError
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-# Of one layer type, where a model has several: the table that mlx-lm reads as the model's own, and the key of the
-# other's base.
+# Where layers of two types have tables of their own, mlx-lm's top-level keys mean the first's.
 GLOBAL_LAYERS, LOCAL_LAYERS = "full_attention", "sliding_attention"
 
 
