@@ -110,10 +110,18 @@ def test_the_folder_is_a_checkpoint_that_loads(imported: tuple[Path, Path, dict[
 
     _, folder, _ = imported
     assert resolve_model(str(folder)) == folder
+    assert "quantization_config" not in (folder / "config.json").read_text()
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert getattr(model, "hf_quantizer", None) is None and not hasattr(model.config, "quantization_config")
     assert model.config.rope_parameters["rope_theta"] == THETA
     assert model.generation_config.eos_token_id == 2
+
+
+def test_works_with_a_transformers_that_has_no_gguf_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.GgufConfig", None, raising=False)
+    write_gguf(tmp_path / "tiny.gguf")
+    folder = import_gguf(str(tmp_path / "tiny.gguf"), tmp_path / "model")
+    assert "quantization_config" not in (folder / "config.json").read_text()
 
 
 def test_tokenizer_keeps_template_turn_end_and_splitting(imported: tuple[Path, Path, dict[str, np.ndarray]]) -> None:
@@ -184,7 +192,7 @@ def test_an_interrupted_import_leaves_nothing(
 
 def test_refuses_what_is_no_gguf(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(b"\x93NUMPY")
-    assert "not a GGUF file" in refused(tmp_path / "model.gguf", tmp_path / "out")
+    assert "not a GGUF file: it begins with" in refused(tmp_path / "model.gguf", tmp_path / "out")
     assert "is a folder" in refused(tmp_path, tmp_path / "out")
     assert "no installed package" in refused(tmp_path / "missing.gguf", tmp_path / "out")
     assert "no installed package" in refused("no-such-package-here", tmp_path / "out")

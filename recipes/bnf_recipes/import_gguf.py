@@ -118,7 +118,7 @@ def _convert(gguf: Path, output: Path) -> None:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     except Exception as error:  # an unknown architecture, a cut file, a quantisation nobody knows: many types
         raise UserError(f"{gguf}: transformers cannot read this GGUF: {error}") from error
-    # The weights are ordinary floats now; what remembers the quantisation would break saving and loading.
+    # Older transformers leaves behind what remembers the quantisation, and then refuses to save the floats.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     if hasattr(model, "hf_quantizer"):

@@ -147,7 +147,7 @@ def _problems(count: int, rng: random.Random, banned: Collection[str] = (), dist
     if count < 0:
         raise ValueError(f"{count} prompts asked for: expected at least 0")
     problems: dict[str, Problem] = {}
-    for _ in range(1000 + 100 * count):
+    for _ in range(1000 + 20 * count):
         if len(problems) == count:
             return list(problems.values())
         problem = _draw(rng)
