@@ -6,7 +6,7 @@ import sys
 import pytest
 
 FRAMEWORKS = ("torch", "mlx", "transformers", "mlx_lm", "peft")
-CORE = ("batching", "config", "errors", "lora", "metrics", "oracle", "protocol", "records", "reference")
+CORE = ("batching", "config", "errors", "files", "lora", "metrics", "oracle", "protocol", "records", "reference")
 CORE += ("registry", "schedule", "sources", "tokenization", "checkpoint")
 
 

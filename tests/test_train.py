@@ -25,7 +25,8 @@ def config(model: Path, data: Path, output: Path, backend: str, **overrides: Any
     settings: dict[str, Any] = {
         "hardware": HardwareConfig(backend=backend, device="cpu", dtype="float32"),
         "lora": LoraConfig(rank=4, alpha=8),
-        "optimizer": OptimizerConfig(learning_rate=5e-3, warmup_steps=2),
+        # A large epsilon: AdamW otherwise turns the round-off of a vanishing gradient into a whole step.
+        "optimizer": OptimizerConfig(learning_rate=5e-3, warmup_steps=2, epsilon=1e-5),
         "batch_size": 5,  # 12 rows: the last batch of an epoch is short
         "epochs": 2,
         "valid": str(data),

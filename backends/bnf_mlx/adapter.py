@@ -1,7 +1,6 @@
 """LoRA through mlx-lm: added, switched off for the reference, saved and loaded in mlx-lm's own layout."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from bnf_core.config import LoraConfig
 from bnf_core.errors import UserError
+from bnf_core.files import replacing
 from bnf_core.lora import initial_lora_a
 
 
@@ -99,16 +99,9 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     adapted = _adapted(model)
     if not adapted:
         raise UserError("there is no adapter to save")
-    partial, replaced = (folder.with_name(folder.name + ending) for ending in (".partial", ".replaced"))
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.rmtree(replaced, ignore_errors=True)
-    partial.mkdir(parents=True)
-    mx.save_safetensors(str(partial / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
-    (partial / "adapter_config.json").write_text(json.dumps(_config(model, adapted), indent=2) + "\n")
-    if folder.exists():
-        folder.rename(replaced)
-    partial.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with replacing(folder) as partial:
+        mx.save_safetensors(str(partial / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
+        (partial / "adapter_config.json").write_text(json.dumps(_config(model, adapted), indent=2) + "\n")
 
 
 def _config(model: nn.Module, adapted: list[tuple[str, Any]]) -> dict[str, Any]:

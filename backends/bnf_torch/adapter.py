@@ -1,9 +1,9 @@
 """LoRA through PEFT: added, switched off for the reference, saved and loaded in PEFT's own layout."""
 
 import json
-import shutil
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from bnf_core.config import LoraConfig
 from bnf_core.errors import UserError
+from bnf_core.files import replacing
 from bnf_core.lora import initial_lora_a
 
 
@@ -40,7 +41,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     for name, module in peft_model.get_base_model().named_modules():
         if isinstance(module, LoraLayer):
-            a: nn.Linear = module.lora_A["default"]
+            a = cast(nn.Linear, module.lora_A["default"])
             with torch.no_grad():
                 a.weight.copy_(torch.from_numpy(initial_lora_a(name, lora.rank, a.in_features, seed)))
     return peft_model
@@ -48,11 +49,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
 
 def adapter_off(model: PeftModel | PreTrainedModel) -> AbstractContextManager[None]:
     """Within it the model is the reference: the same weights, without the adapter."""
-    return model.disable_adapter() if isinstance(model, PeftModel) else _Nothing()
-
-
-class _Nothing(AbstractContextManager[None]):
-    def __exit__(self, *_: object) -> None: ...
+    return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
 def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
@@ -76,10 +73,13 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     return peft_model
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write adapter_model.safetensors and adapter_config.json, all or nothing."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(str(partial), safe_serialization=True, save_embedding_layers=False)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+def save_adapter(model: PeftModel | PreTrainedModel, folder: Path) -> None:
+    """Write adapter_model.safetensors and adapter_config.json, all or nothing.
+
+    Raises:
+        UserError: the model has no adapter.
+    """
+    if not isinstance(model, PeftModel):
+        raise UserError("there is no adapter to save")
+    with replacing(folder) as partial:
+        model.save_pretrained(str(partial), save_embedding_layers=False)

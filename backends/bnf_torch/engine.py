@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,8 +23,8 @@ from bnf_torch.optimizer import Optimizer
 class TorchEngine:
     def __init__(self, model: PreTrainedModel | PeftModel, optimizer: OptimizerConfig | None = None):
         self.model = model
-        self.base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-        self.device = self.base.device
+        self.base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+        self.device: torch.device = self.base.device
         self.vocab_size = len(head_weight(self.base))
         self.fused = head_is_linear(self.base)
         trainable = [p for p in model.parameters() if p.requires_grad]
@@ -79,15 +79,14 @@ class TorchEngine:
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         config = GenerationConfig(
-            max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(stop_ids), pad_token_id=stop_ids[0]
+            max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(stop_ids) or None, pad_token_id=0
         )
-        output: Any = self.base.generate(
+        output = cast(Any, self.base).generate(
             ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config
         )
         return [_until(row[width:].tolist(), stop_ids) for row in output]
 
     def save_adapter(self, folder: Path) -> None:
-        assert isinstance(self.model, PeftModel), "only an adapter can be saved"
         adapter.save_adapter(self.model, folder)
 
 

@@ -50,13 +50,12 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTra
     """
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     try:
-        model: PreTrainedModel
-        info: dict[str, Any]
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{folder}: transformers cannot load this model: {error}") from error
+    model, info = loaded
     if absent := sorted(info["missing_keys"]):
         raise UserError(
             f"{folder}: {len(absent)} tensors are missing from the checkpoint, the first is {absent[0]}; "
@@ -89,12 +88,16 @@ def completion_logits(model: PreTrainedModel, input_ids: Tensor, positions: Tens
 def head_is_linear(model: PreTrainedModel) -> bool:
     """Whether the logits are hidden @ head.T and nothing else. Some families scale or cap them or add a bias;
     comparing is surer than a list of them."""
-    ids = torch.arange(8, device=model.device).unsqueeze(0) % head_weight(model).shape[0]
-    positions = torch.arange(8, device=model.device)
-    logits = completion_logits(model, ids, positions).float()
-    linear = (completion_hidden(model, ids, positions) @ head_weight(model).T).float()
-    tolerance = 1e-4 if model.dtype == torch.float32 else 2e-2
-    return bool((logits - linear).abs().max() <= tolerance * logits.abs().max())
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:  # may be below half precision's tolerance
+        return False
+    head = head_weight(model)
+    positions = torch.arange(8, device=head.device)
+    logits = completion_logits(model, positions.unsqueeze(0) % len(head), positions)
+    linear = completion_hidden(model, positions.unsqueeze(0) % len(head), positions) @ head.T
+    if linear.shape != logits.shape:
+        return False
+    tolerance = 1e-5 if logits.dtype == torch.float32 else 2e-2
+    return bool((logits.float() - linear.float()).abs().max() <= tolerance * logits.float().abs().max())
 
 
 def _body(model: PreTrainedModel) -> nn.Module:

@@ -73,7 +73,9 @@ def _tokenized(
             f"{tokens.completions_cut:,} completions from the right[/yellow]"
         )
     if config.template == "auto" and tokenizer.chat_template and isinstance(rows[0].prompt, str):
-        console.print("[dim]  plain strings are used as they are; --template chat wraps them in the chat template[/dim]")
+        console.print(
+            "[dim]  plain strings are used as they are; --template chat wraps them in the chat template[/dim]"
+        )
     return examples
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from bnf_core import registry
-from bnf_core.config import GenerateConfig
+from bnf_core.config import GenerateConfig, Template
 from bnf_core.protocol import Engine
 from bnf_core.records import Text
 from bnf_core.tokenization import load_tokenizer, prompt_ids, stop_ids
@@ -35,7 +35,7 @@ def complete(
     engine: Engine,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Text],
-    template: str,
+    template: Template,
     max_tokens: int,
     stops: Sequence[int],
     batch_size: int = 16,
@@ -47,5 +47,5 @@ def complete(
     for at in range(0, len(ids), batch_size):
         chosen = by_length[at : at + batch_size]
         for i, tokens in zip(chosen, engine.generate([ids[i] for i in chosen], max_tokens, stops), strict=True):
-            texts[i] = tokenizer.decode(tokens)
+            texts[i] = str(tokenizer.decode(tokens))
     return texts

@@ -6,13 +6,13 @@ offset: neither bfloat16 nor float16 holds that product, float32 does, and the f
 
 import hashlib
 import json
-import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from bnf_core.errors import UserError
+from bnf_core.files import replacing
 
 RECORD = "bnf_import.json"  # where the folder came from; written last, so it also says that the folder is complete
 
@@ -39,14 +39,10 @@ def import_gguf(source: str, output: Path, *, force: bool = False) -> Path:
         print(f"{output} already holds {gguf.name}; --force makes it again")
         return output
     _require_packages()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as scratch:
-        made = Path(scratch) / "new"
+    with replacing(output) as made:
         _convert(gguf, made)
+        _repeat_rope_theta(made / "config.json")
         (made / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        if output.exists():
-            output.rename(Path(scratch) / "old")  # goes with the scratch folder
-        made.rename(output)
     return output
 
 
@@ -130,6 +126,14 @@ def _convert(gguf: Path, output: Path) -> None:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
+
+
+def _repeat_rope_theta(path: Path) -> None:
+    """mlx-lm's own commands look for the RoPE base at the top level, where transformers 5 no longer writes it,
+    and silently take another where they find none. transformers reads either."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if theta := config.get("rope_parameters", {}).get("rope_theta"):
+        path.write_text(json.dumps(config | {"rope_theta": theta}, indent=2) + "\n", encoding="utf-8")
 
 
 def _restore_splitting(tokenizer: Any, gguf: Path) -> None:
