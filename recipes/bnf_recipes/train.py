@@ -13,6 +13,7 @@ from rich.console import Console
 
 from bnf_core import registry
 from bnf_core.batching import micro_batches, steps, steps_per_epoch
+from bnf_core.checkpoint import resolve_model
 from bnf_core.config import TrainConfig
 from bnf_core.errors import TrainingStopped
 from bnf_core.metrics import Meter, Metrics
@@ -21,7 +22,7 @@ from bnf_core.reference import ReferenceCache
 from bnf_core.schedule import learning_rate
 from bnf_core.tokenization import load_tokenizer
 from bnf_recipes.evaluate import score
-from bnf_recipes.feedback import checkpoint_folder, load_train_and_valid, pad_id
+from bnf_recipes.feedback import load_train_and_valid, pad_id
 from bnf_recipes.pictures import run_picture
 from bnf_recipes.progress import bar
 from bnf_recipes.run_folder import RunFolder
@@ -47,7 +48,7 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
         TrainingStopped: the loss or gradient is not finite (the last good adapter is saved), or an interrupt.
     """
     backend = registry.get(config.hardware.backend)
-    checkpoint = checkpoint_folder(config.model)
+    checkpoint = resolve_model(config.model)
     tokenizer = load_tokenizer(checkpoint)
     data, held_out = load_train_and_valid(config, tokenizer, console)
     engine = backend.load(
