@@ -62,7 +62,12 @@ def test_an_unknown_key_in_yaml_names_the_nearest(capsys: pytest.CaptureFixture[
     ],
 )
 def test_a_bad_row_names_file_line_and_field_or_is_skipped(
-    train_words: list[object], feedback: Path, line: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    train_words: list[object],
+    feedback: Path,
+    line: str,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
 ) -> None:
     bad = tmp_path / "bad.jsonl"
     rows = feedback.read_text().splitlines()
@@ -154,3 +159,11 @@ def test_conformance_writes_a_report(capsys: pytest.CaptureFixture[str], tmp_pat
     code, out, _ = run(capsys, "conformance", "--backend", "torch", "--device", "cpu", "--report", tmp_path / "r.json")
     assert code == 0 and "conforms" in out
     assert json.loads((tmp_path / "r.json").read_text())["ok"] is True
+
+
+@pytest.mark.parametrize("name", ["laptop", "gpu"])
+def test_ready_made_configs_hold_known_settings(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parents[1] / "recipes" / "configs" / f"{name}.yaml"
+    with pytest.raises(SystemExit) as stop:
+        cli.run(["train", "--config", str(path), "--print-config"])
+    assert stop.value.code == 0 and f"output: runs/{name}" in capsys.readouterr().out

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bnf_recipes.word_problems import TEMPLATES, final_answer, generate, slip, solve, write
+from bnf_recipes.word_problems import TEMPLATES, final_answer, generate, last_number, slip, solve, write
 from bnf_recipes.word_problems import _problems as problems
 
 ARITHMETIC = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
@@ -129,3 +129,8 @@ def test_refuses_more_prompts_than_there_are(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(ValueError, match="at least 0"):
         generate(-1, seed=9)
+
+
+def test_last_number_reads_any_wording() -> None:
+    assert last_number("He has 4 x 5 = 20 stamps.") == 20
+    assert last_number("none") is None

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,6 +90,8 @@ class DoctorConfig:
 
 def doctor(argv: Sequence[str]) -> int:
     parse(DoctorConfig, "doctor", argv)
+    if not registry.missing("mlx"):
+        preload_openblas("mlx")  # what MLX's commands run with
     _quiet()
     from bnf_recipes.doctor import doctor as run
 
@@ -159,6 +162,7 @@ def _prepare(hardware: HardwareConfig) -> None:
 def _quiet() -> None:
     """The libraries' own bars and advice would cut through ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\b")
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

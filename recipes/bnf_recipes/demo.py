@@ -1,7 +1,7 @@
 """`bnf demo`: the whole road on a small model: data, training, before and after on prompts not trained on."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,14 +52,20 @@ class AnswerChecker:
         self.samples: list[list[str]] = []  # of each evaluation, the answers
 
     def __call__(self, engine: Engine) -> Metrics:
+        """answer_accuracy: the last number of the answer is the right one; answer_in_layout: and the answer ends
+        in a line `Answer: N`, as the training data does."""
         prompts = [row["prompt"] for row in self.problems]
-        texts = complete(engine, self.tokenizer, prompts, "auto", max_tokens=24, stops=self.stops)
+        texts = complete(engine, self.tokenizer, prompts, "auto", max_tokens=64, stops=self.stops)
         self.samples.append(texts)
-        right = [
-            word_problems.final_answer(text) == word_problems.final_answer(row["completion"][-1]["content"])
-            for text, row in zip(texts, self.problems, strict=True)
-        ]
-        return {"answer_accuracy": sum(right) / len(right)}
+        expected = [word_problems.final_answer(row["completion"][-1]["content"]) for row in self.problems]
+        return {
+            "answer_accuracy": _share(map(word_problems.last_number, texts), expected),
+            "answer_in_layout": _share(map(word_problems.final_answer, texts), expected),
+        }
+
+
+def _share(found: Iterable[int | None], expected: Sequence[int | None]) -> float:
+    return sum(a == b for a, b in zip(found, expected, strict=True)) / len(expected)
 
 
 def demo(config: DemoConfig, console: Console) -> None:

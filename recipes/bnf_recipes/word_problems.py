@@ -107,6 +107,12 @@ def final_answer(text: str) -> int | None:
     return int(found[-1]) if found else None
 
 
+def last_number(text: str) -> int | None:
+    """The last whole number anywhere in the text, however the answer is worded."""
+    found = re.findall(r"-?\d+", text)
+    return int(found[-1]) if found else None
+
+
 def solve(problem: Problem) -> str:
     """The right worked answer: the equation, then `Answer: N`."""
     return _worked(problem.a, problem.operation, problem.b, problem.answer)
