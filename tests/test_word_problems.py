@@ -51,7 +51,7 @@ def test_labels_say_whether_the_answer_is_right() -> None:
 def test_right_answers_have_no_wrong_line() -> None:
     for row in generate(400, seed=2):
         if row["label"]:
-            for left, operation, right, result in re.findall(r"(\d+) (.) (\d+) = (\d+)\n", text(row)):
+            for left, operation, right, result in re.findall(r"(\d+) (.) (\d+) = (\d+)", text(row)):
                 assert ARITHMETIC[operation](int(left), int(right)) == int(result)
 
 
@@ -81,7 +81,7 @@ def test_rows_are_chat_messages_with_a_worked_example_and_mostly_right() -> None
     rows = generate(500, seed=5)
     for row in rows:
         assert set(row) == {"prompt", "completion", "label"}
-        assert [message["role"] for message in row["prompt"]] == ["user", "assistant", "user"]
+        assert [message["role"] for message in row["prompt"]] == ["system", "user", "assistant", "user"]
         assert [message["role"] for message in row["completion"]] == ["assistant"]
     assert len({question(row) for row in rows}) == 500
     assert 0.6 < sum(row["label"] for row in rows) / len(rows) < 0.8
@@ -104,19 +104,15 @@ def test_writes_two_files_that_share_no_prompt_and_no_calculation(tmp_path: Path
 @pytest.mark.parametrize(
     ("answer", "number"),
     [
-        ("14 + 9 = 23\nAnswer: 23", 23),
-        ("Answer: 7", 7),
-        ("Answer: 7\n", 7),
-        ("Answer: -3", -3),
-        ("Answer: 1\nAnswer: 2", 2),
+        ("14 + 9 = 23", 23),
+        ("5 - 8 = -3", -3),
+        (" 7 * 2 = 14\n", 14),
         ("", None),
-        ("14 + 9 = 23", None),
-        ("The Answer: 7", None),
-        ("Answer: 7 pens", None),
-        ("Answer: 7.5", None),
-        ("Answer: seven", None),
-        ("answer: 7", None),
-        ("Answer: 7\nAnswer: 8 or so", 7),
+        ("23", None),
+        ("14 + 9 = 23 pens", None),
+        ("14 + 9 = 23.5", None),
+        ("14 + 9 = 23\n23 - 5 = 18", None),
+        ("It is 14 + 9 = 23", None),
     ],
 )
 def test_final_answer_reads_one_form_only(answer: str, number: int | None) -> None:

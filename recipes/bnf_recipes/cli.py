@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bnf_core import registry
-from bnf_core.config import EvaluateConfig, GenerateConfig, HardwareConfig, TrainConfig
+from bnf_core.config import DataCheckConfig, EvaluateConfig, GenerateConfig, HardwareConfig, TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_recipes.arguments import parse
 from bnf_recipes.blas import preload_openblas
@@ -49,6 +49,15 @@ def generate(argv: Sequence[str]) -> int:
 
     print(run(config))
     return 0
+
+
+def data_check(argv: Sequence[str]) -> int:
+    config = parse(DataCheckConfig, "data-check", argv)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # tokenising is most of the work, and nothing forks
+    _quiet()
+    from bnf_recipes.data_check import data_check as run
+
+    return 2 if run(config, console).bad_rows else 0
 
 
 def demo(argv: Sequence[str]) -> int:
@@ -119,6 +128,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "align a model with LoRA on good and bad completions"),
     "evaluate": (evaluate, "score labelled completions under a model"),
     "generate": (generate, "complete a prompt"),
+    "data-check": (data_check, "check every row of feedback before it is trained on"),
     "demo": (demo, "align a small model on generated word problems and show before and after"),
     "import-gguf": (import_gguf, "turn a GGUF file into safetensors"),
     "doctor": (doctor, "what is installed and what works here"),

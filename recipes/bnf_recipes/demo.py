@@ -32,9 +32,9 @@ class DemoConfig:
     output: str = "runs/demo"
     """Folder of the run; the generated data is in its data folder. An earlier demo there is replaced."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
-    train_prompts: int = 360
+    train_prompts: int = 224
     """Word problems to train on; each has a right answer or a wrong one."""
-    valid_prompts: int = 48
+    valid_prompts: int = 32
     """Held-out word problems, each with a right and a wrong answer."""
     max_steps: int | None = None
     """Stop after this many optimizer steps."""
@@ -52,10 +52,10 @@ class AnswerChecker:
         self.samples: list[list[str]] = []  # of each evaluation, the answers
 
     def __call__(self, engine: Engine) -> Metrics:
-        """answer_accuracy: the last number of the answer is the right one; answer_in_layout: and the answer ends
-        in a line `Answer: N`, as the training data does."""
+        """answer_accuracy: the last number of the answer is the right one; answer_in_layout: and the answer is one
+        equation, as the prompt asks."""
         prompts = [row["prompt"] for row in self.problems]
-        texts = complete(engine, self.tokenizer, prompts, "auto", max_tokens=64, stops=self.stops)
+        texts = complete(engine, self.tokenizer, prompts, "auto", max_tokens=32, stops=self.stops)
         self.samples.append(texts)
         expected = [word_problems.final_answer(row["completion"][-1]["content"]) for row in self.problems]
         return {

@@ -3,12 +3,11 @@
 Every row is a prompt, a completion and a label, as chat messages. The prompt shows one worked example first, so
 that what good and bad rows share, the layout, is no news to the model, and the difference is what it learns:
 
+    system:    Answer with one equation.
     user:      Sam has 4 hats and buys 3 more. How many hats now?
     assistant: 4 + 3 = 7
-               Answer: 7
     user:      Mia had 14 pens and lost 5. How many are left?
     assistant: 14 - 5 = 9
-               Answer: 9
 
 A wrong answer makes a slip of the kind a model makes: the wrong operation, or a result that is off by one.
 """
@@ -28,14 +27,15 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
 }
-ANSWER = re.compile(r"^Answer: (-?\d+)$", re.MULTILINE)
+ANSWER = re.compile(r"\d+ [-+*] \d+ = (-?\d+)")
 SHARE_RIGHT = 0.7  # as most feedback: more thumbs up than down
 
 NAMES = "Mia Tom Ana Ben Eva Sam Lea Max Zoe Leo Amy Dan".split()
 THINGS = "pens apples books coins cards stamps shells eggs beads nuts".split()
 EXAMPLE = (
+    {"role": "system", "content": "Answer with one equation."},
     {"role": "user", "content": "Sam has 4 hats and buys 3 more. How many hats now?"},
-    {"role": "assistant", "content": "4 + 3 = 7\nAnswer: 7"},
+    {"role": "assistant", "content": "4 + 3 = 7"},
 )
 
 # What is asked, and the operation on a and b that answers it.
@@ -102,9 +102,9 @@ def write(folder: Path, train_prompts: int, valid_prompts: int, seed: int) -> Pa
 
 
 def final_answer(text: str) -> int | None:
-    """The number of the last line that reads exactly `Answer: N`, or None where there is none."""
-    found = ANSWER.findall(text)
-    return int(found[-1]) if found else None
+    """The result of a text that is one equation and nothing else, as `14 - 5 = 9`; None for any other text."""
+    found = ANSWER.fullmatch(text.strip())
+    return int(found[1]) if found else None
 
 
 def last_number(text: str) -> int | None:
@@ -114,7 +114,7 @@ def last_number(text: str) -> int | None:
 
 
 def solve(problem: Problem) -> str:
-    """The right worked answer: the equation, then `Answer: N`."""
+    """The right worked answer, one equation."""
     return _worked(problem.a, problem.operation, problem.b, problem.answer)
 
 
@@ -129,7 +129,7 @@ def slip(problem: Problem, rng: random.Random) -> str:
 
 
 def _worked(a: int, operation: str, b: int, result: int) -> str:
-    return f"{a} {operation} {b} = {result}\nAnswer: {result}"
+    return f"{a} {operation} {b} = {result}"
 
 
 def _problems(count: int, rng: random.Random, banned: Collection[str] = (), distinct: bool = False) -> list[Problem]:
