@@ -166,6 +166,26 @@ class EvaluateConfig:
 
 
 @dataclass
+class DataCheckConfig:
+    """Check every row of feedback: bad rows, labels, lengths, what would be cut, repeats and contradictions."""
+
+    data: DataConfig
+    model: str | None = None
+    """A checkpoint folder or a Hub model, whose tokenizer counts tokens; default: lengths in characters."""
+    split: str = "all"
+    """Which file of a data folder: train, valid, test, or all that there are."""
+    report: str | None = None
+    """Write everything found to this JSON file."""
+    picture: str | None = None
+    """Draw the lengths in this .png or .svg file."""
+
+    def __post_init__(self) -> None:
+        _require(self.split in ("train", "valid", "test", "all"), "split", self.split, "train, valid, test or all")
+        ending = (self.picture or ".png").lower()[-4:]
+        _require(ending in (".png", ".svg"), "picture", self.picture, "a name that ends in .png or .svg")
+
+
+@dataclass
 class GenerateConfig:
     """Greedy completion of a prompt."""
 

@@ -53,7 +53,6 @@ def generate(argv: Sequence[str]) -> int:
 
 def data_check(argv: Sequence[str]) -> int:
     config = parse(DataCheckConfig, "data-check", argv)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # tokenising is most of the work, and nothing forks
     _quiet()
     from bnf_recipes.data_check import data_check as run
 
