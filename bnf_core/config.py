@@ -110,9 +110,13 @@ class TrainConfig:
     valid_fraction: float = 0.0
     """Without held-out data: hold out this share of the prompts."""
     output: str = "runs/bnf"
-    """Folder of the run: adapter, metrics.jsonl, config.yaml, run.png."""
+    """Folder of the run: adapter, checkpoints, metrics.jsonl, config.yaml, run.png."""
     overwrite: bool = False
     """Replace a run that is already in the output folder."""
+    resume: bool = False
+    """Go on with the run in the output folder from its newest whole checkpoint."""
+    resume_anyway: bool = False
+    """With `resume`: go on although the data, the model or settings have changed."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -127,18 +131,22 @@ class TrainConfig:
     eval_every: int | None = None
     """Evaluate held-out data every so many steps; default: before the first and after the last."""
     save_every: int | None = None
-    """Save the adapter every so many steps; it is always saved at the end and when interrupted."""
+    """Save a checkpoint and the adapter every so many steps; both are always saved at the end and when interrupted."""
+    keep_checkpoints: int = 2
+    """How many checkpoints to keep, the newest."""
     seed: int = 0
     """Of the order of rows and the adapter's initial weights; the same run on every backend."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.valid_fraction < 1, "valid_fraction", self.valid_fraction, "a share from 0 up to 1")
-        for name in ("epochs", "batch_size", "micro_batch_size"):
+        for name in ("epochs", "batch_size", "micro_batch_size", "keep_checkpoints"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
         for name in ("max_steps", "eval_every", "save_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "an integer of at least 1, or null")
         _require(self.seed >= 0, "seed", self.seed, "an integer of at least 0")
+        _require(not (self.resume and self.overwrite), "overwrite", True, "false with resume, which keeps the run")
+        _require(self.resume or not self.resume_anyway, "resume_anyway", True, "resume as well")
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

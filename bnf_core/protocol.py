@@ -4,7 +4,7 @@ Every array that crosses this line is NumPy, so neither side needs to know the o
 N counts completion tokens, V the vocabulary, D the hidden size, B rows, T positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -91,7 +91,8 @@ class Losses(Protocol):
 
 
 class Engine(Protocol):
-    """A loaded model that can be trained. It holds gradients between `accumulate` and `update`."""
+    """A loaded model that can be trained. It holds gradients between `accumulate` and `update`. Only `accumulate`
+    may draw random numbers, for dropout."""
 
     vocab_size: int
 
@@ -110,6 +111,19 @@ class Engine(Protocol):
     def update(self, learning_rate: float, max_grad_norm: float | None) -> float:
         """Clip, take one AdamW step and clear the gradients. Returns the norm before clipping; where that
         is not finite nothing is changed but the gradients, which are cleared."""
+        ...
+
+    def state(self) -> dict[str, Array]:
+        """All that training has changed, by name: `weights/…`, the optimizer's moments and step counts, and the
+        state of the generators that dropout draws from. Gradients that are held are no part of it."""
+        ...
+
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        """Go back to a state; the same calls then give the same bits.
+
+        Raises:
+            UserError: the weights are of other names or shapes than this engine's.
+        """
         ...
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:

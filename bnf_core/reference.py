@@ -1,6 +1,6 @@
 """The reference's log-odds, computed once per row: one float32 per completion token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -26,3 +26,18 @@ class ReferenceCache:
             for row, i in enumerate(row_ids):
                 self._by_row[i] = values[batch.rows == row].astype(np.float32)
         return np.concatenate([self._by_row[i] for i in row_ids])
+
+    def state(self) -> dict[str, Array]:
+        """What is known, as arrays: rows (R,), how many tokens each has (R,), and all their log-odds, flat."""
+        values = list(self._by_row.values())
+        return {
+            "rows": np.asarray(list(self._by_row), np.int64),
+            "lengths": np.asarray([len(v) for v in values], np.int64),
+            "log_odds": np.concatenate(values) if values else np.zeros(0, np.float32),
+        }
+
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        """Know what another cache knew. Computing it again would not do where bits matter: a row's log-odds
+        depend, in the last one, on the rows it shares a batch with, and those differ from epoch to epoch."""
+        values = np.split(state["log_odds"], np.cumsum(state["lengths"])[:-1])
+        self._by_row = {int(row): value for row, value in zip(state["rows"], values, strict=False)}

@@ -1,13 +1,16 @@
 """A loaded MLX model that scores, trains and generates: bnf_core.protocol.Engine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 
 from bnf_core.batching import Batch
+from bnf_core.checkpointing import require_same_shapes, under
 from bnf_core.config import OptimizerConfig
 from bnf_core.protocol import Array, TokenStats
 from bnf_mlx import adapter
@@ -54,6 +57,24 @@ class MLXEngine:
         gradients, self.gradients = self.gradients, {}
         with mx.stream(self.device):
             return self.optimizer.update(gradients, learning_rate, max_grad_norm)
+
+    def state(self) -> dict[str, Array]:
+        with mx.stream(self.device):
+            state = {f"weights/{name}": p for name, p in flat(self.model.trainable_parameters()).items()}
+            if self.optimizer is not None:
+                state |= {f"optimizer/{name}": value for name, value in self.optimizer.state().items()}
+            state["random/key"] = cast(Any, mx.random.state)[0]
+            return {name: np.array(value) for name, value in state.items()}
+
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        weights, trainable = under("weights", state), flat(self.model.trainable_parameters())
+        require_same_shapes(weights, {name: p.shape for name, p in trainable.items()})
+        with mx.stream(self.device):
+            self.model.update(tree_unflatten([(name, mx.array(weights[name])) for name in trainable]))
+            if self.optimizer is not None:
+                self.optimizer.load_state({name: mx.array(a) for name, a in under("optimizer", state).items()})
+            high, low = (int(half) for half in state["random/key"])
+            mx.random.seed(high << 32 | low)  # a key is its seed's two halves
 
     def _loss(
         self, ids: mx.array, positions: mx.array, targets: mx.array, reference: mx.array, coefficients: mx.array

@@ -4,10 +4,12 @@ MLX's own AdamW computes 1 − β^t in float32, which is off by 5e-5 at the firs
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from bnf_core.config import OptimizerConfig
@@ -49,6 +51,17 @@ class Optimizer:
         self.model.update(tree_unflatten(list(updated.items())))
         mx.eval(updated, self.first, self.second)
         return norm
+
+    def state(self) -> dict[str, mx.array]:
+        """The step count, and moments as `first/name` and `second/name`."""
+        first = {f"first/{name}": value for name, value in self.first.items()}
+        second = {f"second/{name}": value for name, value in self.second.items()}
+        return {"step": mx.array(self.step), **first, **second}
+
+    def load_state(self, state: Mapping[str, mx.array]) -> None:
+        self.step = int(np.array(state["step"]))
+        self.first = {name: state[f"first/{name}"] for name in self.first}
+        self.second = {name: state[f"second/{name}"] for name in self.second}
 
 
 def flat(tree: Any) -> dict[str, mx.array]:

@@ -1,6 +1,6 @@
 """A loaded PyTorch model that scores, trains and generates: bnf_core.protocol.Engine."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from bnf_core.batching import Batch
+from bnf_core.checkpointing import require_same_shapes, under
 from bnf_core.config import OptimizerConfig
 from bnf_core.protocol import Array, TokenStats
 from bnf_torch import adapter
@@ -27,8 +28,8 @@ class TorchEngine:
         self.device: torch.device = self.base.device
         self.vocab_size = len(head_weight(self.base))
         self.fused = head_is_linear(self.base)
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = Optimizer(trainable, optimizer) if optimizer and trainable else None
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = Optimizer(self.trainable, optimizer) if optimizer and self.trainable else None
 
     def reference_log_odds(self, batch: Batch) -> Array:
         with adapter.adapter_off(self.model):
@@ -49,6 +50,32 @@ class TorchEngine:
         if self.optimizer is None:
             raise RuntimeError("this engine was loaded without a trainable adapter and an optimizer")
         return self.optimizer.update(learning_rate, max_grad_norm)
+
+    def state(self) -> dict[str, Array]:
+        state = {f"weights/{name}": p.detach() for name, p in self.trainable.items()}
+        if self.optimizer is not None:
+            state |= {f"optimizer/{name}": value for name, value in self.optimizer.state().items()}
+        state["random/cpu"] = torch.get_rng_state()
+        if self.device.type in ("cuda", "mps"):
+            state["random/device"] = getattr(torch, self.device.type).get_rng_state(*self._cuda_index())
+        return {name: value.cpu().numpy().copy() for name, value in state.items()}
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        weights = under("weights", state)
+        require_same_shapes(weights, {name: tuple(p.shape) for name, p in self.trainable.items()})
+        for name, p in self.trainable.items():
+            p.copy_(torch.tensor(weights[name]))
+        if self.optimizer is not None:
+            self.optimizer.load_state({name: torch.tensor(a) for name, a in under("optimizer", state).items()})
+        torch.set_rng_state(torch.tensor(state["random/cpu"]))
+        if "random/device" in state and self.device.type in ("cuda", "mps"):
+            generator = torch.tensor(state["random/device"])
+            getattr(torch, self.device.type).set_rng_state(generator, *self._cuda_index())
+
+    def _cuda_index(self) -> tuple[torch.device, ...]:
+        """Which of several GPUs; MPS has one and takes no argument."""
+        return (self.device,) if self.device.type == "cuda" else ()
 
     def _loss(self, batch: Batch, ref_log_odds: Array) -> tuple[Tensor, TokenStats]:
         """Σ coefficients · ℓ of the batch, and its token statistics."""

@@ -1,10 +1,10 @@
 """AdamW and gradient clipping. PyTorch's own are the standard that bnf_mlx follows."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnf_core.config import OptimizerConfig
 
@@ -12,8 +12,9 @@ from bnf_core.config import OptimizerConfig
 class Optimizer:
     """One step: clip, then AdamW."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], config: OptimizerConfig):
-        self.parameters = list(parameters)
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig):
+        self.names = list(parameters)
+        self.parameters = list(parameters.values())
         self.adamw = torch.optim.AdamW(
             self.parameters,
             lr=config.learning_rate,
@@ -31,3 +32,15 @@ class Optimizer:
             self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return norm
+
+    def state(self) -> dict[str, Tensor]:
+        """Step counts and moments as `name of the parameter/step`, /exp_avg and /exp_avg_sq; none before a step."""
+        by_index = self.adamw.state_dict()["state"]
+        return {f"{self.names[i]}/{kind}": value for i, state in by_index.items() for kind, value in state.items()}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        by_index: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            parameter, _, kind = name.rpartition("/")
+            by_index.setdefault(self.names.index(parameter), {})[kind] = value
+        self.adamw.load_state_dict({"state": by_index, "param_groups": self.adamw.state_dict()["param_groups"]})

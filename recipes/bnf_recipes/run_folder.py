@@ -1,40 +1,115 @@
-"""The folder of one run: config.yaml, metrics.jsonl, adapter, run.png."""
+"""The folder of one run: config.yaml, metrics.jsonl, checkpoints, adapter, run.png."""
 
 import json
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
 
+from bnf_core.checkpointing import Checkpoints, Facts
 from bnf_core.config import TrainConfig
-from bnf_core.errors import UserError
+from bnf_core.errors import TrainingStopped, UserError
+from bnf_core.files import replace_file
+from bnf_core.metrics import Metrics
+from bnf_core.protocol import Array, Engine
 
 
 class RunFolder:
-    """Raises UserError where the folder holds a run already and `overwrite` is not set."""
+    """Nothing is touched before `start` or `go_on`; once a run is on its way, whatever cannot be written raises
+    TrainingStopped, which names the checkpoint to go on from."""
 
     def __init__(self, config: TrainConfig):
         self.path = Path(config.output)
         self.adapter = self.path / "adapter"
+        self.checkpoints = Checkpoints(self.path / "checkpoints", config.keep_checkpoints)
         self._metrics = self.path / "metrics.jsonl"
+        self._config = config
+
+    @property
+    def how_to_go_on(self) -> str:
+        return f"bnf train --config {self.path / 'config.yaml'} --resume"
+
+    def start(self) -> None:
+        """Make the folder, without what an earlier run left.
+
+        Raises:
+            UserError: it holds a run already, and the config says neither to overwrite nor to resume it.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output {self.path} is a file: expected a folder")
-        if self._metrics.exists():
-            if not config.overwrite:
-                raise UserError(f"{self.path} already holds a run: choose another --output, or pass --overwrite")
-            self._metrics.unlink()
-            shutil.rmtree(self.adapter, ignore_errors=True)
+        held = self._metrics.exists() or bool(self.checkpoints.steps())
+        if held:
+            if self._config.resume and self.adapter.exists():
+                raise UserError(
+                    f"{self.path} holds a run, but no checkpoint to resume: pass --overwrite to start it anew"
+                )
+            if not self._config.resume and not self._config.overwrite:
+                raise UserError(
+                    f"{self.path} already holds a run: choose another --output, or pass --overwrite, or --resume "
+                    "to go on with it"
+                )
         try:
+            if held:  # the metrics go last: as long as they are there, the folder counts as holding a run
+                shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
+                shutil.rmtree(self.adapter, ignore_errors=True)
+                self._metrics.unlink(missing_ok=True)
             self.path.mkdir(parents=True, exist_ok=True)
+            self._write_config()
         except OSError as error:
             raise UserError(f"output {self.path}: {error.strerror}") from error
-        (self.path / "config.yaml").write_text(yaml.safe_dump(config.as_dict(), sort_keys=False))
+
+    def go_on(self, step: int, engine: Engine) -> dict[int, Metrics]:
+        """Cut the metrics back to that step, and write the adapter as it then was.
+
+        Returns:
+            The evaluations up to then, by step.
+        """
+        lines = []
+        if self._metrics.exists():
+            for text in self._metrics.read_text(encoding="utf-8").splitlines():
+                try:
+                    line = json.loads(text)
+                except ValueError:  # the last one, cut short
+                    break
+                if line["step"] > step:
+                    break
+                lines.append((text, line))
+        with self._writing():
+            self._write_config()
+            replace_file(self._metrics, "".join(f"{text}\n" for text, _ in lines))
+            engine.save_adapter(self.adapter)
+        evaluations = [line for _, line in lines if line["kind"] == "eval"]
+        return {e["step"]: {k: v for k, v in e.items() if k not in ("kind", "step")} for e in evaluations}
 
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl, on disk before the next step begins."""
-        with self._metrics.open("a") as file:
+        with self._writing(), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+    def save(self, step: int, engine: Engine, more: Mapping[str, Array], facts: Facts) -> None:
+        """A checkpoint of the engine and `more` arrays, then the adapter."""
+        arrays = engine.state() | dict(more)
+        with self._writing():
+            self.checkpoints.save(step, arrays, facts)
+            engine.save_adapter(self.adapter)
+
+    def _write_config(self) -> None:
+        """Without what is said anew each time."""
+        settings = self._config.as_dict() | {"overwrite": False, "resume": False, "resume_anyway": False}
+        replace_file(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError, RuntimeError) as error:  # each library that writes has its own
+            steps = self.checkpoints.steps()
+            hint = f"when there is room, go on from step {steps[-1]}: {self.how_to_go_on}" if steps else "start anew"
+            raise TrainingStopped(f"{self.path} could not be written: {error}; {hint}") from error

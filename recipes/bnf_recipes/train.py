@@ -8,14 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn, Self
 
 from rich.console import Console
+from rich.markup import escape
 
 from bnf_core import registry
 from bnf_core.batching import micro_batches, steps, steps_per_epoch
 from bnf_core.checkpoint import resolve_model
+from bnf_core.checkpointing import Facts, changes, run_facts, under
 from bnf_core.config import TrainConfig
-from bnf_core.errors import TrainingStopped
+from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.metrics import Meter, Metrics
 from bnf_core.protocol import Engine
 from bnf_core.reference import ReferenceCache
@@ -41,11 +44,12 @@ class RunResult:
 
 
 def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = None) -> RunResult:
-    """Train an adapter and leave it in the run folder with its config, metrics and picture.
+    """Train an adapter and leave it in the run folder with its checkpoints, config, metrics and picture.
 
     Raises:
         UserError: bad input; nothing has been written by then but an empty run folder.
-        TrainingStopped: the loss or gradient is not finite (the last good adapter is saved), or an interrupt.
+        TrainingStopped: the loss or gradient is not finite (the last good adapter is saved), an interrupt (after
+            a checkpoint), or nothing more can be written.
     """
     backend = registry.get(config.hardware.backend)
     checkpoint = resolve_model(config.model)
@@ -60,24 +64,48 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
         seed=config.seed,
     )
     run = RunFolder(config)
+    facts = run_facts(config, checkpoint, data, held_out)
     pad = pad_id(tokenizer)
     reference = ReferenceCache(engine.reference_log_odds)
     held_out_reference = ReferenceCache(engine.reference_log_odds)
     num_steps = steps_per_epoch(len(data), config.batch_size) * config.epochs
     num_steps = min(num_steps, config.max_steps or num_steps)
+    start, evaluations = _start(config, run, facts, engine, reference, console)
+    saved_at = start if start else None
     console.print(f"{num_steps} steps of {config.batch_size} rows on {backend.name}; run folder {run.path}")
 
-    def evaluate(step: int) -> Metrics | None:
-        if held_out is None:
-            return None
-        metrics = score(engine, held_out_reference, held_out, config.micro_batch_size, pad, console)
-        metrics |= evaluator(engine) if evaluator else {}
-        run.log(kind="eval", step=step, **metrics)
-        return metrics
+    def save(step: int) -> None:
+        nonlocal saved_at
+        if step != saved_at:
+            known = {f"reference/{name}": array for name, array in reference.state().items()}
+            run.save(step, engine, known, facts)
+            saved_at = step
 
-    before = after = evaluate(0)
-    with bar("train", num_steps, console) as progress, _interrupts() as interrupted:
-        for step, row_ids in steps(len(data), config.batch_size, num_steps, config.seed):
+    def evaluation_due(step: int) -> bool:
+        every = config.eval_every or num_steps
+        return held_out is not None and step not in evaluations and (step >= num_steps or step % every == 0)
+
+    def evaluate(step: int) -> None:
+        if held_out is None or not evaluation_due(step):
+            return
+        try:
+            with interrupts.at_once():
+                metrics = score(engine, held_out_reference, held_out, config.micro_batch_size, pad, console)
+                metrics |= evaluator(engine) if evaluator else {}
+        except KeyboardInterrupt:
+            stop(step)
+        evaluations[step] = metrics
+        run.log(kind="eval", step=step, **metrics)
+
+    def stop(step: int) -> NoReturn:
+        save(step)
+        raise TrainingStopped(
+            f"interrupted after step {step}; the adapter is in {run.adapter}. To go on: {run.how_to_go_on}"
+        )
+
+    with bar("train", num_steps - start, console) as progress, Interrupts() as interrupts:
+        evaluate(start)
+        for step, row_ids in steps(len(data), config.batch_size, num_steps, config.seed, start):
             started, meter = time.perf_counter(), Meter()
             for batch in micro_batches(data, row_ids, config.micro_batch_size, pad):
                 ref_log_odds = reference(batch)
@@ -110,32 +138,82 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
                 **{"tok/s": f"{speed:,.0f}"},
             )
             last = step + 1 == num_steps
-            if not last and interrupted():
-                engine.save_adapter(run.adapter)
-                raise TrainingStopped(f"interrupted after step {step + 1}; the adapter is in {run.adapter}")
             if last or (config.save_every and (step + 1) % config.save_every == 0):
-                engine.save_adapter(run.adapter)
-            if last or (config.eval_every and (step + 1) % config.eval_every == 0):
-                after = evaluate(step + 1)
-    return RunResult(run.path, run.adapter, run_picture(run.path), before, after)
+                save(step + 1)
+            if interrupts.received and (not last or evaluation_due(step + 1)):
+                stop(step + 1)
+            evaluate(step + 1)
+    after = evaluations[max(evaluations)] if evaluations else None
+    return RunResult(run.path, run.adapter, run_picture(run.path), evaluations.get(0), after)
+
+
+def _start(
+    config: TrainConfig, run: RunFolder, facts: Facts, engine: Engine, reference: ReferenceCache, console: Console
+) -> tuple[int, dict[int, Metrics]]:
+    """Prepare the run folder, and with `resume` bring everything back to the newest whole checkpoint.
+
+    Returns:
+        How many steps are done, and the evaluations so far, by step.
+    Raises:
+        UserError: there is nothing to resume, or it is of another run.
+    """
+    found, refused = run.checkpoints.newest() if config.resume else (None, [])
+    for message in refused:
+        console.print(f"[yellow]{escape(message)}[/yellow]", highlight=False, soft_wrap=True)
+    if found is None:
+        if refused:
+            raise UserError(f"no checkpoint of {run.path} can be used: pass --overwrite to start it anew")
+        run.start()
+        if config.resume:
+            console.print(f"no checkpoint in {run.path}: starting from the beginning", highlight=False)
+        return 0, {}
+    changed = changes(found.facts, facts)
+    if changed and not config.resume_anyway:
+        raise UserError(
+            f"{found.folder} is of another run than this:\n  "
+            + "\n  ".join(changed)
+            + "\nChange it back, or pass --resume-anyway to go on all the same"
+        )
+    engine.load_state(found.arrays)
+    if not changed:
+        reference.load_state(under("reference", found.arrays))
+    console.print(f"going on after step {found.step}, from {found.folder}", highlight=False)
+    for line in changed:
+        console.print(f"[yellow]  changed: {escape(line)}[/yellow]", highlight=False, soft_wrap=True)
+    return found.step, run.go_on(found.step, engine)
 
 
 def _signed(value: float | None) -> str:
     return "–" if value is None else f"{value:+.2f}"
 
 
-@contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """Turns SIGINT and SIGTERM into a question asked after each step; a second one ends at once."""
-    received: list[int] = []
+class Interrupts:
+    """SIGINT and SIGTERM, noted until a step is complete, or raised `at_once` where that does no harm. A second
+    one ends the run wherever it is."""
 
-    def note(number: int, _: FrameType | None) -> None:
-        received.append(number)
-        signal.signal(number, signal.default_int_handler)
+    def __init__(self) -> None:
+        self.received = False
+        self._at_once = False
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in previous.items():
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        end_now = self.received or self._at_once
+        self.received = True
+        if end_now:
+            signal.default_int_handler(number, frame)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within it an interrupt raises KeyboardInterrupt."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False

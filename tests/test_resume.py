@@ -1,0 +1,602 @@
+"""A run that was stopped and resumed ends as one that was not, to the last bit, however it was stopped."""
+
+import errno
+import io
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+from rich.console import Console
+from safetensors.numpy import load_file, save_file
+from test_train import QUIET, config
+
+import bnf_recipes.train as module
+from bnf_core import batching, checkpointing
+from bnf_core.checkpointing import Checkpoints
+from bnf_core.config import LoraConfig, OptimizerConfig, TrainConfig
+from bnf_core.errors import TrainingStopped, UserError
+from bnf_recipes.train import train
+
+TIMES = ("seconds", "tokens_per_second")
+STEPS = 6  # two epochs of 12 rows in batches of 5, 5 and 2
+
+
+def settings(model: Path, data: Path, output: Path, backend: str, **overrides: Any) -> TrainConfig:
+    """With dropout, and micro-batches small enough that rows meet other rows in the second epoch."""
+    common = {"lora": LoraConfig(rank=4, alpha=8, dropout=0.2), "micro_batch_size": 2, "eval_every": 2}
+    return config(model, data, output, backend, **(common | overrides))
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model: Path, feedback: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The uninterrupted run of a backend."""
+    folders: dict[str, Path] = {}
+
+    def run(backend: str) -> Path:
+        if backend not in folders:
+            output = tmp_path_factory.mktemp("whole") / backend
+            folders[backend] = train(settings(tiny_model, feedback, output, backend), QUIET).folder
+        return folders[backend]
+
+    return run
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+
+
+def assert_same(run: Path, expected: Path) -> None:
+    """Metrics, adapter and everything in the last checkpoint."""
+    assert metrics(run) == metrics(expected)
+    for file in (expected / "adapter").glob("*"):
+        if file.suffix == ".safetensors":
+            got, want = load_file(run / "adapter" / file.name), load_file(file)
+            assert got.keys() == want.keys()
+            for name in want:
+                np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+        else:
+            assert (run / "adapter" / file.name).read_bytes() == file.read_bytes()
+    ends = [Checkpoints(folder / "checkpoints", 2).newest()[0] for folder in (run, expected)]
+    assert ends[0] is not None and ends[1] is not None and ends[0].step == ends[1].step
+    assert ends[0].arrays.keys() == ends[1].arrays.keys()
+    for name, value in ends[1].arrays.items():
+        np.testing.assert_array_equal(ends[0].arrays[name], value, err_msg=name)
+
+
+def resumed(run: TrainConfig, **changes: Any) -> str:
+    """Resume, and return what was printed."""
+    console = Console(file=io.StringIO(), width=400)
+    train(replace(run, overwrite=False, resume=True, **changes), console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes the run receive SIGTERM in the middle of that step."""
+
+    def arm(stop: int) -> None:
+        def rate(step: int, *rest: Any) -> float:
+            if step + 1 == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(step, *rest)
+
+        monkeypatch.setattr(module, "learning_rate", rate)
+
+    original = module.learning_rate
+    return arm
+
+
+@pytest.fixture
+def stopped(
+    tiny_model: Path, feedback: Path, tmp_path: Path, stop_after: Callable[[int], None]
+) -> Callable[..., TrainConfig]:
+    """A run that was stopped after four steps and keeps the checkpoints of the last two."""
+
+    def run(backend: str = "torch", **overrides: Any) -> TrainConfig:
+        made = settings(tiny_model, feedback, tmp_path / "run", backend, **({"save_every": 1} | overrides))
+        stop_after(4)
+        with pytest.raises(TrainingStopped, match="interrupted after step 4"):
+            train(made, QUIET)
+        stop_after(0)
+        return made
+
+    return run
+
+
+# The same bits
+
+
+def test_a_run_stopped_after_every_step_ends_as_one_that_was_not(
+    tiny_model: Path,
+    feedback: Path,
+    tmp_path: Path,
+    backend_name: str,
+    whole: Callable[[str], Path],
+    stop_after: Callable[[int], None],
+) -> None:
+    run, expected = settings(tiny_model, feedback, tmp_path / "run", backend_name), whole(backend_name)
+    for step in range(1, STEPS):
+        stop_after(step)
+        with pytest.raises(TrainingStopped, match=f"interrupted after step {step};.* --resume"):
+            train(replace(run, resume=step > 1), QUIET)
+        logged = metrics(tmp_path / "run")
+        assert logged == metrics(expected)[: len(logged)] and logged[-1]["step"] == step
+    stop_after(0)
+    assert f"going on after step {STEPS - 1}" in resumed(run)
+    assert_same(tmp_path / "run", expected)
+
+
+def test_dropout_and_the_second_epoch_are_put_to_the_test(
+    tiny_model: Path, feedback: Path, tmp_path: Path, backend_name: str, whole: Callable[[str], Path]
+) -> None:
+    """What the bit-for-bit tests rely on: dropout changes the run, and every row's reference is kept."""
+    plain = train(
+        settings(tiny_model, feedback, tmp_path / "plain", backend_name, lora=LoraConfig(rank=4, alpha=8)), QUIET
+    )
+    losses = [
+        [line["loss"] for line in metrics(f) if line["kind"] == "train"] for f in (plain.folder, whole(backend_name))
+    ]
+    assert losses[0] != losses[1]
+    end = Checkpoints(whole(backend_name) / "checkpoints", 2).newest()[0]
+    assert end is not None and sorted(end.arrays["reference/rows"]) == list(range(12))
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    whole: Callable[[str], Path], tiny_model: Path, feedback: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole("torch"), tmp_path / "run")
+    resumed(settings(tiny_model, feedback, tmp_path / "run", "torch"))
+    assert_same(tmp_path / "run", whole("torch"))
+
+
+def test_an_interrupt_during_an_evaluation_stops_it_and_no_evaluation_is_done_twice(
+    tiny_model: Path, feedback: Path, tmp_path: Path, whole: Callable[[str], Path]
+) -> None:
+    run = settings(tiny_model, feedback, tmp_path / "run", "torch")
+    calls = []
+
+    def evaluator(_: object) -> dict[str, float | None]:
+        calls.append(1)
+        if len(calls) == 2:  # after step 2
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(30)
+        return {}
+
+    began = time.monotonic()
+    with pytest.raises(TrainingStopped, match="interrupted after step 2"):
+        train(run, QUIET, evaluator)
+    assert time.monotonic() - began < 25
+    result = train(replace(run, resume=True), QUIET, evaluator)
+    assert len(calls) == 2 + 3  # steps 0 and 2, cut short; then 2, 4 and 6
+    assert_same(tmp_path / "run", whole("torch"))
+    assert result.before is not None and result.before["log_odds_shift/good"] == 0.0
+    assert result.after is not None and result.after["log_odds_shift/good"] != 0.0
+
+
+def test_only_the_last_checkpoints_are_kept(stopped: Callable[..., TrainConfig]) -> None:
+    run = stopped(keep_checkpoints=3)
+    assert sorted(path.name for path in (Path(run.output) / "checkpoints").iterdir()) == [
+        "step-000002", "step-000003", "step-000004",
+    ]  # fmt: skip
+
+
+# Killed
+
+
+def _train(run: TrainConfig) -> None:
+    train(run, QUIET)
+
+
+def _train_until(run: TrainConfig, operation: int, count: Any) -> None:
+    """Die at that operation on files: before it, or in the middle of it where it writes."""
+
+    def dying(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            count.value += 1
+            if count.value == operation:
+                if original is write_bytes:
+                    write_bytes(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments, **options)
+
+        return call
+
+    write_bytes = Path.write_bytes
+    for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
+        setattr(os, name, dying(getattr(os, name)))
+    Path.write_bytes = dying(write_bytes)  # type: ignore[method-assign]
+    train(run, QUIET)
+
+
+@pytest.fixture(scope="module")
+def processes() -> multiprocessing.context.ForkServerContext:
+    """Real processes that need not import the frameworks each."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bnf_recipes.train", "peft", "torch", "mlx_lm", "pytest", "datasets"])
+    return context
+
+
+def ended(process: BaseProcess) -> int:
+    process.join(120)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(
+    tiny_model: Path,
+    feedback: Path,
+    tmp_path: Path,
+    backend_name: str,
+    kills: int,
+    processes: multiprocessing.context.ForkServerContext,
+) -> None:
+    run = settings(tiny_model, feedback, tmp_path / "run", backend_name, epochs=8, eval_every=10, save_every=1)
+    whole = replace(run, output=str(tmp_path / "whole"))
+    process = processes.Process(target=_train, args=(whole,))
+    process.start()
+    assert ended(process) == 0
+    lines = len(metrics(Path(whole.output)))
+    rng, killed = random.Random(0), 0
+    moments = sorted(rng.randrange(1, lines) for _ in range(kills))
+    for attempt, moment in enumerate(moments):
+        process = processes.Process(target=_train, args=(replace(run, resume=attempt > 0),))
+        process.start()
+        log = tmp_path / "run" / "metrics.jsonl"
+        while process.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") >= moment):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.03))
+        process.kill()
+        killed += ended(process) == -signal.SIGKILL
+    assert killed >= kills * 0.75
+    process = processes.Process(target=_train, args=(replace(run, resume=True),))
+    process.start()
+    assert ended(process) == 0
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_at_any_operation_on_files(
+    tiny_model: Path, feedback: Path, tmp_path: Path, every: int, processes: multiprocessing.context.ForkServerContext
+) -> None:
+    run = settings(tiny_model, feedback, tmp_path / "whole", "torch", max_steps=3, valid=None, save_every=1)
+
+    def attempt(output: str, operation: int, **changes: Any) -> tuple[int, int]:
+        count = processes.Value("i", 0)
+        process = processes.Process(
+            target=_train_until, args=(replace(run, output=output, **changes), operation, count)
+        )
+        process.start()
+        return ended(process), count.value
+
+    code, operations = attempt(run.output, 0)
+    assert code == 0 and operations > 60
+    for operation in range(1, operations + 1, every):
+        output = tmp_path / str(operation)
+        assert attempt(str(output), operation)[0] == -signal.SIGKILL
+        assert attempt(str(output), 0, resume=True)[0] == 0, operation
+        assert_same(output, tmp_path / "whole")
+
+
+def _command(*words: object) -> list[str]:
+    return [sys.executable, "-m", "bnf_recipes.cli", *map(str, words)]
+
+
+def _stop(command: list[str], log: Path, lines: int, number: signal.Signals) -> tuple[int, str]:
+    """Send the signal once the log has so many lines more."""
+    lines += log.read_bytes().count(b"\n") if log.exists() else 0
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_bytes().count(b"\n") >= lines):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(number)
+    return process.wait(60), process.communicate()[1]
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("mlx", marks=pytest.mark.slow)])
+def test_the_command_line_killed_then_terminated(
+    tiny_model: Path, feedback: Path, tmp_path: Path, backend: str
+) -> None:
+    pytest.importorskip({"torch": "peft", "mlx": "mlx_lm"}[backend])
+    words = ["train", "--model", tiny_model, "--data", feedback, "--backend", backend, "--device", "cpu"]
+    words += ["--batch-size", 5, "--epochs", 40, "--save-every", 3, "--dropout", "0.1"]
+    here, there = tmp_path / "run", tmp_path / "whole"
+    log = here / "metrics.jsonl"
+    assert _stop(_command(*words, "--output", here), log, 10, signal.SIGKILL)[0] == -signal.SIGKILL
+    code, error = _stop(_command(*words, "--output", here, "--resume"), log, 10, signal.SIGTERM)
+    assert code == 1 and "interrupted after step" in error and "Traceback" not in error
+    to_go_on = shlex.split(error.rpartition("To go on: bnf ")[2])
+    subprocess.run(_command(*to_go_on), check=True, capture_output=True)
+    subprocess.run(_command(*words, "--output", there), check=True, capture_output=True)
+    assert_same(here, there)
+
+
+# Damaged
+
+
+def _cut(folder: Path) -> None:
+    os.truncate(folder / "state.safetensors", (folder / "state.safetensors").stat().st_size - 1)
+
+
+def _flip(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+
+    return damage
+
+
+DAMAGE = {
+    "cut": _cut,
+    "empty": lambda folder: os.truncate(folder / "state.safetensors", 0),
+    "bit of a weight": _flip("state.safetensors"),
+    "bit of a setting": _flip("state.json"),
+    "bit of a sum": _flip("SHA256SUMS"),
+    "no state": lambda folder: (folder / "state.safetensors").unlink(),
+    "no sums": lambda folder: (folder / "SHA256SUMS").unlink(),
+}
+
+
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(
+    stopped: Callable[..., TrainConfig], whole: Callable[[str], Path], tmp_path: Path
+) -> None:
+    run = stopped()
+    for name, damage in DAMAGE.items():
+        copy = replace(run, output=str(tmp_path / name), save_every=None, keep_checkpoints=1)
+        shutil.copytree(run.output, copy.output)
+        damage(tmp_path / name / "checkpoints" / "step-000004")
+        printed = resumed(copy)
+        assert "step-000004 is refused" in printed and "going on after step 3" in printed, name
+        assert_same(Path(copy.output), whole("torch"))
+
+
+def test_a_damaged_checkpoint_does_not_crowd_out_new_ones(
+    stopped: Callable[..., TrainConfig], stop_after: Callable[[int], None]
+) -> None:
+    run = stopped(save_every=2)  # steps 2 and 4
+    _cut(Path(run.output) / "checkpoints" / "step-000004")
+    stop_after(3)
+    with pytest.raises(TrainingStopped, match="after step 3"):
+        resumed(run, keep_checkpoints=1)
+    assert Checkpoints(Path(run.output) / "checkpoints", 1).steps() == [3]
+
+
+def test_without_a_usable_checkpoint_nothing_is_thrown_away(stopped: Callable[..., TrainConfig]) -> None:
+    run = stopped()
+    before = metrics(Path(run.output))
+    for folder in (Path(run.output) / "checkpoints").iterdir():
+        _cut(folder)
+    with pytest.raises(UserError, match="no checkpoint of .* can be used: pass --overwrite"):
+        resumed(run)
+    shutil.rmtree(Path(run.output) / "checkpoints")
+    with pytest.raises(UserError, match="holds a run, but no checkpoint"):
+        resumed(run)
+    assert metrics(Path(run.output)) == before and (Path(run.output) / "adapter").exists()
+
+
+def test_without_a_checkpoint_a_run_starts_from_the_beginning_and_says_so(
+    tiny_model: Path, feedback: Path, tmp_path: Path, whole: Callable[[str], Path]
+) -> None:
+    run = settings(tiny_model, feedback, tmp_path / "run", "torch")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "eval", "step": 0}\n{"kind": "tra')  # killed early
+    assert "no checkpoint in" in resumed(run)
+    assert_same(tmp_path / "run", whole("torch"))
+
+
+# Changed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=2, epsilon=1e-5)},
+         "optimizer.learning_rate: 0.005 → 0.001"),
+        ({"batch_size": 4}, "batch_size: 5 → 4"),
+        ({"epochs": 3}, "epochs: 2 → 3"),
+        ({"seed": 1}, "seed: 0 → 1"),
+    ],
+)  # fmt: skip
+def test_changed_settings_are_listed_and_refused_unless_told(
+    stopped: Callable[..., TrainConfig], change: dict[str, Any], message: str
+) -> None:
+    run = stopped()
+    kept = metrics(Path(run.output))
+    with pytest.raises(UserError, match="another run") as refusal:
+        resumed(run, **change)
+    assert [line.strip() for line in str(refusal.value).splitlines()[1:-1]] == [message]
+    assert metrics(Path(run.output)) == kept
+    printed = resumed(run, resume_anyway=True, **change)
+    assert "going on after step 4" in printed and f"changed: {message}" in printed
+    assert metrics(Path(run.output))[: len(kept)] == kept
+
+
+def test_changed_data_is_refused_and_a_moved_file_is_not(
+    stopped: Callable[..., TrainConfig], feedback: Path, tmp_path: Path, whole: Callable[[str], Path]
+) -> None:
+    run = stopped()
+    moved, other = tmp_path / "moved.jsonl", tmp_path / "other.jsonl"
+    shutil.copy(feedback, moved)
+    rows = feedback.read_text().splitlines()
+    other.write_text("\n".join([rows[0].replace("true", "false"), *rows[1:]]) + "\n")
+    data = replace(run.data, path=str(other))
+    with pytest.raises(
+        UserError, match=r"data\.path: .*feedback\.jsonl → .*other\.jsonl\n +training rows: 12 rows"
+    ) as e:
+        resumed(run, data=data)
+    assert "held-out" not in str(e.value)
+    with pytest.raises(UserError, match="held-out rows: 12 rows"):
+        resumed(run, valid=str(other))
+    resumed(run, data=replace(run.data, path=str(moved)), valid=str(moved))
+    assert_same(Path(run.output), whole("torch"))
+
+
+def test_a_changed_model_is_refused_and_a_moved_one_is_not(
+    stopped: Callable[..., TrainConfig], tiny_model: Path, tmp_path: Path, whole: Callable[[str], Path]
+) -> None:
+    run = stopped()
+    shutil.copytree(tiny_model, tmp_path / "model")
+    weights = load_file(tiny_model / "model.safetensors")
+    name = sorted(weights)[-1]
+    changed = weights | {name: np.nextafter(weights[name], np.float32(9))}
+    save_file(changed, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="weights of the model: SHA-256"):
+        resumed(run, model=str(tmp_path / "model"))
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    resumed(run, model=str(tmp_path / "model"))
+    assert_same(Path(run.output), whole("torch"))
+
+
+def test_another_shape_or_backend_never_fits(stopped: Callable[..., TrainConfig]) -> None:
+    run = stopped()
+    for change in ({"lora": LoraConfig(rank=2)}, {"lora": LoraConfig(targets=["q_proj"])}):
+        with pytest.raises(UserError, match="the checkpoint does not fit the model: base_model"):
+            resumed(run, resume_anyway=True, **change)
+
+
+def test_resume_excludes_overwrite(tiny_model: Path, feedback: Path, tmp_path: Path) -> None:
+    run = settings(tiny_model, feedback, tmp_path / "run", "torch")
+    with pytest.raises(ValueError, match="overwrite is True: expected false with resume"):
+        replace(run, resume=True, overwrite=True)
+    with pytest.raises(ValueError, match="resume_anyway is True: expected resume as well"):
+        replace(run, resume_anyway=True)
+
+
+# A full disk
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(
+    tiny_model: Path, feedback: Path, tmp_path: Path, whole: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = settings(tiny_model, feedback, tmp_path / "run", "torch", save_every=2, keep_checkpoints=1)
+    write = Path.write_bytes
+
+    def full(path: Path, content: bytes) -> int:
+        if "step-000004" in str(path):
+            write(path, content[:100])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        with pytest.raises(TrainingStopped, match=r"No space left.*from step 2: bnf train --config .* --resume"):
+            train(run, QUIET)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+    assert "going on after step 2" in resumed(run)
+    assert_same(tmp_path / "run", whole("torch"))
+
+
+def test_a_file_that_the_system_cuts_short_is_noticed_by_every_writer(
+    tiny_model: Path, feedback: Path, tmp_path: Path, backend_name: str, whole: Callable[[str], Path]
+) -> None:
+    """The real thing, without a full disk: no file may grow beyond a limit that the weights exceed."""
+    run = settings(tiny_model, feedback, tmp_path / "run", backend_name, save_every=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    calls = []
+
+    def evaluator(_: object) -> dict[str, float | None]:
+        calls.append(1)
+        if len(calls) == 2:  # after step 2
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8000, limits[1]))
+        return {}
+
+    try:
+        with pytest.raises(TrainingStopped, match=r"File too large.*from step 2"):
+            train(run, QUIET, evaluator)
+        engine = module.registry.get(backend_name).load(tiny_model, device="cpu", lora=LoraConfig(rank=4, alpha=8))
+        with pytest.raises((OSError, RuntimeError, Exception), match="(?i)too large|unable to write"):
+            engine.save_adapter(tmp_path / "run" / "adapter")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    resumed(run)
+    assert_same(tmp_path / "run", whole(backend_name))
+
+
+# The core
+
+
+def test_every_setting_is_compared_or_named_as_free(tiny_model: Path, tmp_path: Path) -> None:
+    rows = [batching.Example((1, 2), (3,), True), batching.Example((1,), (2, 3), True)]
+    run = config(tiny_model, tmp_path, tmp_path, "torch")
+    facts = checkpointing.run_facts(run, tiny_model, rows, None)
+    assert checkpointing.FREE <= set(run.as_dict()) and not checkpointing.FREE & facts.keys()
+    assert {"lora.dropout", "optimizer.max_grad_norm", "hardware.dtype", "seed", "max_steps"} <= facts.keys()
+    assert facts == json.loads(json.dumps(facts))
+    for other in (
+        rows[::-1],
+        rows[:1],
+        [replace(rows[0], label=False), rows[1]],
+        [replace(rows[0], completion_ids=(4,)), rows[1]],
+        [batching.Example((1, 2, 3), (), True), rows[1]],
+    ):
+        assert checkpointing.changes(facts, checkpointing.run_facts(run, tiny_model, other, None))
+
+
+def test_the_sums_are_in_the_format_of_sha256sum(tmp_path: Path) -> None:
+    if shutil.which("sha256sum") is None:
+        pytest.skip("no sha256sum here")
+    Checkpoints(tmp_path, 1).save(7, {"a": np.arange(3)}, {})
+    folder = tmp_path / "step-000007"
+    subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=folder, check=True, capture_output=True)
+
+
+def test_the_new_folder_is_on_disk_before_it_takes_the_old_ones_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def note_fsync(descriptor: int) -> None:
+        events.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+        fsync(descriptor)
+
+    def note_rename(source: Path, target: Path) -> None:
+        events.append(f"rename {Path(target).name}")
+        rename(source, target)
+
+    if not Path("/proc/self/fd").exists():
+        pytest.skip("needs /proc")
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "rename", note_rename)
+    Checkpoints(tmp_path / "checkpoints", 1).save(1, {"a": np.arange(3)}, {})
+    at = events.index("rename step-000001")
+    assert set(events[:at]) == {
+        "sync state.safetensors", "sync state.json", "sync SHA256SUMS", "sync .step-000001.partial",
+    }  # fmt: skip
+    assert events[at + 1 :] == ["sync checkpoints"]
+
+
+def test_a_folder_lost_between_two_renames_is_put_back(tmp_path: Path) -> None:
+    from bnf_core.files import replacing
+
+    (tmp_path / ".adapter.replaced").mkdir()
+    (tmp_path / ".adapter.replaced" / "weights").write_text("old")
+    with pytest.raises(OSError), replacing(tmp_path / "adapter"):
+        raise OSError(errno.ENOSPC, "full")
+    assert (tmp_path / "adapter" / "weights").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_replacing_a_model_made_by_tiny_is_deterministic(tmp_path: Path) -> None:
+    a, b = (tiny.make_model(tmp_path / name) for name in "ab")
+    assert checkpointing._model_digest(a) == checkpointing._model_digest(b)
+    assert checkpointing._model_digest(tiny.make_model(tmp_path / "c", seed=1)) != checkpointing._model_digest(a)
