@@ -41,7 +41,7 @@ def load_feedback(path_or_name: str, split: str = "train", skip_bad_rows: bool =
         UserError: nothing there, not readable, no such split, no row or no good row.
     """
     loaded = LoadedFeedback([], [])
-    for source, row in _rows(path_or_name, split):
+    for source, row in read_rows(path_or_name, split):
         try:
             if isinstance(row, RowError):
                 raise row
@@ -119,7 +119,12 @@ def _prompt_key(prompt: Text) -> Hashable:
 # Finding the rows
 
 
-def _rows(path_or_name: str, split: str) -> Rows:
+def read_rows(path_or_name: str, split: str) -> Rows:
+    """(file:line, row as read or what is wrong with it) of one split, unchecked.
+
+    Raises:
+        UserError: as `load_feedback`, but for bad rows.
+    """
     path = Path(path_or_name).expanduser()
     names = _split_names(split)
     if path.is_dir():
@@ -183,7 +188,7 @@ def _read_jsonl(path: Path) -> Rows:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8")
                 if text.strip():
-                    yield source, json.loads(text)
+                    yield source, json.loads(text.rstrip())
             except UnicodeDecodeError as error:
                 yield source, _not_utf8(source, error.start + 1)
             except (ValueError, RecursionError) as error:

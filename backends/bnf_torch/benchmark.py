@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -33,7 +34,7 @@ def main() -> None:
 
 def measure(n: int, d: int, vocab: int, repeats: int, device: str, dtype: torch.dtype) -> None:
     generator = torch.Generator(device).manual_seed(0)
-    options = {"device": device, "dtype": dtype, "generator": generator}
+    options: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
     hidden = torch.randn(n, d, **options).requires_grad_()
     head = torch.randn(vocab, d, **options) / d**0.5
     targets = torch.randint(vocab, (n,), device=device, generator=generator)

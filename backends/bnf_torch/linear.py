@@ -84,31 +84,28 @@ class _LinearLoss(torch.autograd.Function):
         for at in range(0, n, chunk_tokens):
             part = slice(at, at + chunk_tokens)
             h, y = hidden[part], targets[part]  # (C, D), (C,)
-            z, e = buffers[:, : len(h)]  # (C, V)
+            z, log_q = buffers[:, : len(h)]  # (C, V)
             index = y.unsqueeze(1)
 
-            # Statistics of all tokens but the observed one, shifted by the largest of them.
+            # q, the softmax over all tokens but the observed one. The log-sum is read off the likeliest token's
+            # log q: shifted by the largest logit, it keeps its digits however large the logits are.
             _logits(h, head, out=z)
             observed = z.gather(1, index)
             z.scatter_(1, index, -torch.inf)
-            top = z.amax(1, keepdim=True)
-            z.sub_(top)
-            torch.exp(z, out=e)
-            z.scatter_(1, index, 0.0)
-            total = e.sum(1)
-            mean = torch.linalg.vecdot(e, z) / total
-            log_total = total.log()
-            log_odds[part] = (observed - top).squeeze(1) - log_total
-            entropy[part] = log_total - mean
+            log_odds[part] = (observed - z.amax(1, keepdim=True)).squeeze(1)
+            torch.log_softmax(z, 1, out=log_q)
+            log_odds[part] += log_q.amax(1)
+            q = torch.exp(log_q, out=z)
+            log_q.scatter_(1, index, 0.0)
+            entropy[part] = -log_q.mul_(q).sum(1)
             token_loss[part], slope = loss_and_slope(log_odds[part], entropy[part], ref_log_odds[part])
 
-            # ∂/∂z_y = w, ∂/∂z_v = −w e_v / Σe: e itself goes through the product, its scale afterwards.
+            # ∂/∂z_y = w, ∂/∂z_v = −w q_v: q itself goes through the product, its scale afterwards.
             w = (coefficients[part] * slope).unsqueeze(1)
-            scale = -w / total.unsqueeze(1)
             if grad_hidden is not None:
-                grad_hidden[part] = _times_head(e, head) * scale + head[y] * w
+                grad_hidden[part] = (head[y] - _times_head(q, head)) * w
             if grad_head is not None:
-                _add_head_gradient(grad_head, e, h.float() * scale, head.dtype)
+                _add_head_gradient(grad_head, q, h.float() * -w, head.dtype)
                 grad_head.index_add_(0, y, h.float() * w)
 
         ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
@@ -133,24 +130,32 @@ def _logits(h: Tensor, head: Tensor, *, out: Tensor) -> Tensor:
     return out
 
 
-def _times_head(e: Tensor, head: Tensor) -> Tensor:
-    """e (C, V) float32 @ head (V, D), accumulated in float32."""
+def _times_head(q: Tensor, head: Tensor) -> Tensor:
+    """q (C, V) float32 @ head (V, D), accumulated in float32."""
     if head.dtype == torch.float32:
-        return e @ head
+        return q @ head
     if head.is_cuda:
-        return torch.mm(e.to(head.dtype), head, out_dtype=torch.float32)
-    result = e.new_zeros(len(e), head.shape[1])
+        half, scale = _to_half(q, head.dtype)
+        return torch.mm(half, head, out_dtype=torch.float32) * scale
+    result = q.new_zeros(len(q), head.shape[1])
     for part, block in _upcast_blocks(head):
-        result.addmm_(e[:, part], block)
+        result.addmm_(q[:, part], block)
     return result
 
 
-def _add_head_gradient(grad_head: Tensor, e: Tensor, scaled: Tensor, dtype: torch.dtype) -> None:
-    """grad_head (V, D) += eᵀ (V, C) @ scaled (C, D), in float32 but for CUDA's half-precision products."""
-    if e.is_cuda and dtype != torch.float32:
-        grad_head += torch.mm(e.to(dtype).T, scaled.to(dtype), out_dtype=torch.float32)
+def _add_head_gradient(grad_head: Tensor, q: Tensor, scaled: Tensor, dtype: torch.dtype) -> None:
+    """grad_head (V, D) += qᵀ (V, C) @ scaled (C, D), in float32 but for CUDA's half-precision products."""
+    if q.is_cuda and dtype != torch.float32:
+        half, scale = _to_half(q, dtype)
+        grad_head += torch.mm(half.T, (scaled * scale).to(dtype), out_dtype=torch.float32)
     else:
-        grad_head.addmm_(e.T, scaled)
+        grad_head.addmm_(q.T, scaled)
+
+
+def _to_half(q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """q (C, V) relative to its largest, and that: float16 has no room for a large vocabulary's probabilities."""
+    top = q.amax(1, keepdim=True)
+    return (q / top).to(dtype), top
 
 
 def _upcast_blocks(head: Tensor) -> Iterator[tuple[slice, Tensor]]:

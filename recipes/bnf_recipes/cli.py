@@ -128,7 +128,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "evaluate": (evaluate, "score labelled completions under a model"),
     "generate": (generate, "complete a prompt"),
     "data-check": (data_check, "check every row of feedback before it is trained on"),
-    "demo": (demo, "align a small model on generated word problems and show before and after"),
+    "demo": (demo, "align a small model on word problems, show before and after"),
     "import-gguf": (import_gguf, "turn a GGUF file into safetensors"),
     "doctor": (doctor, "what is installed and what works here"),
     "conformance": (conformance, "check a backend against the float64 oracle"),
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
-        console.print("usage: bnf COMMAND [--config FILE] [settings]   (bnf COMMAND --help explains a command)\n")
+        console.print("usage: bnf COMMAND [--config FILE] [settings]   (bnf COMMAND --help)\n", markup=False)
         for name, (_, text) in COMMANDS.items():
             console.print(f"  {name:<13}{text}", highlight=False)
         return 0 if argv else 2

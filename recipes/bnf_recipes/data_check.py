@@ -183,7 +183,7 @@ def _read(path: str, split: str) -> dict[str, list[RawRow]]:
 
 def _rows(path: str, split: str) -> Iterator[RawRow]:
     try:
-        yield from sources._rows(path, split)
+        yield from sources.read_rows(path, split)
     except RowError as error:  # a file that is broken from here on: its last row
         yield error.source, error
 

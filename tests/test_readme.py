@@ -1,0 +1,60 @@
+"""The README's commands and code are real."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bnf_recipes import cli
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_the_python_example_runs(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("bnf ")]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_have_known_settings(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.run([*shlex.split(line, comments=True)[1:], "--print-config"])
+    assert stop.value.code == 0
+
+
+def test_there_are_commands_and_the_make_targets_exist() -> None:
+    assert len(COMMANDS) >= 3
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([\w-]+)", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_tree_names_every_module() -> None:
+    tree = re.search(r"## The tree\n\n```\n(.*?)```", README, re.DOTALL)
+    assert tree is not None
+    folders = ("bnf_core", "backends/bnf_torch", "recipes/bnf_recipes")
+    modules = [path.name for folder in folders for path in (ROOT / folder).glob("*.py")]
+    missing = [name for name in modules if name != "__init__.py" and name not in tree[1]]
+    assert not missing
+
+
+def test_the_backends_mirror_each_other() -> None:
+    names = [{path.name for path in (ROOT / "backends" / name).glob("*.py")} for name in ("bnf_torch", "bnf_mlx")]
+    assert names[0] == names[1]
+
+
+def test_local_links_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
