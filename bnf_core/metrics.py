@@ -20,6 +20,10 @@ class Meter:
         target_weight           t = min(1, p/r)
         share_below_reference   tokens with p < r
         tokens                  completion tokens, a count
+    and, as TRL's trainers name them, means over sequences of the sum over a sequence's tokens:
+        logps/chosen, logps/rejected        Σ log p of preferred and dispreferred rows
+        rewards/chosen, rewards/rejected    Σ (log p − log r), a reward of scale β = 1
+        rewards/margins                     their difference
     """
 
     def __init__(self) -> None:
@@ -28,6 +32,7 @@ class Meter:
         self._shift: list[Array] = []
         self._log_t: list[Array] = []
         self._row_log_prob: dict[int, float] = {}  # mean log p of each row's tokens
+        self._rows: list[Array] = []  # of each row: label, Σ log p, Σ log r
 
     def add(self, batch: Batch, stats: TokenStats, ref_log_odds: Array) -> None:
         policy, reference = stats.log_odds.astype(np.float64), ref_log_odds.astype(np.float64)
@@ -39,13 +44,17 @@ class Meter:
         self._labels.append(batch.labels[batch.rows])
         self._shift.append(shift)
         self._log_t.append(log_t)
-        sums = np.bincount(batch.rows, weights=log_p, minlength=len(batch.row_ids))
-        counts = np.bincount(batch.rows, minlength=len(batch.row_ids))
+        sums, ref_sums = (np.bincount(batch.rows, weights=x, minlength=len(batch.labels)) for x in (log_p, log_r))
+        counts = np.bincount(batch.rows, minlength=len(batch.labels))
+        self._rows.append(np.stack([batch.labels, sums, ref_sums], axis=1))
         for row_id, mean in zip(batch.row_ids, sums / counts, strict=True):
             self._row_log_prob[int(row_id)] = float(mean)
 
     def result(self) -> Metrics:
         labels, shift, log_t = (np.concatenate(x) for x in (self._labels, self._shift, self._log_t))
+        row_labels, logps, ref_logps = np.concatenate(self._rows).T
+        rewards = logps - ref_logps
+        chosen, rejected = (_mean(rewards[sign * row_labels > 0]) for sign in (1, -1))
         return {
             "loss": self.loss,
             "log_odds_shift/good": _mean(shift[labels > 0]),
@@ -53,6 +62,11 @@ class Meter:
             "target_weight": _mean(np.exp(log_t)),
             "share_below_reference": _mean(log_t < 0),
             "tokens": len(labels),
+            "logps/chosen": _mean(logps[row_labels > 0]),
+            "logps/rejected": _mean(logps[row_labels < 0]),
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": None if chosen is None or rejected is None else chosen - rejected,
         }
 
     def preference_accuracy(self, examples: Sequence[Example]) -> float | None:

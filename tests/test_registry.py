@@ -1,0 +1,67 @@
+"""Finding and choosing backends."""
+
+import platform
+import sys
+import types
+
+import pytest
+
+from bnf_core import registry
+from bnf_core.errors import UserError
+from bnf_core.protocol import Backend
+
+
+def test_both_backends_are_found_by_entry_point(backend_name: str) -> None:
+    assert backend_name in registry.names()
+    backend = registry.get(backend_name)
+    assert isinstance(backend, Backend) and backend.name == backend_name
+    assert "cpu" in backend.devices()
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "absent", "expected"),
+    [
+        ("Darwin", "arm64", (), "mlx"),
+        ("Darwin", "arm64", ("mlx",), "torch"),
+        ("Darwin", "x86_64", (), "torch"),
+        ("Linux", "x86_64", (), "torch"),
+        ("Linux", "x86_64", ("torch",), "mlx"),
+    ],
+)
+def test_auto(
+    system: str, machine: str, absent: tuple[str, ...], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(registry, "missing", lambda name: ["x"] if name in absent else [])
+    assert registry.choose() == expected
+
+
+def test_nothing_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "missing", lambda name: ["x"])
+    with pytest.raises(UserError, match=r"pip install 'bnf-align\[torch\]'"):
+        registry.choose()
+    with pytest.raises(UserError, match=r"backend 'mlx' is not installed.*pip install 'bnf-align\[mlx\]'"):
+        registry.get("mlx")
+
+
+@pytest.mark.parametrize("name", ["abacus", "no.such.module:Thing", "json:no_such", "collections:OrderedDict"])
+def test_what_is_no_backend_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match="backend"):
+        registry.get(name)
+
+
+def test_a_backend_can_be_named_by_module_and_factory(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType("third_party")
+
+    class Own:
+        name = "own"
+
+        def losses(self) -> None: ...
+        def devices(self) -> None: ...
+        def load(self) -> None: ...
+        def describe(self) -> None: ...
+
+    module.Own = Own  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "third_party", module)
+    assert registry.get("third_party:Own").name == "own"
