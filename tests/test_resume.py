@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 from test_train import QUIET, config
@@ -31,6 +30,8 @@ from bnf_core import batching, checkpointing
 from bnf_core.checkpointing import Checkpoints
 from bnf_core.config import LoraConfig, OptimizerConfig, TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
+from bnf_recipes.arguments import parse
+from bnf_recipes.run_folder import RunFolder
 from bnf_recipes.train import train
 
 TIMES = ("seconds", "tokens_per_second")
@@ -65,14 +66,8 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def assert_same(run: Path, expected: Path) -> None:
     """Metrics, adapter and everything in the last checkpoint."""
     assert metrics(run) == metrics(expected)
-    for file in (expected / "adapter").glob("*"):
-        if file.suffix == ".safetensors":
-            got, want = load_file(run / "adapter" / file.name), load_file(file)
-            assert got.keys() == want.keys()
-            for name in want:
-                np.testing.assert_array_equal(got[name], want[name], err_msg=name)
-        else:
-            assert (run / "adapter" / file.name).read_bytes() == file.read_bytes()
+    adapters = [next((folder / "adapter").glob("*.safetensors")) for folder in (run, expected)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
     ends = [Checkpoints(folder / "checkpoints", 2).newest()[0] for folder in (run, expected)]
     assert ends[0] is not None and ends[1] is not None and ends[0].step == ends[1].step
     assert ends[0].arrays.keys() == ends[1].arrays.keys()
@@ -150,9 +145,8 @@ def test_dropout_and_the_second_epoch_are_put_to_the_test(
     plain = train(
         settings(tiny_model, feedback, tmp_path / "plain", backend_name, lora=LoraConfig(rank=4, alpha=8)), QUIET
     )
-    losses = [
-        [line["loss"] for line in metrics(f) if line["kind"] == "train"] for f in (plain.folder, whole(backend_name))
-    ]
+    runs = (plain.folder, whole(backend_name))
+    losses = [[line["loss"] for line in metrics(run) if line["kind"] == "train"] for run in runs]
     assert losses[0] != losses[1]
     end = Checkpoints(whole(backend_name) / "checkpoints", 2).newest()[0]
     assert end is not None and sorted(end.arrays["reference/rows"]) == list(range(12))
@@ -239,7 +233,7 @@ def ended(process: BaseProcess) -> int:
     return process.exitcode
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(
     tiny_model: Path,
     feedback: Path,
@@ -272,7 +266,7 @@ def test_killed_at_random_moments(
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_operation_on_files(
     tiny_model: Path, feedback: Path, tmp_path: Path, every: int, processes: multiprocessing.context.ForkServerContext
 ) -> None:
@@ -311,21 +305,22 @@ def _stop(command: list[str], log: Path, lines: int, number: signal.Signals) -> 
     return process.wait(60), process.communicate()[1]
 
 
-@pytest.mark.parametrize("backend", ["torch", pytest.param("mlx", marks=pytest.mark.slow)])
 def test_the_command_line_killed_then_terminated(
-    tiny_model: Path, feedback: Path, tmp_path: Path, backend: str
+    tiny_model: Path, feedback: Path, tmp_path: Path, processes: multiprocessing.context.ForkServerContext
 ) -> None:
-    pytest.importorskip({"torch": "peft", "mlx": "mlx_lm"}[backend])
-    words = ["train", "--model", tiny_model, "--data", feedback, "--backend", backend, "--device", "cpu"]
+    pytest.importorskip("peft")
+    words = ["train", "--model", tiny_model, "--data", feedback, "--backend", "torch", "--device", "cpu"]
     words += ["--batch-size", 5, "--epochs", 40, "--save-every", 3, "--dropout", "0.1"]
     here, there = tmp_path / "run", tmp_path / "whole"
     log = here / "metrics.jsonl"
     assert _stop(_command(*words, "--output", here), log, 10, signal.SIGKILL)[0] == -signal.SIGKILL
     code, error = _stop(_command(*words, "--output", here, "--resume"), log, 10, signal.SIGTERM)
     assert code == 1 and "interrupted after step" in error and "Traceback" not in error
-    to_go_on = shlex.split(error.rpartition("To go on: bnf ")[2])
-    subprocess.run(_command(*to_go_on), check=True, capture_output=True)
-    subprocess.run(_command(*words, "--output", there), check=True, capture_output=True)
+    to_go_on = shlex.split(error.rpartition("To go on: bnf train ")[2])
+    for line in (to_go_on, ["--config", f"{here}/config.yaml", "--output", str(there)]):
+        process = processes.Process(target=_train, args=(parse(TrainConfig, "train", line),))
+        process.start()
+        assert ended(process) == 0
     assert_same(here, there)
 
 
@@ -361,12 +356,14 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(
 ) -> None:
     run = stopped()
     for name, damage in DAMAGE.items():
-        copy = replace(run, output=str(tmp_path / name), save_every=None, keep_checkpoints=1)
-        shutil.copytree(run.output, copy.output)
-        damage(tmp_path / name / "checkpoints" / "step-000004")
-        printed = resumed(copy)
-        assert "step-000004 is refused" in printed and "going on after step 3" in printed, name
-        assert_same(Path(copy.output), whole("torch"))
+        shutil.copytree(Path(run.output) / "checkpoints", tmp_path / name)
+        damage(tmp_path / name / "step-000004")
+        found, (message,) = Checkpoints(tmp_path / name, 1).newest()
+        assert found is not None and found.step == 3 and "step-000004 is refused" in message, name
+    _cut(Path(run.output) / "checkpoints" / "step-000004")
+    printed = resumed(run)
+    assert "step-000004 is refused: state.safetensors (" in printed and "going on after step 3" in printed
+    assert_same(Path(run.output), whole("torch"))
 
 
 def test_a_damaged_checkpoint_does_not_crowd_out_new_ones(
@@ -385,7 +382,7 @@ def test_without_a_usable_checkpoint_nothing_is_thrown_away(stopped: Callable[..
     before = metrics(Path(run.output))
     for folder in (Path(run.output) / "checkpoints").iterdir():
         _cut(folder)
-    with pytest.raises(UserError, match="no checkpoint of .* can be used: pass --overwrite"):
+    with pytest.raises(UserError, match=r"no checkpoint of .* can be used: pass --overwrite"):
         resumed(run)
     shutil.rmtree(Path(run.output) / "checkpoints")
     with pytest.raises(UserError, match="holds a run, but no checkpoint"):
@@ -523,8 +520,8 @@ def test_a_file_that_the_system_cuts_short_is_noticed_by_every_writer(
         with pytest.raises(TrainingStopped, match=r"File too large.*from step 2"):
             train(run, QUIET, evaluator)
         engine = module.registry.get(backend_name).load(tiny_model, device="cpu", lora=LoraConfig(rank=4, alpha=8))
-        with pytest.raises((OSError, RuntimeError, Exception), match="(?i)too large|unable to write"):
-            engine.save_adapter(tmp_path / "run" / "adapter")
+        with pytest.raises(TrainingStopped, match=r"(File too large|Unable to write).*from step 2"):
+            RunFolder(run).go_on(2, engine)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     resumed(run)
@@ -538,7 +535,7 @@ def test_every_setting_is_compared_or_named_as_free(tiny_model: Path, tmp_path: 
     rows = [batching.Example((1, 2), (3,), True), batching.Example((1,), (2, 3), True)]
     run = config(tiny_model, tmp_path, tmp_path, "torch")
     facts = checkpointing.run_facts(run, tiny_model, rows, None)
-    assert checkpointing.FREE <= set(run.as_dict()) and not checkpointing.FREE & facts.keys()
+    assert set(run.as_dict()) >= checkpointing.FREE and not checkpointing.FREE & facts.keys()
     assert {"lora.dropout", "optimizer.max_grad_norm", "hardware.dtype", "seed", "max_steps"} <= facts.keys()
     assert facts == json.loads(json.dumps(facts))
     for other in (
@@ -594,9 +591,3 @@ def test_a_folder_lost_between_two_renames_is_put_back(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "full")
     assert (tmp_path / "adapter" / "weights").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
-
-
-def test_replacing_a_model_made_by_tiny_is_deterministic(tmp_path: Path) -> None:
-    a, b = (tiny.make_model(tmp_path / name) for name in "ab")
-    assert checkpointing._model_digest(a) == checkpointing._model_digest(b)
-    assert checkpointing._model_digest(tiny.make_model(tmp_path / "c", seed=1)) != checkpointing._model_digest(a)
