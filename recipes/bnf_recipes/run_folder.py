@@ -79,7 +79,7 @@ class RunFolder:
                 if line["step"] > step:
                     break
                 lines.append((text, line))
-        with self._writing():
+        with self.writing():
             self._write_config()
             replace_file(self._metrics, "".join(f"{text}\n" for text, _ in lines))
             engine.save_adapter(self.adapter)
@@ -88,7 +88,7 @@ class RunFolder:
 
     def log(self, **values: Any) -> None:
         """Append one line to metrics.jsonl, on disk before the next step begins."""
-        with self._writing(), self._metrics.open("a", encoding="utf-8") as file:
+        with self.writing(), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -96,7 +96,7 @@ class RunFolder:
     def save(self, step: int, engine: Engine, more: Mapping[str, Array], facts: Facts) -> None:
         """A checkpoint of the engine and `more` arrays, then the adapter."""
         arrays = engine.state() | dict(more)
-        with self._writing():
+        with self.writing():
             self.checkpoints.save(step, arrays, facts)
             engine.save_adapter(self.adapter)
 
@@ -106,7 +106,8 @@ class RunFolder:
         replace_file(self.path / "config.yaml", yaml.safe_dump(settings, sort_keys=False))
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def writing(self) -> Iterator[None]:
+        """Turns whatever a writer raises into TrainingStopped, which says how to go on."""
         try:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:  # each library that writes has its own

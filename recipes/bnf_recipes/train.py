@@ -114,7 +114,8 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
             rate = learning_rate(step, num_steps, config.optimizer)
             norm = engine.update(rate, config.optimizer.max_grad_norm) if math.isfinite(meter.loss) else math.nan
             if not math.isfinite(norm):
-                engine.save_adapter(run.adapter)
+                with run.writing():
+                    engine.save_adapter(run.adapter)
                 rows = ", ".join(data[i].source for i in row_ids)
                 raise TrainingStopped(
                     f"step {step + 1}: the {'gradient' if math.isfinite(meter.loss) else 'loss'} is not finite; "
@@ -144,7 +145,9 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
                 stop(step + 1)
             evaluate(step + 1)
     after = evaluations[max(evaluations)] if evaluations else None
-    return RunResult(run.path, run.adapter, run_picture(run.path), evaluations.get(0), after)
+    with run.writing():
+        picture = run_picture(run.path)
+    return RunResult(run.path, run.adapter, picture, evaluations.get(0), after)
 
 
 def _start(
