@@ -520,8 +520,11 @@ def test_a_file_that_the_system_cuts_short_is_noticed_by_every_writer(
         with pytest.raises(TrainingStopped, match=r"File too large.*from step 2"):
             train(run, QUIET, evaluator)
         engine = module.registry.get(backend_name).load(tiny_model, device="cpu", lora=LoraConfig(rank=4, alpha=8))
+        (weights,) = (tmp_path / "run" / "adapter").glob("*.safetensors")
+        kept = weights.read_bytes()
         with pytest.raises(TrainingStopped, match=r"(File too large|Unable to write).*from step 2"):
             RunFolder(run).go_on(2, engine)
+        assert weights.read_bytes() == kept
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     resumed(run)
@@ -591,3 +594,7 @@ def test_a_folder_lost_between_two_renames_is_put_back(tmp_path: Path) -> None:
         raise OSError(errno.ENOSPC, "full")
     assert (tmp_path / "adapter" / "weights").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+    with replacing(tmp_path / "adapter") as partial:
+        assert (tmp_path / "adapter" / "weights").read_text() == "old"  # until the new ones are complete
+        (partial / "weights").write_text("new")
+    assert (tmp_path / "adapter" / "weights").read_text() == "new"
