@@ -147,7 +147,6 @@ def test_an_import_that_is_there_is_kept(
 
 
 def fake_convert(source: Path, output: Path) -> None:
-    output.mkdir()
     (output / "config.json").write_text(f'"{source.name}"')
 
 
