@@ -32,9 +32,9 @@ class DemoConfig:
     output: str = "runs/demo"
     """Folder of the run; the generated data is in its data folder. An earlier demo there is replaced."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
-    train_prompts: int = 224
+    train_prompts: int = 160
     """Word problems to train on; each has a right answer or a wrong one."""
-    valid_prompts: int = 32
+    valid_prompts: int = 24
     """Held-out word problems, each with a right and a wrong answer."""
     max_steps: int | None = None
     """Stop after this many optimizer steps."""
@@ -87,7 +87,7 @@ def demo(config: DemoConfig, console: Console) -> None:
         overwrite=True,
         hardware=config.hardware,
         lora=LoraConfig(rank=16, alpha=32),
-        optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=4),
+        optimizer=OptimizerConfig(learning_rate=4e-4, warmup_steps=3),
         batch_size=8,
         max_steps=config.max_steps,
         seed=config.seed,
