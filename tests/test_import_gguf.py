@@ -147,7 +147,7 @@ def test_an_import_that_is_there_is_kept(
 
 
 def fake_convert(source: Path, output: Path) -> None:
-    (output / "config.json").write_text(f'"{source.name}"')
+    (output / "config.json").write_text(json.dumps({"source": source.name}))
 
 
 def test_another_file_needs_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,9 +157,9 @@ def test_another_file_needs_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     two.write_bytes(b"GGUF two")
     import_gguf(str(one), output)
     assert "holds one.gguf, not this two.gguf" in refused(two, output)
-    assert json.loads((output / "config.json").read_text()) == "one.gguf"
+    assert json.loads((output / "config.json").read_text()) == {"source": "one.gguf"}
     import_gguf(str(two), output, force=True)
-    assert json.loads((output / "config.json").read_text()) == "two.gguf"
+    assert json.loads((output / "config.json").read_text()) == {"source": "two.gguf"}
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "one.gguf", "two.gguf"]
 
 
