@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnf_core.checkpoint import resolve_model
 from bnf_core.errors import UserError
+from bnf_core.model_folder import resolve_model
 from bnf_recipes import import_gguf as module
 from bnf_recipes.import_gguf import RECORD, find_gguf, import_gguf
 

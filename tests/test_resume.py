@@ -26,8 +26,8 @@ from safetensors.numpy import load_file, save_file
 from test_train import QUIET, config
 
 import bnf_recipes.train as module
-from bnf_core import batching, checkpointing
-from bnf_core.checkpointing import Checkpoints
+from bnf_core import batching, checkpoints
+from bnf_core.checkpoints import Checkpoints
 from bnf_core.config import LoraConfig, OptimizerConfig, TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_recipes.arguments import parse
@@ -537,8 +537,8 @@ def test_a_file_that_the_system_cuts_short_is_noticed_by_every_writer(
 def test_every_setting_is_compared_or_named_as_free(tiny_model: Path, tmp_path: Path) -> None:
     rows = [batching.Example((1, 2), (3,), True), batching.Example((1,), (2, 3), True)]
     run = config(tiny_model, tmp_path, tmp_path, "torch")
-    facts = checkpointing.run_facts(run, tiny_model, rows, None)
-    assert set(run.as_dict()) >= checkpointing.FREE and not checkpointing.FREE & facts.keys()
+    facts = checkpoints.run_facts(run, tiny_model, rows, None)
+    assert set(run.as_dict()) >= checkpoints.FREE and not checkpoints.FREE & facts.keys()
     assert {"lora.dropout", "optimizer.max_grad_norm", "hardware.dtype", "seed", "max_steps"} <= facts.keys()
     assert facts == json.loads(json.dumps(facts))
     for other in (
@@ -548,7 +548,7 @@ def test_every_setting_is_compared_or_named_as_free(tiny_model: Path, tmp_path: 
         [replace(rows[0], completion_ids=(4,)), rows[1]],
         [batching.Example((1, 2, 3), (), True), rows[1]],
     ):
-        assert checkpointing.changes(facts, checkpointing.run_facts(run, tiny_model, other, None))
+        assert checkpoints.changes(facts, checkpoints.run_facts(run, tiny_model, other, None))
 
 
 def test_the_sums_are_in_the_format_of_sha256sum(tmp_path: Path) -> None:

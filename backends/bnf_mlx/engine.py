@@ -10,7 +10,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from bnf_core.batching import Batch
-from bnf_core.checkpointing import require_same_shapes, under
+from bnf_core.checkpoints import require_same_shapes, under
 from bnf_core.config import OptimizerConfig
 from bnf_core.protocol import Array, TokenStats
 from bnf_mlx import adapter

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
 from bnf_core.batching import Batch
-from bnf_core.checkpointing import require_same_shapes, under
+from bnf_core.checkpoints import require_same_shapes, under
 from bnf_core.config import OptimizerConfig
 from bnf_core.protocol import Array, TokenStats
 from bnf_torch import adapter

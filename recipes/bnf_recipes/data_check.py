@@ -20,9 +20,9 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from bnf_core import sources
-from bnf_core.checkpoint import ALLOWED, HUB_ID
 from bnf_core.config import DataCheckConfig, DataConfig
 from bnf_core.errors import UserError
+from bnf_core.model_folder import ALLOWED, HUB_ID
 from bnf_core.records import Feedback, RowError, Text, parse_row
 from bnf_core.tokenization import load_tokenizer, tokenize
 from bnf_recipes.pictures import AFTER, BAD, GOOD, PLAIN, save

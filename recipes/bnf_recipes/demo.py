@@ -9,9 +9,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from bnf_core.checkpoint import resolve_model
 from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OptimizerConfig, TrainConfig
 from bnf_core.metrics import Metrics
+from bnf_core.model_folder import resolve_model
 from bnf_core.protocol import Engine
 from bnf_core.tokenization import load_tokenizer, stop_ids
 from bnf_recipes import word_problems

@@ -9,9 +9,9 @@ from rich.table import Table
 
 from bnf_core import registry
 from bnf_core.batching import Example, micro_batches
-from bnf_core.checkpoint import resolve_model
 from bnf_core.config import EvaluateConfig
 from bnf_core.metrics import Meter, Metrics
+from bnf_core.model_folder import resolve_model
 from bnf_core.protocol import Engine
 from bnf_core.reference import ReferenceCache
 from bnf_core.tokenization import load_tokenizer

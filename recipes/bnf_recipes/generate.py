@@ -6,8 +6,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from bnf_core import registry
-from bnf_core.checkpoint import resolve_model
 from bnf_core.config import GenerateConfig, Template
+from bnf_core.model_folder import resolve_model
 from bnf_core.protocol import Engine
 from bnf_core.records import Text
 from bnf_core.tokenization import load_tokenizer, prompt_ids, stop_ids

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
-from bnf_core.checkpointing import Checkpoints, Facts
+from bnf_core.checkpoints import Checkpoints, Facts
 from bnf_core.config import TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.files import replace_file

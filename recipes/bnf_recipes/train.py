@@ -15,11 +15,11 @@ from rich.markup import escape
 
 from bnf_core import registry
 from bnf_core.batching import micro_batches, steps, steps_per_epoch
-from bnf_core.checkpoint import resolve_model
-from bnf_core.checkpointing import Facts, changes, run_facts, under
+from bnf_core.checkpoints import Facts, changes, run_facts, under
 from bnf_core.config import TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.metrics import Meter, Metrics
+from bnf_core.model_folder import resolve_model
 from bnf_core.protocol import Engine
 from bnf_core.reference import ReferenceCache
 from bnf_core.schedule import learning_rate
