@@ -225,7 +225,9 @@ def test_memory_does_not_grow_with_the_number_of_tokens(mode, dtype):
         return mx.get_peak_memory() - before
 
     peak(512)  # anything that is allocated once
-    small, large = peak(512), peak(2048)
+    # MLX allocates for up to ten operations ahead of the one that computes, more of them on a busy machine: the
+    # least of a few runs is what the computation itself needs.
+    small, large = (min(peak(n) for _ in range(4)) for n in (512, 2048))
     chunk = 64 * 4096 * 4
     assert large < small + chunk, f"{small / chunk:.1f} chunks grew to {large / chunk:.1f}"
 
