@@ -94,8 +94,6 @@ class Engine(Protocol):
     """A loaded model that can be trained. It holds gradients between `accumulate` and `update`. Only `accumulate`
     may draw random numbers, for dropout."""
 
-    vocab_size: int
-
     def reference_log_odds(self, batch: Batch) -> Array:
         """(N,) float32 log-odds under the same weights with the adapter off."""
         ...

@@ -16,7 +16,7 @@ from bnf_core.protocol import Array, TokenStats
 from bnf_mlx import adapter
 from bnf_mlx.linear import linear_bnf_loss, linear_log_odds
 from bnf_mlx.losses import bnf_token_loss, token_log_odds
-from bnf_mlx.model import completion_hidden, completion_logits, head_is_linear, head_weight, vocab_size
+from bnf_mlx.model import completion_hidden, completion_logits, head_is_linear, head_weight
 from bnf_mlx.optimizer import Optimizer, flat
 
 
@@ -24,7 +24,6 @@ class MLXEngine:
     def __init__(self, model: nn.Module, device: mx.Device, optimizer: OptimizerConfig | None = None):
         self.model = model
         self.device = device
-        self.vocab_size = vocab_size(model)
         with mx.stream(device):
             # The head's weights, dequantised once; None where logits are more than hidden @ head.T.
             self.head = head_weight(model) if head_is_linear(model) else None

@@ -143,10 +143,6 @@ def completion_logits(model: nn.Module, input_ids: mx.array, positions: mx.array
     return model(input_ids).flatten(0, 1)[positions]
 
 
-def vocab_size(model: nn.Module) -> int:
-    return model(mx.zeros((1, 1), mx.int32)).shape[-1]  # lazy: nothing is computed
-
-
 def head_is_linear(model: nn.Module) -> bool:
     """Whether the logits are hidden @ head.T and nothing else. Some families scale or cap them or add a bias;
     comparing is surer than a list of them."""
