@@ -112,7 +112,7 @@ def run_facts(config: TrainConfig, model: Path, rows: Sequence[Example], held_ou
     return settings | {
         "training rows": _rows_digest(rows),
         "held-out rows": None if held_out is None else _rows_digest(held_out),
-        "weights of the model": _model_digest(model),
+        "weights of the model": model_digest(model),
     }
 
 
@@ -152,7 +152,7 @@ def _rows_digest(rows: Sequence[Example]) -> str:
     return f"{len(rows):,} rows, SHA-256 {digest.hexdigest()[:16]}"
 
 
-def _model_digest(folder: Path, blocks: int = 16, block: int = 4096) -> str:
+def model_digest(folder: Path, blocks: int = 16, block: int = 4096) -> str:
     """Of the configuration, and of every tensor's name, shape and some blocks of its bytes: reading whole
     checkpoints of many gigabytes would delay the start of every run, and training changes every block."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
