@@ -9,6 +9,7 @@ from typing import Any, Literal
 Schedule = Literal["constant", "linear", "cosine"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Template = Literal["auto", "chat", "plain"]
+FineTuneType = Literal["lora", "dora", "full"]
 
 
 @dataclass
@@ -77,7 +78,9 @@ class HardwareConfig:
     device: str = "auto"
     """`auto`, or what the backend calls it: cpu, cuda, mps, gpu."""
     dtype: DType = "auto"
-    """Of the frozen weights and activations; adapters and losses are float32."""
+    """Of the frozen weights and activations; what is trained and the losses are float32."""
+    load_in_4bit: bool = False
+    """Quantise the frozen weights to 4 bits while loading (bitsandbytes NF4; CUDA only)."""
 
 
 @dataclass
@@ -93,8 +96,13 @@ class DataConfig:
     """Longest row in tokens; a longer prompt is cut from the left."""
     skip_bad_rows: bool = False
     """Count and list bad rows instead of stopping at the first."""
+    streaming: bool = False
+    """Read training rows as they are needed, for data larger than memory; set `max_steps` as well."""
+    shuffle_buffer: int = 10_000
+    """With `streaming`: shuffle among so many rows at a time."""
 
     def __post_init__(self) -> None:
+        _require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "an integer of at least 1")
         _require(self.max_length >= 2, "data.max_length", self.max_length, "an integer of at least 2")
 
 
@@ -118,7 +126,12 @@ class TrainConfig:
     resume_anyway: bool = False
     """With `resume`: go on although the data, the model or settings have changed."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    fine_tune_type: FineTuneType = "lora"
+    """What is trained: low-rank adapters, the same with weight decomposition (DoRA, arXiv 2402.09353), or all
+    weights."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    reference: str | None = None
+    """A folder made by `bnf reference`; default: the reference is computed as rows are met."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     epochs: int = 1
     """Passes over the data."""
@@ -127,25 +140,40 @@ class TrainConfig:
     batch_size: int = 16
     """Sequences per optimizer step."""
     micro_batch_size: int = 8
-    """Sequences on the device at a time. It changes memory and speed, not the result."""
+    """Sequences on each device at a time. This and the next three change memory and speed, not the result."""
+    packing: bool = False
+    """Fill the rows of a micro-batch with several sequences each, up to `data.max_length` tokens."""
+    group_by_length: bool = True
+    """Put sequences of similar length into one micro-batch."""
+    gradient_checkpointing: bool = False
+    """Keep only each layer's input for the backward pass and compute the rest again."""
     eval_every: int | None = None
     """Evaluate held-out data every so many steps; default: before the first and after the last."""
     save_every: int | None = None
     """Save a checkpoint and the adapter every so many steps; both are always saved at the end and when interrupted."""
     keep_checkpoints: int = 2
     """How many checkpoints to keep, the newest."""
+    sample_every: int | None = None
+    """Complete some held-out prompts every so many steps, into samples.jsonl and samples.md of the run folder."""
+    sample_count: int = 4
+    """How many prompts to complete."""
+    sample_tokens: int = 128
+    """Longest sample."""
+    report_to: list[str] = field(default_factory=list)
+    """Where metrics go besides metrics.jsonl: tensorboard, wandb, trackio."""
     seed: int = 0
     """Of the order of rows and the adapter's initial weights; the same run on every backend."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.valid_fraction < 1, "valid_fraction", self.valid_fraction, "a share from 0 up to 1")
-        for name in ("epochs", "batch_size", "micro_batch_size", "keep_checkpoints"):
+        for name in ("epochs", "batch_size", "micro_batch_size", "keep_checkpoints", "sample_count", "sample_tokens"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
-        for name in ("max_steps", "eval_every", "save_every"):
+        for name in ("max_steps", "eval_every", "save_every", "sample_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "an integer of at least 1, or null")
         _require(self.seed >= 0, "seed", self.seed, "an integer of at least 0")
         _require(not (self.resume and self.overwrite), "overwrite", True, "false with resume, which keeps the run")
+        _require(not self.data.streaming or self.max_steps is not None, "max_steps", None, "a number with data.streaming")
         _require(self.resume or not self.resume_anyway, "resume_anyway", True, "resume as well")
 
     def as_dict(self) -> dict[str, Any]:

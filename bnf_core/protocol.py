@@ -4,15 +4,17 @@ Every array that crosses this line is NumPy, so neither side needs to know the o
 N counts completion tokens, V the vocabulary, D the hidden size, B rows, T positions.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
-from bnf_core.batching import Batch
-from bnf_core.config import LoraConfig, OptimizerConfig
+from bnf_core.batching import Batch, Example, Position
+from bnf_core.checkpoints import Piece
+from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
+from bnf_core.processes import Processes
 
 Array = NDArray[Any]
 
@@ -90,34 +92,54 @@ class Losses(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Step:
+    """All that one optimizer step needs, as this process sees it."""
+
+    number: int  # from 0
+    learning_rate: float
+    batches: list[tuple[Batch, Array]]  # this process's micro-batches, each with its ref_log_odds (N,)
+    examples: list[Example]  # of the global batch
+    position: Position  # where the data go on after this step
+
+
+# Called after every step, by every process: the step, the token statistics of its micro-batches, the global norm of
+# the gradient before clipping. Where the norm is not finite the step was not taken.
+Done = Callable[[Step, list[TokenStats], float], None]
+
+
 class Engine(Protocol):
-    """A loaded model that can be trained. It holds gradients between `accumulate` and `update`. Only `accumulate`
-    may draw random numbers, for dropout."""
+    """A loaded model that can be trained, alone or as one of the `processes` of a run; then every method but
+    `generate` must be called by all of them. Only `fit` may draw random numbers, for dropout."""
+
+    processes: Processes
 
     def reference_log_odds(self, batch: Batch) -> Array:
-        """(N,) float32 log-odds under the same weights with the adapter off."""
+        """(N,) float32 log-odds under the weights that training starts from: with the adapter off, or, where all
+        weights are trained, before the first step.
+
+        Raises:
+            RuntimeError: all weights are trained, and a step has been taken.
+        """
         ...
 
     def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenStats:
         """Token statistics of the policy without gradients, as NumPy float32 (N,)."""
         ...
 
-    def accumulate(self, batch: Batch, ref_log_odds: Array) -> TokenStats:
-        """Forward and backward; adds the gradient of Σ coefficients · ℓ to what is held."""
+    def fit(self, steps: Iterator[Step], done: Done, max_grad_norm: float | None) -> None:
+        """Take optimizer steps: the gradient of Σ coefficients · ℓ over all micro-batches and processes, clipped,
+        then AdamW. A step whose loss or gradient is not finite is not taken. Whatever `done` or `steps` raises ends
+        the training, and the model is as the last step left it."""
         ...
 
-    def update(self, learning_rate: float, max_grad_norm: float | None) -> float:
-        """Clip, take one AdamW step and clear the gradients. Returns the norm before clipping; where that
-        is not finite nothing is changed but the gradients, which are cleared."""
-        ...
-
-    def state(self) -> dict[str, Array]:
+    def state(self) -> dict[str, Array | Piece]:
         """All that training has changed, by name: `weights/…`, the optimizer's moments and step counts, and the
-        state of the generators that dropout draws from. Gradients that are held are no part of it."""
+        state of the generators that dropout draws from; what this process is to save."""
         ...
 
     def load_state(self, state: Mapping[str, Array]) -> None:
-        """Go back to a state; the same calls then give the same bits.
+        """Go back to a state, given whole; the same steps then give the same bits.
 
         Raises:
             UserError: the weights are of other names or shapes than this engine's.
@@ -128,8 +150,8 @@ class Engine(Protocol):
         """Greedy completions of token prompts, without the stop token."""
         ...
 
-    def save_adapter(self, folder: Path) -> None:
-        """Write the adapter in the ecosystem's own layout, atomically."""
+    def save(self, folder: Path) -> None:
+        """Write what was trained, atomically, in the ecosystem's own layout: an adapter, or a whole model."""
         ...
 
 
@@ -151,15 +173,22 @@ class Backend(Protocol):
         *,
         device: str = "auto",
         dtype: str = "auto",
-        lora: LoraConfig | None = None,
+        load_in_4bit: bool = False,
         adapter: Path | None = None,
+        fine_tune_type: FineTuneType | None = None,
+        lora: LoraConfig | None = None,
         optimizer: OptimizerConfig | None = None,
+        gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> Engine:
-        """Load a checkpoint folder; with `lora` add a fresh adapter to train, with `adapter` a saved one.
+        """Load a checkpoint folder, with `adapter` a saved adapter on it.
+
+        With `fine_tune_type` it is there to be trained: `lora` or `dora` add a fresh adapter (or train the saved
+        one on), `full` trains all weights. Whatever is trained is float32.
 
         Raises:
-            UserError: no such model, no weights, unknown device, an adapter for another model.
+            UserError: no such model, no weights, unknown device, an adapter for another model, or something this
+                backend cannot do.
         """
         ...
 

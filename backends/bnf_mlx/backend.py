@@ -7,7 +7,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from bnf_core.config import LoraConfig, OptimizerConfig
+from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.protocol import Engine, Losses
 
 SLOW_GFLOPS = 10  # the reference BLAS does 1 to 2 on any processor, an optimised one tens a core
@@ -33,9 +33,12 @@ class MLXBackend:
         *,
         device: str = "auto",
         dtype: str = "auto",
-        lora: LoraConfig | None = None,
+        load_in_4bit: bool = False,
         adapter: Path | None = None,
+        fine_tune_type: FineTuneType | None = None,
+        lora: LoraConfig | None = None,
         optimizer: OptimizerConfig | None = None,
+        gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> Engine:
         from bnf_mlx import adapter as adapters
@@ -48,7 +51,7 @@ class MLXBackend:
         with mx.stream(where):
             if adapter is not None:
                 adapters.load_adapter(loaded, adapter)
-            elif lora is not None:
+            elif fine_tune_type == "lora" and lora is not None:
                 adapters.add_lora(loaded, lora, seed)
         return MLXEngine(loaded, where, optimizer)
 

@@ -1,6 +1,7 @@
 """A loaded MLX model that scores, trains and generates: bnf_core.protocol.Engine."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,8 @@ from mlx.utils import tree_unflatten
 from bnf_core.batching import Batch
 from bnf_core.checkpoints import require_same_shapes, under
 from bnf_core.config import OptimizerConfig
-from bnf_core.protocol import Array, TokenStats
+from bnf_core.processes import ALONE, Processes
+from bnf_core.protocol import Array, Done, Step, TokenStats
 from bnf_mlx import adapter
 from bnf_mlx.linear import linear_bnf_loss, linear_log_odds
 from bnf_mlx.losses import bnf_token_loss, token_log_odds
@@ -21,6 +23,8 @@ from bnf_mlx.optimizer import Optimizer, flat
 
 
 class MLXEngine:
+    processes: Processes = ALONE
+
     def __init__(self, model: nn.Module, device: mx.Device, optimizer: OptimizerConfig | None = None):
         self.model = model
         self.device = device
@@ -28,7 +32,6 @@ class MLXEngine:
             # The head's weights, dequantised once; None where logits are more than hidden @ head.T.
             self.head = head_weight(model) if head_is_linear(model) else None
         self.optimizer = Optimizer(model, optimizer) if optimizer and flat(model.trainable_parameters()) else None
-        self.gradients: dict[str, mx.array] = {}
 
     def reference_log_odds(self, batch: Batch) -> Array:
         with adapter.adapter_off(self.model):
@@ -39,23 +42,32 @@ class MLXEngine:
         with mx.stream(self.device):
             return _to_numpy(self._stats(*_arrays(batch, ref_log_odds)))
 
-    def accumulate(self, batch: Batch, ref_log_odds: Array) -> TokenStats:
-        self.model.train()
-        with mx.stream(self.device):
-            loss_and_gradients = nn.value_and_grad(self.model, self._loss)
-            (_, stats), tree = loss_and_gradients(*_arrays(batch, ref_log_odds), mx.array(batch.coefficients))
-            for name, gradient in flat(tree).items():
-                held = self.gradients.get(name)
-                self.gradients[name] = gradient if held is None else held + gradient
-            mx.eval(self.gradients, stats)
-            return _to_numpy(stats)
-
-    def update(self, learning_rate: float, max_grad_norm: float | None) -> float:
+    def fit(self, steps: Iterator[Step], done: Done, max_grad_norm: float | None) -> None:
         if self.optimizer is None:
-            raise RuntimeError("this engine was loaded without a trainable adapter and an optimizer")
-        gradients, self.gradients = self.gradients, {}
-        with mx.stream(self.device):
-            return self.optimizer.update(gradients, learning_rate, max_grad_norm)
+            raise RuntimeError("this engine was loaded without anything to train and an optimizer")
+        for step in steps:
+            self.model.train()
+            stats, loss = [], 0.0
+            gradients: dict[str, mx.array] = {}
+            with mx.stream(self.device):
+                for batch, ref_log_odds in step.batches:
+                    micro_loss, micro_stats, micro_gradients = self._gradients(batch, ref_log_odds)
+                    loss += float(micro_loss)
+                    stats.append(_to_numpy(micro_stats))
+                    gradients = {name: gradients[name] + g if gradients else g for name, g in micro_gradients.items()}
+                    mx.eval(gradients)
+                norm = math.nan
+                if math.isfinite(loss):
+                    norm = self.optimizer.update(gradients, step.learning_rate, max_grad_norm)
+            done(step, stats, norm)
+
+    def _gradients(self, batch: Batch, ref_log_odds: Array) -> tuple[mx.array, TokenStats, dict[str, mx.array]]:
+        """The loss of a micro-batch, its token statistics and the gradients by parameter path."""
+        loss_and_gradients = nn.value_and_grad(self.model, self._loss)
+        (loss, stats), tree = loss_and_gradients(*_arrays(batch, ref_log_odds), mx.array(batch.coefficients))
+        gradients = flat(tree)
+        mx.eval(loss, stats, gradients)
+        return loss, stats, gradients
 
     def state(self) -> dict[str, Array]:
         with mx.stream(self.device):
@@ -109,7 +121,7 @@ class MLXEngine:
             generator.close()
         return [completions[row] for row in rows]
 
-    def save_adapter(self, folder: Path) -> None:
+    def save(self, folder: Path) -> None:
         adapter.save_adapter(self.model, folder)
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from bnf_core.config import LoraConfig, OptimizerConfig
+from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.protocol import Engine, Losses
 from bnf_torch import adapter as adapters
 from bnf_torch.model import devices, load_model, resolve_device, resolve_dtype
@@ -27,9 +27,12 @@ class TorchBackend:
         *,
         device: str = "auto",
         dtype: str = "auto",
-        lora: LoraConfig | None = None,
+        load_in_4bit: bool = False,
         adapter: Path | None = None,
+        fine_tune_type: FineTuneType | None = None,
+        lora: LoraConfig | None = None,
         optimizer: OptimizerConfig | None = None,
+        gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> Engine:
         from bnf_torch.engine import TorchEngine
@@ -39,7 +42,7 @@ class TorchBackend:
         loaded = load_model(model, where, resolve_dtype(dtype, where))
         if adapter is not None:
             return TorchEngine(adapters.load_adapter(loaded, adapter), optimizer)
-        if lora is not None:
+        if fine_tune_type == "lora" and lora is not None:
             return TorchEngine(adapters.add_lora(loaded, lora, seed), optimizer)
         return TorchEngine(loaded, optimizer)
 

@@ -1,6 +1,7 @@
 """A loaded PyTorch model that scores, trains and generates: bnf_core.protocol.Engine."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from bnf_core.batching import Batch
 from bnf_core.checkpoints import require_same_shapes, under
 from bnf_core.config import OptimizerConfig
-from bnf_core.protocol import Array, TokenStats
+from bnf_core.processes import ALONE, Processes
+from bnf_core.protocol import Array, Done, Step, TokenStats
 from bnf_torch import adapter
 from bnf_torch.linear import linear_bnf_loss
 from bnf_torch.losses import bnf_token_loss, token_log_odds
@@ -22,6 +24,8 @@ from bnf_torch.optimizer import Optimizer
 
 
 class TorchEngine:
+    processes: Processes = ALONE
+
     def __init__(self, model: PreTrainedModel | PeftModel, optimizer: OptimizerConfig | None = None):
         self.model = model
         self.base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
@@ -39,16 +43,19 @@ class TorchEngine:
         self.model.eval()
         return _to_numpy(self._loss(batch, ref_log_odds)[1])
 
-    def accumulate(self, batch: Batch, ref_log_odds: Array) -> TokenStats:
-        self.model.train()
-        loss, stats = self._loss(batch, ref_log_odds)
-        loss.backward()
-        return _to_numpy(stats)
-
-    def update(self, learning_rate: float, max_grad_norm: float | None) -> float:
+    def fit(self, steps: Iterator[Step], done: Done, max_grad_norm: float | None) -> None:
         if self.optimizer is None:
-            raise RuntimeError("this engine was loaded without a trainable adapter and an optimizer")
-        return self.optimizer.update(learning_rate, max_grad_norm)
+            raise RuntimeError("this engine was loaded without anything to train and an optimizer")
+        for step in steps:
+            self.model.train()
+            stats, loss = [], 0.0
+            for batch, ref_log_odds in step.batches:
+                micro_loss, micro_stats = self._loss(batch, ref_log_odds)
+                micro_loss.backward()
+                loss += float(micro_loss)
+                stats.append(_to_numpy(micro_stats))
+            norm = self.optimizer.update(step.learning_rate, max_grad_norm) if math.isfinite(loss) else math.nan
+            done(step, stats, norm)
 
     def state(self) -> dict[str, Array]:
         state = {f"weights/{name}": p.detach() for name, p in self.trainable.items()}
@@ -112,7 +119,7 @@ class TorchEngine:
         )
         return [_until(row[width:].tolist(), stop_ids) for row in output]
 
-    def save_adapter(self, folder: Path) -> None:
+    def save(self, folder: Path) -> None:
         adapter.save_adapter(self.model, folder)
 
 

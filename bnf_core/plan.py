@@ -1,0 +1,61 @@
+"""The optimizer steps of a run: which rows, in which micro-batches, on which process, at which learning rate."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from bnf_core.batching import Array, Batch, Cut, Example, Position, micro_batches
+from bnf_core.config import OptimizerConfig
+from bnf_core.processes import Processes
+from bnf_core.protocol import Step
+from bnf_core.reference import ReferenceCache
+from bnf_core.schedule import learning_rate
+
+
+class Data(Protocol):
+    """Where the rows of a run come from: `batching.Rows` or `streaming.FeedbackStream`."""
+
+    def batches(
+        self, batch_size: int, position: Position | None = None
+    ) -> Iterator[tuple[list[Example], Position]]: ...
+
+
+def steps(
+    data: Data,
+    *,
+    batch_size: int,
+    num_steps: int,
+    optimizer: OptimizerConfig,
+    cut: Cut,
+    reference: ReferenceCache,
+    processes: Processes,
+    pad_id: int = 0,
+    start: int = 0,
+    position: Position | None = None,
+) -> Iterator[Step]:
+    """Steps start..num_steps as this process sees them; every process must draw them all, in step."""
+    batches = data.batches(batch_size, position)
+    for number in range(start, num_steps):
+        examples, position = next(batches)
+        yield Step(
+            number=number,
+            learning_rate=learning_rate(number, num_steps, optimizer),
+            batches=with_reference(my_share(examples, cut, processes, pad_id), reference, processes),
+            examples=examples,
+            position=position,
+        )
+
+
+def my_share(examples: Sequence[Example], cut: Cut, processes: Processes, pad_id: int = 0) -> list[Batch]:
+    """This process's micro-batches of a global batch: as many as any other process has."""
+    batches = micro_batches(examples, cut, pad_id)
+    return batches[processes.share(batches)]
+
+
+def with_reference(
+    batches: Sequence[Batch], reference: ReferenceCache, processes: Processes
+) -> list[tuple[Batch, Array]]:
+    """Micro-batches with their ref_log_odds. Where any process has to compute some, all run the model together,
+    and tell each other what they found."""
+    if processes.count > 1:
+        reference.fill(batches, processes)
+    return [(batch, reference(batch)) for batch in batches]
