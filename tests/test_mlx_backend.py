@@ -26,7 +26,7 @@ from bnf_mlx.backend import MLXBackend
 from bnf_mlx.engine import MLXEngine
 from bnf_mlx.linear import linear_bnf_loss, linear_log_odds
 from bnf_mlx.losses import accurate_sum, token_log_odds
-from bnf_mlx.model import head_is_linear, head_weight, load_model, normalised_config
+from bnf_mlx.model import head_is_linear, head_weight, load_model
 from bnf_mlx.optimizer import Optimizer
 
 CPU = mx.Device(mx.cpu)
@@ -147,21 +147,6 @@ def test_a_small_head_bias_is_not_lost_in_half_precision(checkpoint):
     model = load_model(checkpoint("llama"), CPU, mx.bfloat16)
     model.lm_head.bias = mx.full((64,), 1e-3, mx.bfloat16)
     assert not head_is_linear(model)
-
-
-def test_rope_settings_move_to_where_mlx_lm_reads_them():
-    config = {"rope_parameters": LLAMA3_ROPE | {"partial_rotary_factor": 0.5}}
-    normalised = normalised_config(config)
-    assert normalised["rope_theta"] == 500000.0
-    assert normalised["partial_rotary_factor"] == 0.5
-    assert normalised["rope_scaling"]["rope_type"] == "llama3"
-    assert normalised["rope_scaling"]["low_freq_factor"] == 1.0
-    assert list(config) == ["rope_parameters"], "the caller's dictionary is not changed"
-    by_layer = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
-    normalised = normalised_config({"text_config": {"rope_parameters": by_layer}})["text_config"]
-    assert (normalised["rope_theta"], normalised["rope_local_base_freq"]) == (1e6, 1e4)
-    assert "rope_scaling" not in normalised
-    assert normalised_config({"rope_theta": 7.0, "rope_parameters": {"rope_theta": 8.0}})["rope_theta"] == 7.0
 
 
 def test_loading_errors_say_what_to_do(checkpoint, tmp_path):

@@ -1,6 +1,5 @@
 """Loading a causal language model, and splitting it into a body that gives hidden states and a head."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +8,9 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
 from bnf_core.errors import UserError
+from bnf_core.families import mlx_config
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
-# Where layers of two types have tables of their own, mlx-lm's top-level keys mean the first's.
-GLOBAL_LAYERS, LOCAL_LAYERS = "full_attention", "sliding_attention"
 
 
 def devices() -> list[str]:
@@ -56,9 +54,8 @@ def load_model(folder: Path, device: mx.Device, dtype: mx.Dtype | None) -> nn.Mo
     if not any(folder.glob("model*.safetensors")):
         raise UserError(f"{folder} has no model*.safetensors; pickled weights are not loaded: convert them first")
     try:
-        config = json.loads((folder / "config.json").read_text())
         with mx.stream(device):
-            model, _ = mlx_lm_load(folder, lazy=True, model_config=normalised_config(_with_defaults(folder, config)))
+            model, _ = mlx_lm_load(folder, lazy=True, model_config=mlx_config(folder))
             if dtype is not None:
                 _cast(model, dtype)
             mx.eval(model.parameters())
@@ -70,41 +67,6 @@ def load_model(folder: Path, device: mx.Device, dtype: mx.Dtype | None) -> nn.Mo
     model.freeze()
     model.eval()
     return model
-
-
-def normalised_config(config: dict[str, Any]) -> dict[str, Any]:
-    """A config as mlx-lm reads it.
-
-    transformers 5 keeps everything rotary in `rope_parameters`; many of mlx-lm's models look for the older
-    top-level keys and silently take a default where they find none.
-    """
-    config = dict(config)
-    if isinstance(text := config.get("text_config"), dict):
-        config["text_config"] = normalised_config(text)
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict):
-        return config
-    if isinstance(rope.get(GLOBAL_LAYERS), dict):  # one table for each type of layer
-        if isinstance(local := rope.get(LOCAL_LAYERS), dict):
-            config.setdefault("rope_local_base_freq", local.get("rope_theta"))
-        rope = rope[GLOBAL_LAYERS]
-    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
-        if key in rope and config.get(key) is None:
-            config[key] = rope[key]
-    if rope.get("rope_type", "default") != "default" and config.get("rope_scaling") is None:
-        config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-    return config
-
-
-def _with_defaults(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Add the keys that transformers left out because they have its default, which mlx-lm's may differ from."""
-    from transformers import AutoConfig
-
-    try:
-        full = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a model that only mlx-lm knows
-        return config
-    return full | config
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
