@@ -173,7 +173,9 @@ class TrainConfig:
             _require(value is None or value >= 1, name, value, "an integer of at least 1, or null")
         _require(self.seed >= 0, "seed", self.seed, "an integer of at least 0")
         _require(not (self.resume and self.overwrite), "overwrite", True, "false with resume, which keeps the run")
-        _require(not self.data.streaming or self.max_steps is not None, "max_steps", None, "a number with data.streaming")
+        _require(
+            not self.data.streaming or self.max_steps is not None, "max_steps", None, "a number with data.streaming"
+        )
         _require(self.resume or not self.resume_anyway, "resume_anyway", True, "resume as well")
 
     def as_dict(self) -> dict[str, Any]:
@@ -239,6 +241,31 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer of at least 1")
+
+
+@dataclass
+class ReferenceConfig:
+    """Compute the reference of every row once, into a folder that any number of runs then read."""
+
+    model: str
+    """A checkpoint folder or a Hub model."""
+    data: DataConfig
+    split: str = "all"
+    """Which file of a data folder: train, valid, test, or all that there are."""
+    output: str = "reference"
+    """The folder to write, for `bnf train --reference`. Rows that it holds already are not computed again."""
+    overwrite: bool = False
+    """Begin anew where the folder holds the reference of another model, tokenizer or precision."""
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    micro_batch_size: int = 8
+    """Sequences on the device at a time."""
+    shard_rows: int = 1024
+    """Rows in a file. A kill loses the work on one file."""
+
+    def __post_init__(self) -> None:
+        _require(self.split in ("train", "valid", "test", "all"), "split", self.split, "train, valid, test or all")
+        for name in ("micro_batch_size", "shard_rows"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

@@ -113,6 +113,7 @@ class Engine(Protocol):
     `generate` must be called by all of them. Only `fit` may draw random numbers, for dropout."""
 
     processes: Processes
+    dtype: str  # of the weights that are not trained, or of all: float32, bfloat16 or float16
 
     def reference_log_odds(self, batch: Batch) -> Array:
         """(N,) float32 log-odds under the weights that training starts from: with the adapter off, or, where all

@@ -28,6 +28,7 @@ class MLXEngine:
     def __init__(self, model: nn.Module, device: mx.Device, optimizer: OptimizerConfig | None = None):
         self.model = model
         self.device = device
+        self.dtype = _dtype(model)
         with mx.stream(device):
             # The head's weights, dequantised once; None where logits are more than hidden @ head.T.
             self.head = head_weight(model) if head_is_linear(model) else None
@@ -123,6 +124,14 @@ class MLXEngine:
 
     def save(self, folder: Path) -> None:
         adapter.save_adapter(self.model, folder)
+
+
+def _dtype(model: nn.Module) -> str:
+    """Of the largest frozen weights, or of all where all are trained; of quantised ones, that of their scales."""
+    trained, weights = flat(model.trainable_parameters()), flat(model.parameters())
+    frozen = {name: w for name, w in weights.items() if name not in trained} or weights
+    floating = [w for w in frozen.values() if mx.issubdtype(w.dtype, mx.floating)]
+    return str(max(floating, key=lambda w: w.size).dtype).removeprefix("mlx.core.")
 
 
 def _arrays(batch: Batch, ref_log_odds: Array) -> tuple[mx.array, ...]:

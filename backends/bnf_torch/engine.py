@@ -30,6 +30,7 @@ class TorchEngine:
         self.model = model
         self.base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
         self.device: torch.device = self.base.device
+        self.dtype = str(self.base.dtype).removeprefix("torch.")
         self.fused = head_is_linear(self.base)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = Optimizer(self.trainable, optimizer) if optimizer and self.trainable else None
