@@ -3,6 +3,7 @@
 The CLI makes its flags and `--help` from these classes; a YAML file holds the same keys.
 """
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -149,8 +150,9 @@ class TrainConfig:
     """Keep only each layer's input for the backward pass and compute the rest again."""
     eval_every: int | None = None
     """Evaluate held-out data every so many steps; default: before the first and after the last."""
-    save_every: int | None = None
-    """Save a checkpoint and the adapter every so many steps; both are always saved at the end and when interrupted."""
+    save_every: int | None = 100
+    """Save a checkpoint and what is trained every so many steps; both are always saved at the end and when
+    interrupted."""
     keep_checkpoints: int = 2
     """How many checkpoints to keep, the newest."""
     sample_every: int | None = None
@@ -180,6 +182,10 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its dotted name, as on the command line."""
+        return dict(_flat(self.as_dict()))
 
 
 @dataclass
@@ -266,6 +272,14 @@ class ReferenceConfig:
         _require(self.split in ("train", "valid", "test", "all"), "split", self.split, "train, valid, test or all")
         for name in ("micro_batch_size", "shard_rows"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

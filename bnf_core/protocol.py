@@ -109,8 +109,8 @@ Done = Callable[[Step, list[TokenStats], float], None]
 
 
 class Engine(Protocol):
-    """A loaded model that can be trained, alone or as one of the `processes` of a run; then every method but
-    `generate` must be called by all of them. Only `fit` may draw random numbers, for dropout."""
+    """A loaded model that can be trained, alone or as one of the `processes` of a run; then all of them must call
+    every method, in the same order. Only `fit` may draw random numbers, for dropout."""
 
     processes: Processes
     dtype: str  # of the weights that are not trained, or of all: float32, bfloat16 or float16
@@ -166,6 +166,10 @@ class Backend(Protocol):
 
     def devices(self) -> list[str]:
         """What `--device` accepts here, best first."""
+        ...
+
+    def processes(self) -> Processes:
+        """Those that this run was launched on."""
         ...
 
     def load(

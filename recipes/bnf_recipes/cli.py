@@ -28,7 +28,7 @@ def train(argv: Sequence[str]) -> int:
     result = run(config, console)
     if result.before is not None and result.after is not None:
         console.print(table({"before": result.before, "after": result.after}, "held-out rows"))
-    console.print(f"adapter  {result.adapter}\npicture  {result.picture}", highlight=False)
+    console.print(f"trained  {result.trained}\npicture  {result.picture}", highlight=False)
     return 0
 
 

@@ -96,7 +96,7 @@ def demo(config: DemoConfig, console: Console) -> None:
     assert result.before is not None and result.after is not None
     console.print(table({"before": result.before, "after": result.after}, "held-out word problems"))
     console.print(_samples(held_out, checker.samples[0], checker.samples[-1]))
-    console.print(f"data     {data}\nadapter  {result.adapter}\npicture  {result.picture}", highlight=False)
+    console.print(f"data     {data}\nadapter  {result.trained}\npicture  {result.picture}", highlight=False)
 
 
 def _samples(rows: Sequence[word_problems.Row], before: Sequence[str], after: Sequence[str], count: int = 4) -> Table:

@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from bnf_core import registry
-from bnf_core.batching import Example, micro_batches
+from bnf_core import plan, registry
+from bnf_core.batching import Cut, Example, micro_batches
 from bnf_core.config import EvaluateConfig
 from bnf_core.metrics import Meter, Metrics
 from bnf_core.model_folder import resolve_model
@@ -36,29 +36,26 @@ def evaluate(config: EvaluateConfig, console: Console) -> Metrics:
         adapter=Path(config.adapter) if config.adapter else None,
     )
     reference = ReferenceCache(engine.reference_log_odds)
-    metrics = score(engine, reference, examples, config.micro_batch_size, pad_id(tokenizer), console)
+    metrics = score(engine, reference, examples, Cut(config.micro_batch_size), pad_id(tokenizer), console)
     if config.report:
         Path(config.report).write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics
 
 
 def score(
-    engine: Engine,
-    reference: ReferenceCache,
-    examples: Sequence[Example],
-    micro_batch_size: int,
-    pad: int,
-    console: Console,
+    engine: Engine, reference: ReferenceCache, examples: Sequence[Example], cut: Cut, pad: int, console: Console
 ) -> Metrics:
-    """Metrics of all examples, with the preference accuracy where prompts have good and bad completions."""
+    """Metrics of all examples, scored by all processes together."""
     meter = Meter()
-    batches = micro_batches(examples, range(len(examples)), micro_batch_size, pad)
-    with bar("evaluate", len(batches), console) as progress:
-        for batch in batches:
-            ref_log_odds = reference(batch)
-            meter.add(batch, engine.evaluate(batch, ref_log_odds), ref_log_odds)
+    batches = micro_batches(examples, cut, pad)
+    mine = batches[engine.processes.share(batches)]
+    with bar("evaluate", len(mine), console) as progress:
+        for batch in mine:
+            for _, ref_log_odds in plan.with_reference([batch], reference, engine.processes):
+                meter.add(batch, engine.evaluate(batch, ref_log_odds), ref_log_odds)
             progress.advance()
-    return meter.result() | {"preference_accuracy": meter.preference_accuracy(examples)}
+    meter.gather(engine.processes)
+    return meter.result()
 
 
 def table(columns: dict[str, Metrics], title: str = "") -> Table:

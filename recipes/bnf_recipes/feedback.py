@@ -1,14 +1,20 @@
 """Loading feedback as tokens: the first step of every job that reads data."""
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from bnf_core import sources
-from bnf_core.batching import Example
+from bnf_core.batching import Example, Rows
+from bnf_core.checkpoints import rows_digest
 from bnf_core.config import DataConfig, TrainConfig
+from bnf_core.errors import UserError
+from bnf_core.plan import Data
 from bnf_core.records import Feedback
+from bnf_core.streaming import FeedbackStream
 from bnf_core.tokenization import tokenize
 
 
@@ -23,26 +29,73 @@ def load_split(
     return _tokenized(_rows(path, split, config, console), split, config, tokenizer, console)
 
 
-def load_train_and_valid(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> tuple[list[Example], list[Example] | None]:
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on and is evaluated on."""
+
+    rows: Data
+    examples: Sequence[Example] | None  # the training rows; None where they are streamed
+    digest: str  # of the training rows, or of the files they are streamed from
+    held_out: list[Example] | None
+
+    def steps(self, batch_size: int, epochs: int) -> float:
+        """How many optimizer steps the epochs have; streams do not know."""
+        return math.inf if self.examples is None else -(-len(self.examples) // batch_size) * epochs
+
+    @property
+    def held_out_digest(self) -> str | None:
+        return None if self.held_out is None else rows_digest(self.held_out)
+
+
+def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, console: Console) -> TrainingData:
     """Training rows, and held-out rows where the config or the data folder has any.
 
     Raises:
         UserError: a missing file or a bad row.
     """
-    data = config.data
-    train = _rows(data.path, "train", data, console)
-    valid = None
+    data, valid = config.data, None
     if config.valid is not None:
         valid = _rows(config.valid, "valid", data, console)
     elif sources.has_split(data.path, "valid"):
         valid = _rows(data.path, "valid", data, console)
-    elif config.valid_fraction > 0:
+    if data.streaming:
+        return _streamed(config, tokenizer, valid, console)
+    train = _rows(data.path, "train", data, console)
+    if valid is None and config.valid_fraction > 0:
         train, valid = sources.split_by_prompt(train, config.valid_fraction, config.seed)
-    return (
-        _tokenized(train, "train", data, tokenizer, console),
-        None if valid is None else _tokenized(valid, "valid", data, tokenizer, console),
+    examples = _tokenized(train, "train", data, tokenizer, console)
+    return TrainingData(
+        rows=Rows(examples, config.seed),
+        examples=examples,
+        digest=rows_digest(examples),
+        held_out=None if valid is None else _tokenized(valid, "valid", data, tokenizer, console),
+    )
+
+
+def _streamed(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, valid: list[Feedback] | None, console: Console
+) -> TrainingData:
+    data = config.data
+    if valid is None and config.valid_fraction > 0:
+        raise UserError(
+            "valid_fraction cannot hold out rows of streamed data: give held-out rows in a file, with --valid"
+        )
+
+    def tokenized(rows: list[Feedback]) -> list[Example]:
+        return tokenize(rows, tokenizer, template=data.template, max_length=data.max_length).examples
+
+    return TrainingData(
+        rows=FeedbackStream(
+            data.path,
+            "train",
+            tokenized,
+            shuffle_buffer=data.shuffle_buffer,
+            seed=config.seed,
+            skip_bad_rows=data.skip_bad_rows,
+        ),
+        examples=None,
+        digest=sources.digest(data.path, "train"),
+        held_out=None if valid is None else _tokenized(valid, "valid", data, tokenizer, console),
     )
 
 

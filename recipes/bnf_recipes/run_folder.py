@@ -1,4 +1,4 @@
-"""The folder of one run: config.yaml, metrics.jsonl, checkpoints, adapter, run.png."""
+"""The folder of one run: config.yaml, metrics.jsonl, checkpoints, what was trained, run.png."""
 
 import json
 import os
@@ -11,21 +11,26 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError
 
+from bnf_core.batching import Position
 from bnf_core.checkpoints import Checkpoints, Facts
 from bnf_core.config import TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.files import replace_file
 from bnf_core.metrics import Metrics
+from bnf_core.processes import ALONE, Processes
 from bnf_core.protocol import Array, Engine
 
 
 class RunFolder:
     """Nothing is touched before `start` or `go_on`; once a run is on its way, whatever cannot be written raises
-    TrainingStopped, which names the checkpoint to go on from."""
+    TrainingStopped, which names the checkpoint to go on from. Every process calls the same methods; the first one
+    writes."""
 
-    def __init__(self, config: TrainConfig):
+    def __init__(self, config: TrainConfig, processes: Processes = ALONE):
         self.path = Path(config.output)
-        self.adapter = self.path / "adapter"
+        self.trained = self.path / ("model" if config.fine_tune_type == "full" else "adapter")
+        self.processes = processes
+        self._first = processes.rank == 0
         self.checkpoints = Checkpoints(self.path / "checkpoints", config.keep_checkpoints)
         self._metrics = self.path / "metrics.jsonl"
         self._config = config
@@ -40,11 +45,14 @@ class RunFolder:
         Raises:
             UserError: it holds a run already, and the config says neither to overwrite nor to resume it.
         """
+        self.processes.barrier()  # nobody writes before everybody has read what is there
+        if not self._first:
+            return
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"output {self.path} is a file: expected a folder")
         held = self._metrics.exists() or bool(self.checkpoints.steps())
         if held:
-            if self._config.resume and self.adapter.exists():
+            if self._config.resume and self.trained.exists():
                 raise UserError(
                     f"{self.path} holds a run, but no checkpoint to resume: pass --overwrite to start it anew"
                 )
@@ -56,7 +64,7 @@ class RunFolder:
         try:
             if held:  # the metrics go last: as long as they are there, the folder counts as holding a run
                 shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
-                shutil.rmtree(self.adapter, ignore_errors=True)
+                shutil.rmtree(self.trained, ignore_errors=True)
                 self._metrics.unlink(missing_ok=True)
             self.path.mkdir(parents=True, exist_ok=True)
             self._write_config()
@@ -64,12 +72,13 @@ class RunFolder:
             raise UserError(f"output {self.path}: {error.strerror}") from error
 
     def go_on(self, step: int, engine: Engine) -> dict[int, Metrics]:
-        """Cut the metrics back to that step, and write the adapter as it then was.
+        """Cut the metrics back to that step, and write what is trained as it then was.
 
         Returns:
             The evaluations up to then, by step.
         """
         lines = []
+        self.processes.barrier()
         if self._metrics.exists():
             for text in self._metrics.read_text(encoding="utf-8").splitlines():
                 try:
@@ -79,10 +88,12 @@ class RunFolder:
                 if line["step"] > step:
                     break
                 lines.append((text, line))
+        self.processes.barrier()  # nobody writes before everybody has read
         with self.writing():
-            self._write_config()
-            replace_file(self._metrics, "".join(f"{text}\n" for text, _ in lines))
-            engine.save_adapter(self.adapter)
+            if self._first:
+                self._write_config()
+                replace_file(self._metrics, "".join(f"{text}\n" for text, _ in lines))
+            engine.save(self.trained)
         evaluations = [line for _, line in lines if line["kind"] == "eval"]
         return {e["step"]: {k: v for k, v in e.items() if k not in ("kind", "step")} for e in evaluations}
 
@@ -93,12 +104,14 @@ class RunFolder:
             file.flush()
             os.fsync(file.fileno())
 
-    def save(self, step: int, engine: Engine, more: Mapping[str, Array], facts: Facts) -> None:
-        """A checkpoint of the engine and `more` arrays, then the adapter."""
+    def save(
+        self, step: int, engine: Engine, more: Mapping[str, Array], facts: Facts, position: Position | None
+    ) -> None:
+        """A checkpoint of the engine and `more` arrays, then what is trained."""
         arrays = engine.state() | dict(more)
         with self.writing():
-            self.checkpoints.save(step, arrays, facts)
-            engine.save_adapter(self.adapter)
+            self.checkpoints.save(step, arrays, facts, position, processes=self.processes)
+            engine.save(self.trained)
 
     def _write_config(self) -> None:
         """Without what is said anew each time."""

@@ -1,34 +1,36 @@
-"""`bnf train`: LoRA alignment with the BNF loss on either backend. One loop; the backend only computes."""
+"""`bnf train`: alignment with the BNF loss on either backend, on one process or many. The engine takes the steps;
+here is all that happens around them."""
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn, Self
+from typing import NoReturn
 
 from rich.console import Console
 from rich.markup import escape
+from transformers import PreTrainedTokenizerBase
 
-from bnf_core import registry
-from bnf_core.batching import micro_batches, steps, steps_per_epoch
+from bnf_core import plan, registry
+from bnf_core.batching import Cut, Position, micro_batches
 from bnf_core.checkpoints import Facts, changes, run_facts, under
 from bnf_core.config import TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.metrics import Meter, Metrics
 from bnf_core.model_folder import resolve_model
-from bnf_core.protocol import Engine
+from bnf_core.protocol import Engine, Step, TokenStats
 from bnf_core.reference import ReferenceCache
-from bnf_core.schedule import learning_rate
-from bnf_core.tokenization import load_tokenizer
+from bnf_core.tokenization import load_tokenizer, stop_ids
 from bnf_recipes.evaluate import score
-from bnf_recipes.feedback import load_train_and_valid, pad_id
+from bnf_recipes.feedback import TrainingData, load_training_data, pad_id
+from bnf_recipes.interrupts import Interrupts
 from bnf_recipes.pictures import run_picture
 from bnf_recipes.progress import bar
+from bnf_recipes.reference import open_reference
 from bnf_recipes.run_folder import RunFolder
+from bnf_recipes.samples import write_samples
+from bnf_recipes.tracking import open_trackers
 
 # More to measure at each evaluation, such as the accuracy of generated answers.
 Evaluator = Callable[[Engine], Metrics]
@@ -37,186 +39,273 @@ Evaluator = Callable[[Engine], Metrics]
 @dataclass(frozen=True)
 class RunResult:
     folder: Path
-    adapter: Path
+    trained: Path  # the adapter, or after full fine-tuning the model
     picture: Path
     before: Metrics | None  # held-out metrics before the first step
     after: Metrics | None  # and after the last
 
 
 def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = None) -> RunResult:
-    """Train an adapter and leave it in the run folder with its checkpoints, config, metrics and picture.
+    """Train, and leave an adapter or model in the run folder with its checkpoints, config, metrics and picture.
 
     Raises:
         UserError: bad input; nothing has been written by then but an empty run folder.
-        TrainingStopped: the loss or gradient is not finite (the last good adapter is saved), an interrupt (after
+        TrainingStopped: the loss or gradient is not finite (the last good weights are saved), an interrupt (after
             a checkpoint), or nothing more can be written.
     """
     backend = registry.get(config.hardware.backend)
+    processes = backend.processes()
+    if processes.rank > 0:
+        console = Console(quiet=True)
     checkpoint = resolve_model(config.model)
     tokenizer = load_tokenizer(checkpoint)
-    data, held_out = load_train_and_valid(config, tokenizer, console)
+    data = load_training_data(config, tokenizer, console)
+    processes.require_same(
+        "data or settings", f"{data.digest}, {data.held_out_digest}, {sorted(config.flat().items())}"
+    )
     engine = backend.load(
         checkpoint,
         device=config.hardware.device,
         dtype=config.hardware.dtype,
+        load_in_4bit=config.hardware.load_in_4bit,
+        fine_tune_type=config.fine_tune_type,
         lora=config.lora,
         optimizer=config.optimizer,
+        gradient_checkpointing=config.gradient_checkpointing,
         seed=config.seed,
     )
-    run = RunFolder(config)
-    facts = run_facts(config, checkpoint, data, held_out)
-    pad = pad_id(tokenizer)
-    reference = ReferenceCache(engine.reference_log_odds)
-    held_out_reference = ReferenceCache(engine.reference_log_odds)
-    num_steps = steps_per_epoch(len(data), config.batch_size) * config.epochs
-    num_steps = min(num_steps, config.max_steps or num_steps)
-    start, evaluations = _start(config, run, facts, engine, reference, console)
-    saved_at = start if start else None
-    console.print(f"{num_steps} steps of {config.batch_size} rows on {backend.name}; run folder {run.path}")
+    facts = run_facts(config, checkpoint, data.digest, data.held_out_digest)
+    return _Training(config, engine, data, facts, checkpoint, tokenizer, console, evaluator).run()
 
-    def save(step: int) -> None:
-        nonlocal saved_at
-        if step != saved_at:
-            known = {f"reference/{name}": array for name, array in reference.state().items()}
-            run.save(step, engine, known, facts)
-            saved_at = step
 
-    def evaluation_due(step: int) -> bool:
-        every = config.eval_every or num_steps
-        return held_out is not None and step not in evaluations and (step >= num_steps or step % every == 0)
+class _Training:
+    """One run: the steps it still has to take, and what is done after each. Every process runs the same code; only
+    the first one writes."""
 
-    def evaluate(step: int) -> None:
-        if held_out is None or not evaluation_due(step):
+    def __init__(
+        self,
+        config: TrainConfig,
+        engine: Engine,
+        data: TrainingData,
+        facts: Facts,
+        checkpoint: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        console: Console,
+        evaluator: Evaluator | None,
+    ):
+        self.config, self.engine, self.data, self.facts = config, engine, data, facts
+        self.console, self.evaluator, self.tokenizer = console, evaluator, tokenizer
+        self.stops = stop_ids(tokenizer, checkpoint)
+        self.pad = pad_id(tokenizer)
+        self.processes = engine.processes
+        self.first = self.processes.rank == 0
+        self.folder = RunFolder(config, self.processes)
+        self.cut = Cut(
+            config.micro_batch_size,
+            config.data.max_length if config.packing else None,
+            config.group_by_length,
+            multiple_of=self.processes.count,
+        )
+        stored = open_reference(config, checkpoint, tokenizer, engine) if config.reference else None
+        self.reference = ReferenceCache(engine.reference_log_odds, stored)
+        self.num_steps = min(data.steps(config.batch_size, config.epochs), config.max_steps or math.inf)
+        self.position: Position | None = None
+        self.evaluations: dict[int, Metrics] = {}
+        self.saved_at: int | None = None
+
+    def run(self) -> RunResult:
+        start = self._start()
+        self.console.print(
+            f"{self.num_steps} steps of {self.config.batch_size} rows on {self.processes.count} process"
+            f"{'es' if self.processes.count > 1 else ''}; run folder {self.folder.path}",
+            highlight=False,
+        )
+        self.trackers = open_trackers(
+            self.config.report_to if self.first else [], self.folder.path, self.config.flat(), start > 0
+        )
+        with (
+            bar("train", self.num_steps - start, self.console) as self.progress,
+            Interrupts() as self.interrupts,
+        ):
+            if self.config.fine_tune_type == "full" and start == 0:
+                self._compute_reference()
+            self._watch(start)
+            self.started = time.perf_counter()
+            self.engine.fit(self._steps(start), self._after, self.config.optimizer.max_grad_norm)
+        for tracker in self.trackers:
+            tracker.close()
+        after = self.evaluations[max(self.evaluations)] if self.evaluations else None
+        picture = self.folder.path / "run.png"
+        if self.first:
+            with self.folder.writing():
+                picture = run_picture(self.folder.path)
+        return RunResult(self.folder.path, self.folder.trained, picture, self.evaluations.get(0), after)
+
+    def _steps(self, start: int) -> Iterator[Step]:
+        return plan.steps(
+            self.data.rows,
+            batch_size=self.config.batch_size,
+            num_steps=self.num_steps,
+            optimizer=self.config.optimizer,
+            cut=self.cut,
+            reference=self.reference,
+            processes=self.processes,
+            pad_id=self.pad,
+            start=start,
+            position=self.position,
+        )
+
+    def _after(self, step: Step, stats: list[TokenStats], norm: float) -> None:
+        meter = Meter()
+        for (batch, ref_log_odds), measured in zip(step.batches, stats, strict=True):
+            meter.add(batch, measured, ref_log_odds)
+        meter.gather(self.processes)
+        metrics, done = meter.result(), step.number + 1
+        if not math.isfinite(norm):
+            self._not_finite(step, metrics)
+        self.position = step.position
+        seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
+        speed = sum(map(len, step.examples)) / seconds
+        self._log(
+            "train",
+            done,
+            metrics
+            | {
+                "learning_rate": step.learning_rate,
+                "grad_norm": norm,
+                "tokens_per_second": speed,
+                "seconds": seconds,
+            },
+        )
+        self.progress.advance(
+            loss=f"{metrics['loss']:+.3f}",
+            good=_signed(metrics["log_odds_shift/good"]),
+            bad=_signed(metrics["log_odds_shift/bad"]),
+            **{"tok/s": f"{speed:,.0f}"},
+        )
+        last = done == self.num_steps
+        if last or _due(done, self.config.save_every):
+            self._save(done)
+        if self.processes.any(self.interrupts.received) and (not last or self._evaluation_due(done)):
+            self._stop(done)
+        self._watch(done)
+        self.started = time.perf_counter()
+
+    def _watch(self, step: int) -> None:
+        """What users watch: held-out metrics and samples, where they are due."""
+        if self._evaluation_due(step):
+            assert self.data.held_out is not None
+            try:
+                with self.interrupts.at_once(allowed=self.processes.count == 1):
+                    metrics = score(self.engine, self.reference, self.data.held_out, self.cut, self.pad, self.console)
+                    metrics |= self.evaluator(self.engine) if self.evaluator else {}
+            except KeyboardInterrupt:
+                self._stop(step)
+            self.evaluations[step] = metrics
+            self._log("eval", step, metrics)
+        if _due(step, self.config.sample_every) and self.data.held_out:
+            write_samples(
+                self.folder.path if self.first else None,
+                step,
+                self.engine,
+                self.tokenizer,
+                self.data.held_out,
+                count=self.config.sample_count,
+                max_tokens=self.config.sample_tokens,
+                stops=self.stops,
+            )
+
+    def _evaluation_due(self, step: int) -> bool:
+        if self.data.held_out is None or step in self.evaluations:
+            return False
+        return step in (0, self.num_steps) or _due(step, self.config.eval_every)
+
+    def _log(self, kind: str, step: int, metrics: Mapping[str, float | None]) -> None:
+        if self.first:
+            self.folder.log(kind=kind, step=step, **metrics)
+            for tracker in self.trackers:
+                tracker.log(kind, step, metrics)
+
+    def _save(self, step: int) -> None:
+        if step == self.saved_at:
             return
-        try:
-            with interrupts.at_once():
-                metrics = score(engine, held_out_reference, held_out, config.micro_batch_size, pad, console)
-                metrics |= evaluator(engine) if evaluator else {}
-        except KeyboardInterrupt:
-            stop(step)
-        evaluations[step] = metrics
-        run.log(kind="eval", step=step, **metrics)
+        known = {f"reference/{name}": array for name, array in self.reference.state().items()} if self.first else {}
+        self.folder.save(step, self.engine, known, self.facts, self.position)
+        self.saved_at = step
 
-    def stop(step: int) -> NoReturn:
-        save(step)
+    def _stop(self, step: int) -> NoReturn:
+        self._save(step)
         raise TrainingStopped(
-            f"interrupted after step {step}; the adapter is in {run.adapter}. To go on: {run.how_to_go_on}"
+            f"interrupted after step {step}; what is trained so far is in {self.folder.trained}. "
+            f"To go on: {self.folder.how_to_go_on}"
         )
 
-    with bar("train", num_steps - start, console) as progress, Interrupts() as interrupts:
-        evaluate(start)
-        for step, row_ids in steps(len(data), config.batch_size, num_steps, config.seed, start):
-            started, meter = time.perf_counter(), Meter()
-            for batch in micro_batches(data, row_ids, config.micro_batch_size, pad):
-                ref_log_odds = reference(batch)
-                meter.add(batch, engine.accumulate(batch, ref_log_odds), ref_log_odds)
-            metrics = meter.result()
-            rate = learning_rate(step, num_steps, config.optimizer)
-            norm = engine.update(rate, config.optimizer.max_grad_norm) if math.isfinite(meter.loss) else math.nan
-            if not math.isfinite(norm):
-                with run.writing():
-                    engine.save_adapter(run.adapter)
-                rows = ", ".join(data[i].source for i in row_ids)
-                raise TrainingStopped(
-                    f"step {step + 1}: the {'gradient' if math.isfinite(meter.loss) else 'loss'} is not finite; "
-                    f"the adapter as it was before this step is in {run.adapter}. Rows of the batch: {rows}"
+    def _not_finite(self, step: Step, metrics: Metrics) -> NoReturn:
+        with self.folder.writing():
+            self.engine.save(self.folder.trained)
+        what = "gradient" if math.isfinite(metrics["loss"] or 0.0) else "loss"
+        raise TrainingStopped(
+            f"step {step.number + 1}: the {what} is not finite; the weights as they were before this step are in "
+            f"{self.folder.trained}. Rows of the batch: {', '.join(e.source for e in step.examples)}"
+        )
+
+    def _compute_reference(self) -> None:
+        """Where all weights are trained there is no adapter to switch off: the reference is computed beforehand."""
+        examples = self.data.examples
+        if examples is None:
+            if self.config.reference is None:
+                raise UserError(
+                    "full fine-tuning on streamed data needs the reference beforehand: make it with `bnf reference`, "
+                    "then pass --reference"
                 )
-            seconds = time.perf_counter() - started
-            speed = sum(len(data[i]) for i in row_ids) / seconds
-            run.log(
-                kind="train",
-                step=step + 1,
-                **metrics,
-                learning_rate=rate,
-                grad_norm=norm,
-                tokens_per_second=speed,
-                seconds=seconds,
+            return
+        batches = micro_batches(examples, self.cut, self.pad)
+        mine = batches[self.processes.share(batches)]
+        with bar("reference", len(mine), self.console) as progress:
+            for batch in mine:
+                plan.with_reference([batch], self.reference, self.processes)
+                progress.advance()
+
+    def _start(self) -> int:
+        """Prepare the run folder, and with `resume` bring everything back to the newest whole checkpoint; returns how
+        many steps are done.
+
+        Raises:
+            UserError: there is nothing to resume, or it is of another run.
+        """
+        found, refused = self.folder.checkpoints.newest(self.processes) if self.config.resume else (None, [])
+        for message in refused:
+            self.console.print(f"[yellow]{escape(message)}[/yellow]", highlight=False, soft_wrap=True)
+        if found is None:
+            if refused:
+                raise UserError(f"no checkpoint of {self.folder.path} can be used: pass --overwrite to start it anew")
+            self.folder.start()
+            if self.config.resume:
+                self.console.print(f"no checkpoint in {self.folder.path}: starting from the beginning", highlight=False)
+            return 0
+        changed = changes(found.facts, self.facts)
+        if changed and not self.config.resume_anyway:
+            raise UserError(
+                f"{found.folder} is of another run than this:\n  "
+                + "\n  ".join(changed)
+                + "\nChange it back, or pass --resume-anyway to go on all the same"
             )
-            progress.advance(
-                loss=f"{meter.loss:+.3f}",
-                good=_signed(metrics["log_odds_shift/good"]),
-                bad=_signed(metrics["log_odds_shift/bad"]),
-                **{"tok/s": f"{speed:,.0f}"},
-            )
-            last = step + 1 == num_steps
-            if last or (config.save_every and (step + 1) % config.save_every == 0):
-                save(step + 1)
-            if interrupts.received and (not last or evaluation_due(step + 1)):
-                stop(step + 1)
-            evaluate(step + 1)
-    after = evaluations[max(evaluations)] if evaluations else None
-    with run.writing():
-        picture = run_picture(run.path)
-    return RunResult(run.path, run.adapter, picture, evaluations.get(0), after)
+        self.engine.load_state(found.arrays)
+        self.position = found.position
+        # The reference is known by the rows' tokens, and holds as long as the weights it was computed with.
+        if not any(line.startswith("weights of the model") for line in changed):
+            self.reference.load_state(under("reference", found.arrays))
+        self.console.print(f"going on after step {found.step}, from {found.folder}", highlight=False)
+        for line in changed:
+            self.console.print(f"[yellow]  changed: {escape(line)}[/yellow]", highlight=False, soft_wrap=True)
+        self.evaluations = self.folder.go_on(found.step, self.engine)
+        self.saved_at = found.step
+        return found.step
 
 
-def _start(
-    config: TrainConfig, run: RunFolder, facts: Facts, engine: Engine, reference: ReferenceCache, console: Console
-) -> tuple[int, dict[int, Metrics]]:
-    """Prepare the run folder, and with `resume` bring everything back to the newest whole checkpoint.
-
-    Returns:
-        How many steps are done, and the evaluations so far, by step.
-    Raises:
-        UserError: there is nothing to resume, or it is of another run.
-    """
-    found, refused = run.checkpoints.newest() if config.resume else (None, [])
-    for message in refused:
-        console.print(f"[yellow]{escape(message)}[/yellow]", highlight=False, soft_wrap=True)
-    if found is None:
-        if refused:
-            raise UserError(f"no checkpoint of {run.path} can be used: pass --overwrite to start it anew")
-        run.start()
-        if config.resume:
-            console.print(f"no checkpoint in {run.path}: starting from the beginning", highlight=False)
-        return 0, {}
-    changed = changes(found.facts, facts)
-    if changed and not config.resume_anyway:
-        raise UserError(
-            f"{found.folder} is of another run than this:\n  "
-            + "\n  ".join(changed)
-            + "\nChange it back, or pass --resume-anyway to go on all the same"
-        )
-    engine.load_state(found.arrays)
-    if not changed:
-        reference.load_state(under("reference", found.arrays))
-    console.print(f"going on after step {found.step}, from {found.folder}", highlight=False)
-    for line in changed:
-        console.print(f"[yellow]  changed: {escape(line)}[/yellow]", highlight=False, soft_wrap=True)
-    return found.step, run.go_on(found.step, engine)
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
 
 
 def _signed(value: float | None) -> str:
     return "–" if value is None else f"{value:+.2f}"
-
-
-class Interrupts:
-    """SIGINT and SIGTERM, noted until a step is complete, or raised `at_once` where that does no harm. A second
-    one ends the run wherever it is."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._at_once = False
-
-    def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        end_now = self.received or self._at_once
-        self.received = True
-        if end_now:
-            signal.default_int_handler(number, frame)
-
-    @contextmanager
-    def at_once(self) -> Iterator[None]:
-        """Within it an interrupt raises KeyboardInterrupt."""
-        self._at_once = True
-        try:
-            yield
-        finally:
-            self._at_once = False

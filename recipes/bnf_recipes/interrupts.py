@@ -1,0 +1,39 @@
+"""SIGINT and SIGTERM during a long job."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Self
+
+
+class Interrupts:
+    """Notes SIGINT and SIGTERM until the work at hand is complete, or raises KeyboardInterrupt `at_once` where that
+    does no harm. A second one ends the job wherever it is."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._at_once = False
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        end_now = self.received or self._at_once
+        self.received = True
+        if end_now:
+            signal.default_int_handler(number, frame)
+
+    @contextmanager
+    def at_once(self, allowed: bool = True) -> Iterator[None]:
+        """Within it an interrupt raises KeyboardInterrupt."""
+        self._at_once = allowed
+        try:
+            yield
+        finally:
+            self._at_once = False
