@@ -283,17 +283,19 @@ class ReferenceWriter:
             "rows": 0,
             "shards": [],
         }
-        if (folder / INDEX).exists():
+        if (folder / INDEX).exists() and overwrite:
+            _read_index(folder)  # whatever else is there is not for us to replace
+        elif (folder / INDEX).exists():
             stored = StoredReference(folder)
-            if not overwrite:
-                _require_same(stored, fingerprint, "choose another --output, or pass --overwrite")
-                self.keys, self.damaged = stored.keys, stored.damaged
-                self._index |= {"made_by": stored.index["made_by"], "data": stored.index["data"]}
-                self._index["shards"] = stored.shards
+            _require_same(stored, fingerprint, "choose another --output, or pass --overwrite")
+            self.keys, self.damaged = stored.keys, stored.damaged
+            self._index |= {name: stored.index[name] for name in ("made_by", "data")} | {"shards": stored.shards}
+        elif held := sorted(path.name for path in folder.glob("shard-*")):
+            raise UserError(f"output {folder} holds {held[0]}, but no {INDEX}: choose another --output")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._write_index()
-            for path in folder.glob("*shard-*.safetensors*"):  # left by a kill, or overwritten
+            for path in folder.glob("*"):  # what a kill has left, or what is overwritten
                 if re.fullmatch(r"\.?shard-\d+\.safetensors(\.partial)?", path.name) and path.name not in self._files():
                     path.unlink()
         except OSError as error:

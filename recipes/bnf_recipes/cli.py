@@ -10,7 +10,14 @@ from pathlib import Path
 from rich.console import Console
 
 from bnf_core import registry
-from bnf_core.config import DataCheckConfig, EvaluateConfig, GenerateConfig, HardwareConfig, TrainConfig
+from bnf_core.config import (
+    DataCheckConfig,
+    EvaluateConfig,
+    GenerateConfig,
+    HardwareConfig,
+    ReferenceConfig,
+    TrainConfig,
+)
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_recipes.arguments import parse
 from bnf_recipes.blas import preload_openblas
@@ -39,6 +46,15 @@ def evaluate(argv: Sequence[str]) -> int:
     from bnf_recipes.evaluate import table
 
     console.print(table({"value": run(config, console)}))
+    return 0
+
+
+def reference(argv: Sequence[str]) -> int:
+    config = parse(ReferenceConfig, "reference", argv)
+    _prepare(config.hardware)
+    from bnf_recipes.reference import reference as run
+
+    run(config, console)
     return 0
 
 
@@ -126,6 +142,7 @@ def conformance(argv: Sequence[str]) -> int:
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "align a model with LoRA on good and bad completions"),
     "evaluate": (evaluate, "score labelled completions under a model"),
+    "reference": (reference, "compute the reference of feedback once, for any number of runs"),
     "generate": (generate, "complete a prompt"),
     "data-check": (data_check, "check every row of feedback before it is trained on"),
     "demo": (demo, "align a small model on word problems, show before and after"),
