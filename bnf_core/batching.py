@@ -6,6 +6,7 @@ into micro-batches, packed, or dealt to processes.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -161,7 +162,7 @@ def _pack(examples: Sequence[Example], longest_first: Sequence[int], capacity: i
 def _even_parts(items: Sequence[list[int]], count: int) -> Iterator[Sequence[list[int]]]:
     """So many consecutive parts whose sizes differ by one at most."""
     edges = [len(items) * part // count for part in range(count + 1)]
-    return (items[a:b] for a, b in zip(edges, edges[1:], strict=False))
+    return (items[a:b] for a, b in itertools.pairwise(edges))
 
 
 class Rows:

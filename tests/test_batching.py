@@ -1,13 +1,16 @@
 """Batches: each scored position predicts its target, and the coefficients hold the whole normalisation."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnf_core.batching import Batch, Example, collate, epoch_order, micro_batches, steps, steps_per_epoch
+from bnf_core.batching import Batch, Cut, Example, Rows, collate, epoch_order, micro_batches
 
 PAD = 999
+KEY = 3912133894988409304
 
 
 def example(prompt: int, completion: int, label: bool, first: int = 1) -> Example:
@@ -24,7 +27,7 @@ FOUR = [example(3, 2, True), example(1, 5, False, 20), example(4, 1, True, 40), 
 
 
 def test_a_batch_by_hand() -> None:
-    batch = collate(FOUR[:2], [0, 1], num_sequences=2, pad_id=PAD)
+    batch = collate(FOUR[:2], num_sequences=2, pad_id=PAD)
     assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, PAD], [20, 21, 22, 23, 24, 25]]
     assert batch.lengths.tolist() == [5, 6]
     assert batch.positions.tolist() == [2, 3, 6, 7, 8, 9, 10]  # the last prompt token predicts the first target
@@ -44,7 +47,7 @@ def test_a_batch_by_hand() -> None:
 @given(rows)
 @settings(max_examples=50, deadline=None)
 def test_every_position_predicts_its_target(examples: list[Example]) -> None:
-    batch = collate(examples, range(len(examples)), len(examples), PAD)
+    batch = collate(examples, len(examples), PAD)
     grid = batch.input_ids.reshape(-1)
     width = batch.input_ids.shape[1]
     np.testing.assert_array_equal(grid[batch.positions + 1], batch.targets)
@@ -58,7 +61,7 @@ def test_every_position_predicts_its_target(examples: list[Example]) -> None:
 @settings(max_examples=50, deadline=None)
 def test_coefficients_sum_to_the_mean_label(examples: list[Example]) -> None:
     """Not to a mean over tokens, which would weigh long completions more."""
-    batch = collate(examples, range(len(examples)), len(examples))
+    batch = collate(examples, len(examples))
     labels = [1 if e.label else -1 for e in examples]
     np.testing.assert_allclose(batch.coefficients.sum(dtype=np.float64), np.mean(labels), atol=1e-6)
     per_row = np.bincount(batch.rows, weights=batch.coefficients)
@@ -67,33 +70,90 @@ def test_coefficients_sum_to_the_mean_label(examples: list[Example]) -> None:
 
 def test_the_end_of_turn_counts_in_the_length() -> None:
     with_eos = Example((1, 2), (3, 4, 5, 0), True)  # three tokens of text and the end of turn
-    batch = collate([with_eos], [0], 1)
+    batch = collate([with_eos], 1)
     assert batch.targets[-1] == 0
     np.testing.assert_array_equal(batch.coefficients, np.full(4, 0.25, np.float32))
 
 
+def test_a_packed_grid_by_hand() -> None:
+    batch = collate(FOUR[:3], 3, PAD, bins=[[2, 1], [0]])
+    assert batch.packed and not collate(FOUR, 4).packed
+    assert batch.input_ids.tolist() == [[40, 41, 42, 43, 44, 20, 21, 22, 23, 24, 25], [1, 2, 3, 4, 5] + [PAD] * 6]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]]
+    assert batch.segment_ids.tolist() == [[0] * 5 + [1] * 6, [0] * 5 + [1] * 6]
+    assert batch.positions.tolist() == [3, 5, 6, 7, 8, 9, 13, 14]
+    assert batch.rows.tolist() == [0, 1, 1, 1, 1, 1, 2, 2]
+    assert batch.labels.tolist() == [1, -1, 1] and batch.lengths.tolist() == [5, 6, 5]
+    assert batch.keys.tolist() == [FOUR[2].key, FOUR[1].key, FOUR[0].key]
+
+
+def test_a_batch_of_nothing_scores_nothing() -> None:
+    batch = collate([], 4, PAD)
+    assert batch.input_ids.shape == (1, 1)
+    assert all(len(a) == 0 for a in (batch.positions, batch.coefficients, batch.rows, batch.labels, batch.keys))
+
+
+def test_a_key_tells_prompt_from_completion() -> None:
+    one, other = Example((1, 2), (3,), True), Example((1,), (2, 3), True)
+    assert one.key != other.key and one.key == Example((1, 2), (3,), False, group=5).key
+    # Written down: reference caches made earlier must be found again.
+    assert one.key == KEY
+
+
 def scored(batches: list[Batch]) -> dict[tuple[int, int], float]:
-    """Coefficient by data row and target, whichever batch it is in."""
+    """Coefficient by row and target, whichever batch it is in; the target must be what its position predicts."""
+    for b in batches:
+        np.testing.assert_array_equal(b.input_ids.reshape(-1)[b.positions + 1], b.targets)
+        np.testing.assert_array_equal(
+            b.segment_ids.reshape(-1)[b.positions + 1], b.segment_ids.reshape(-1)[b.positions]
+        )
     return {
-        (int(b.row_ids[row]), int(target)): float(c)
+        (int(b.keys[row]), int(target)): float(c)
         for b in batches
         for row, target, c in zip(b.rows, b.targets, b.coefficients, strict=True)
     }
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_the_cut_into_micro_batches_changes_nothing(size: int) -> None:
-    """Rejects a mean of micro-batch means: the coefficients would depend on the cut."""
-    order = [2, 0, 3, 1]
-    cut = micro_batches(FOUR, order, size)
-    assert [len(b.labels) for b in cut] == [size] * (4 // size) + [4 % size] * bool(4 % size)
-    assert scored(cut) == scored([collate(FOUR, order, 4)])
-    assert sorted(int(i) for b in cut for i in b.row_ids) == [0, 1, 2, 3]
+CUTS = [Cut(1), Cut(2), Cut(3), Cut(4), Cut(2, pack_to=8), Cut(1, pack_to=11), Cut(8, pack_to=1), Cut(3, None, False)]
+
+
+@pytest.mark.parametrize("cut", [*CUTS, Cut(2, multiple_of=3), Cut(1, 8, multiple_of=2)])
+def test_the_cut_into_micro_batches_changes_nothing(cut: Cut) -> None:
+    """Rejects a mean of micro-batch means, where the coefficients would depend on the cut, and a row lost in it."""
+    order = [FOUR[i] for i in (2, 0, 3, 1)]
+    parts = micro_batches(order, cut)
+    assert scored(parts) == scored([collate(order, 4)])
+    assert sorted(int(key) for b in parts for key in b.keys) == sorted(e.key for e in FOUR)
+    assert len(parts) % cut.multiple_of == 0
+    assert all(len(b.input_ids) <= cut.micro_batch_size for b in parts)
+    if cut.pack_to:
+        assert all(b.input_ids.shape[1] <= max(cut.pack_to, 6) for b in parts)
+
+
+@given(rows, st.integers(1, 5), st.one_of(st.none(), st.integers(1, 30)), st.booleans(), st.integers(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_any_cut_scores_every_token_once(
+    examples: list[Example], size: int, pack_to: int | None, by_length: bool, processes: int
+) -> None:
+    parts = micro_batches(examples, Cut(size, pack_to, by_length, processes))
+    assert len(parts) % processes == 0
+    assert sum(len(b.targets) for b in parts) == sum(len(e.completion_ids) for e in examples)
+    assert sorted(int(key) for b in parts for key in b.keys) == sorted(e.key for e in examples)
+    coefficients = np.concatenate([b.coefficients for b in parts]).astype(np.float64)
+    np.testing.assert_allclose(coefficients.sum(), np.mean([1 if e.label else -1 for e in examples]), atol=1e-6)
+    scored(parts)
 
 
 def test_micro_batches_hold_rows_of_similar_length() -> None:
-    cut = micro_batches([example(1, n, True) for n in (9, 1, 8, 2)], range(4), 2)
-    assert [sorted(b.lengths.tolist()) for b in cut] == [[2, 3], [9, 10]]
+    parts = micro_batches([example(1, n, True) for n in (9, 1, 8, 2)], Cut(2))
+    assert [sorted(b.lengths.tolist()) for b in parts] == [[2, 3], [9, 10]]
+    as_they_come = micro_batches([example(1, n, True) for n in (9, 1, 8, 2)], Cut(2, group_by_length=False))
+    assert [b.lengths.tolist() for b in as_they_come] == [[10, 2], [9, 3]]
+
+
+def test_packing_fills_the_grid() -> None:
+    parts = micro_batches([example(1, n, True) for n in (9, 1, 8, 2, 5, 4)], Cut(8, pack_to=15))
+    assert [sorted(np.bincount(row).tolist()) for row in parts[0].segment_ids] == [[5, 10], [6, 9], [2, 3, 10]]
 
 
 def test_the_order_depends_on_seed_and_epoch_alone() -> None:
@@ -105,22 +165,28 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     assert epoch_order(8, 0, seed=0).tolist() == [2, 4, 3, 6, 5, 0, 1, 7]
 
 
+def lengths(rows: Rows, batch_size: int, count: int) -> list[int]:
+    return [len(batch) for batch, _ in itertools.islice(rows.batches(batch_size), count)]
+
+
 def test_each_epoch_visits_every_row_once_and_keeps_the_short_last_batch() -> None:
-    assert steps_per_epoch(10, 4) == 3
-    taken = list(steps(10, 4, num_steps=6, seed=0))
-    assert [step for step, _ in taken] == [0, 1, 2, 3, 4, 5]
-    assert [len(ids) for _, ids in taken] == [4, 4, 2, 4, 4, 2]
-    epochs = [[i for _, ids in part for i in ids] for part in (taken[:3], taken[3:])]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 2
+    ten = Rows([example(1, 1, True, first) for first in range(10)], seed=0)
+    assert lengths(ten, 4, 6) == [4, 4, 2, 4, 4, 2]
+    taken = [[e.key for e in batch] for batch, _ in itertools.islice(ten.batches(4), 6)]
+    epochs = [list(itertools.chain(*part)) for part in (taken[:3], taken[3:])]
+    assert [sorted(epoch) for epoch in epochs] == [sorted(e.key for e in ten.examples)] * 2
     assert epochs[0] != epochs[1]
 
 
-def test_a_resumed_run_goes_on_with_the_same_batches() -> None:
-    assert list(steps(10, 4, 9, seed=1, start=4)) == list(steps(10, 4, 9, seed=1))[4:]
+@pytest.mark.parametrize("done", range(1, 9))
+def test_a_resumed_run_goes_on_with_the_same_batches(done: int) -> None:
+    ten = Rows([example(1, 1, True, first) for first in range(10)], seed=1)
+    whole = list(itertools.islice(ten.batches(4), 9))
+    assert list(itertools.islice(ten.batches(4, whole[done - 1][1]), 9 - done)) == whole[done:]
 
 
 def test_a_short_batch_is_normalised_by_its_own_number_of_sequences() -> None:
-    _, ids = list(steps(4, 3, 2, seed=0))[-1]
-    (batch,) = micro_batches(FOUR, ids, 3)
-    assert len(ids) == 1
+    chosen, _ = list(itertools.islice(Rows(FOUR, 0).batches(3), 2))[-1]
+    (batch,) = micro_batches(chosen, Cut(3))
+    assert len(chosen) == 1
     np.testing.assert_allclose(np.abs(batch.coefficients).sum(), 1.0, rtol=1e-6)

@@ -1,12 +1,14 @@
 """Metrics worked by hand: sums and counts, whatever the cut into batches."""
 
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 
-from bnf_core.batching import Example, micro_batches
+from bnf_core.batching import Cut, Example, micro_batches
 from bnf_core.metrics import Meter
+from bnf_core.processes import Processes
 from bnf_core.protocol import TokenStats
 
 # Rows of 1, 3 and 2 completion tokens; the first two share a prompt.
@@ -26,7 +28,7 @@ def log_p(log_odds: float) -> float:
 
 def measured(micro_batch_size: int) -> Meter:
     meter = Meter()
-    for batch in micro_batches(EXAMPLES, [2, 0, 1], micro_batch_size):
+    for batch in micro_batches([EXAMPLES[i] for i in (2, 0, 1)], Cut(micro_batch_size)):
         policy, reference, loss = (
             np.array([table[int(y)] for y in batch.targets], np.float32) for table in (POLICY, REFERENCE, LOSS)
         )
@@ -53,15 +55,73 @@ def test_every_metric_by_hand(micro_batch_size: int) -> None:
     assert result["logps/rejected"] == pytest.approx(log_p(-1.0) + log_p(0.0) + log_p(2.0))
 
 
-def test_preference_accuracy_compares_means_within_a_prompt() -> None:
+def test_accuracies_compare_within_a_prompt() -> None:
     # Row 0 has log p of −0.31 a token, row 1 a mean of −0.71 (a sum of −2.13); row 2 has no rival.
-    assert measured(3).preference_accuracy(EXAMPLES) == 1.0
-    assert measured(3).preference_accuracy([Example(e.prompt_ids, e.completion_ids, True) for e in EXAMPLES]) is None
+    result = measured(3).result()
+    assert result["preference_accuracy"] == 1.0
+    assert result["rewards/accuracies"] == 1.0  # 0.38 against −0.82
+    pairs = pair_accuracies([(1, -1.0, True), (1, -2.0, False), (1, -0.5, False), (1, -1.0, False), (2, -9.0, False)])
+    assert pairs == pytest.approx((1.5 / 3, 1.5 / 3))  # one won, one lost, one tie; group 2 has no good row
+
+
+def pair_accuracies(rows: list[tuple[int, float, bool]]) -> tuple[float | None, float | None]:
+    """Of one-token rows (group, log-odds, label); the reference's log-odds are 0."""
+    meter = Meter()
+    examples = [Example((1,), (i,), label, group=group) for i, (group, _, label) in enumerate(rows)]
+    (batch,) = micro_batches(examples, Cut(9, group_by_length=False))
+    policy = np.array([value for _, value, _ in rows], np.float32)
+    meter.add(batch, TokenStats(policy, policy * 0, policy * 0), policy * 0)
+    result = meter.result()
+    return result["preference_accuracy"], result["rewards/accuracies"]
+
+
+def test_without_pairs_there_is_no_accuracy() -> None:
+    assert pair_accuracies([(1, 1.0, True), (2, 2.0, False)]) == (None, None)
+
+
+class FirstOfTwo(Processes):
+    """Process 0 of two, with what the other one gives at each turn."""
+
+    count = 2
+
+    def __init__(self, other: list[bytes]):
+        self.other = other
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        return [data, self.other.pop(0)]
+
+
+class Recorder(Processes):
+    def __init__(self) -> None:
+        self.given: list[bytes] = []
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        self.given.append(data)
+        return [data]
+
+
+def test_metrics_do_not_depend_on_who_measured_what() -> None:
+    """Rejects a mean of the processes' means: one has one row, the other two."""
+    whole, parts = measured(3).result(), []
+    for chosen in ([2], [0, 1]):
+        meter = Meter()
+        (batch,) = micro_batches([EXAMPLES[i] for i in chosen], Cut(3))
+        policy, reference, loss = (
+            np.array([table[int(y)] for y in batch.targets], np.float32) for table in (POLICY, REFERENCE, LOSS)
+        )
+        batch = dataclasses.replace(batch, coefficients=batch.coefficients * len(chosen) / 3)
+        meter.add(batch, TokenStats(policy, np.zeros_like(policy), loss), reference)
+        parts.append(meter)
+    other = Recorder()
+    parts[1].gather(other)
+    parts[0].gather(FirstOfTwo(other.given))
+    result = parts[0].result()
+    assert result == {name: value and pytest.approx(value, rel=1e-6) for name, value in whole.items()}
 
 
 def test_one_sided_batches_have_no_other_side() -> None:
     meter = Meter()
-    batch = micro_batches(EXAMPLES, [0], 1)[0]
+    batch = micro_batches(EXAMPLES[:1], Cut(1))[0]
     one = np.ones(1, np.float32)
     meter.add(batch, TokenStats(one, one, one), one)
     result = meter.result()
