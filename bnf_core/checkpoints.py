@@ -36,6 +36,15 @@ SOURCES = ("model", "data.", "valid")  # as the names begin
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A process's part of an array that is split along its first dimension."""
+
+    array: Array  # (rows here, ...)
+    start: int  # first row in the whole
+    shape: tuple[int, ...]  # of the whole
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     folder: Path
     step: int  # optimizer steps taken
