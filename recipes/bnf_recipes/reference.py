@@ -7,14 +7,16 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
+from transformers import PreTrainedTokenizerBase
 
 from bnf_core import registry, sources
 from bnf_core.batching import Cut, Example, micro_batches
-from bnf_core.config import ReferenceConfig
+from bnf_core.config import ReferenceConfig, TrainConfig
 from bnf_core.errors import TrainingStopped
 from bnf_core.model_folder import resolve_model
 from bnf_core.protocol import Engine
 from bnf_core.reference import ReferenceCache, ReferenceWriter, StoredReference, fingerprint
+from bnf_core.reference import open_reference as open_folder
 from bnf_core.tokenization import load_tokenizer
 from bnf_recipes.feedback import load_split, pad_id
 from bnf_recipes.progress import bar
@@ -56,6 +58,28 @@ def reference(config: ReferenceConfig, console: Console) -> StoredReference:
     stored = StoredReference(folder)
     tokens = sum(shard["tokens"] for shard in stored.shards)
     console.print(f"{folder}: {len(stored.keys):,} different rows, {tokens:,} completion tokens", highlight=False)
+    return stored
+
+
+def open_reference(
+    config: TrainConfig,
+    model: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
+    rows: Sequence[Example] = (),
+) -> StoredReference | None:
+    """The reference that a run was given, if any.
+
+    Args:
+        rows: what must be in it.
+    Raises:
+        UserError: it is damaged, of another model, tokenizer, …, or lacks rows.
+    """
+    if config.reference is None:
+        return None
+    expected = fingerprint(model, tokenizer, config.data, config.hardware, engine.dtype)
+    stored = open_folder(config.reference, expected)
+    stored.require(rows)
     return stored
 
 

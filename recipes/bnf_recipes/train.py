@@ -106,8 +106,11 @@ class _Training:
             config.group_by_length,
             multiple_of=self.processes.count,
         )
-        stored = open_reference(config, checkpoint, tokenizer, engine) if config.reference else None
-        self.reference = ReferenceCache(engine.reference_log_odds, stored)
+        rows = [*(data.examples or ()), *(data.held_out or ())]
+        stored = open_reference(config, checkpoint, tokenizer, engine, rows)
+        # Streamed rows that are not stored can be computed only as long as the model's own weights stay.
+        computes = stored is None or config.fine_tune_type != "full"
+        self.reference = ReferenceCache(engine.reference_log_odds if computes else None, stored)
         self.num_steps = min(data.steps(config.batch_size, config.epochs), config.max_steps or math.inf)
         self.position: Position | None = None
         self.evaluations: dict[int, Metrics] = {}
