@@ -1,8 +1,10 @@
 """Checkpoints: all it takes to go on with a run as if it had never stopped.
 
-    <run>/checkpoints/step-000040/state.safetensors   trainable weights, optimizer, random numbers, reference
-                                  state.json          step, and what the run is made of: settings, data, model
-                                  SHA256SUMS          of both files, as `sha256sum -c` reads it
+    <run>/checkpoints/step-000040/
+      state-00001-of-00002.safetensors   each process's part of the trainable weights, optimizer, random numbers,
+      state-00002-of-00002.safetensors   reference
+      state.json                         step, place in the data, and what the run is made of: settings, data, model
+      SHA256SUMS                         of all these, as `sha256sum -c` reads it
 
 The schedule and the order of the data follow from the step and the settings, and need no state of their own.
 """
@@ -14,34 +16,31 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import safetensors.numpy
+from typing import Any, BinaryIO
 
 from bnf_core.batching import Array, Example
 from bnf_core.config import TrainConfig
 from bnf_core.errors import UserError
-from bnf_core.files import replacing
+from bnf_core.files import agreed, replacing
+from bnf_core.pieces import Piece as Piece
+from bnf_core.pieces import State, StoredArrays, write_state
+from bnf_core.pieces import require_same_shapes as require_same_shapes
+from bnf_core.pieces import under as under
+from bnf_core.processes import ALONE, Processes
 
 Facts = dict[str, Any]  # what a run is made of, by name: JSON values
 
-FORMAT = 1
-STATE, ABOUT, SUMS = "state.safetensors", "state.json", "SHA256SUMS"
+FORMAT = 2
+ABOUT, SUMS = "state.json", "SHA256SUMS"
 
 # Settings that may differ after a resume: the weights a run ends with do not depend on them.
 FREE = {"output", "overwrite", "resume", "resume_anyway", "eval_every", "save_every", "keep_checkpoints"}
-FREE |= {"micro_batch_size"}  # changes the last bits only
+FREE |= {"report_to", "sample_every", "sample_count", "sample_tokens"}
+FREE |= {"reference"}  # the same values, wherever they come from
+FREE |= {"micro_batch_size", "group_by_length", "packing", "gradient_checkpointing"}  # change the last bits only
 # Settings that matter only through the rows and weights they lead to, which are compared themselves.
 SOURCES = ("model", "data.", "valid")  # as the names begin
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A process's part of an array that is split along its first dimension."""
-
-    array: Array  # (rows here, ...)
-    start: int  # first row in the whole
-    shape: tuple[int, ...]  # of the whole
+STREAM_SOURCES = ("model", "data.path", "valid")  # of a stream, files are compared, not rows: in full
 
 
 @dataclass(frozen=True)
@@ -49,46 +48,95 @@ class Checkpoint:
     folder: Path
     step: int  # optimizer steps taken
     facts: Facts
-    arrays: dict[str, Array]
+    position: dict[str, int] | None  # where the data go on, if that does not follow from the step
+    arrays: Mapping[str, Array]  # whole; each is read when it is asked for, and then not kept
 
 
 class Checkpoints:
-    """The checkpoints of one run; the newest `keep` stay."""
+    """The checkpoints of one run; the newest `keep` stay. Where several processes share the run, all call `save` and
+    `newest` together, and see the same folder."""
 
     def __init__(self, folder: Path, keep: int):
         self.folder = folder
         self.keep = keep
 
-    def save(self, step: int, arrays: Mapping[str, Array], facts: Facts) -> None:
-        """Write a checkpoint, all or nothing, then remove those that are too many.
+    def save(
+        self,
+        step: int,
+        arrays: State,
+        facts: Facts,
+        position: Mapping[str, int] | None = None,
+        *,
+        processes: Processes = ALONE,
+    ) -> None:
+        """Write a checkpoint, all or nothing, then remove those that are too many. Each process writes its own arrays
+        and holds no second copy of them; facts and position are the first one's.
 
         Raises:
-            OSError: it could not be written; those there are stay.
+            OSError: a process could not write; all raise, and the checkpoints there are stay.
+            ValueError: the processes' arrays do not add up.
         """
-        about = {"format": FORMAT, "step": step, "facts": facts}
-        contents = {
-            STATE: safetensors.numpy.save(dict(arrays)),
-            ABOUT: (json.dumps(about, indent=2) + "\n").encode(),
-        }
-        sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in contents.items())
-        with replacing(self.folder / f"step-{step:06d}") as partial:
-            for name, content in (contents | {SUMS: sums.encode()}).items():
-                (partial / name).write_bytes(content)
-        self._prune(step)
+        first = processes.rank == 0
+        with agreed(processes):
+            if first:
+                for leftover in self.folder.glob(".step-*"):  # of a save that was killed: it takes room
+                    shutil.rmtree(leftover, ignore_errors=True)
+        with replacing(self.folder / f"step-{step:06d}", processes) as partial:
+            names = _state_files(processes.count)
+            with agreed(processes):
+                write_state(partial / names[processes.rank], arrays)
+                digest = _digest(partial / names[processes.rank])
+            digests = [data.decode() for data in processes.gather_bytes(digest.encode())]
+            with agreed(processes):
+                if first:
+                    StoredArrays.open(partial / name for name in names)  # raises where they do not add up
+                    about = {
+                        "format": FORMAT,
+                        "step": step,
+                        "processes": processes.count,
+                        "position": None if position is None else dict(position),
+                        "facts": facts,
+                    }
+                    (partial / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+                    sums = zip([*digests, _digest(partial / ABOUT)], [*names, ABOUT], strict=True)
+                    (partial / SUMS).write_text("".join(f"{digest}  {name}\n" for digest, name in sums))
+        if first:
+            self._prune(step)
 
-    def newest(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest checkpoint that is as it was written, and of each newer one why it is refused."""
-        refused: list[str] = []
-        for _, folder in reversed(self._by_step()):
-            try:
-                return _read(folder), refused
-            except (OSError, ValueError, KeyError) as error:
-                refused.append(f"checkpoint {folder} is refused: {error}")
-        return None, refused
+    def newest(self, processes: Processes = ALONE) -> tuple[Checkpoint | None, list[str]]:
+        """The newest checkpoint that is as it was written, and of each newer one why it is refused. The first process
+        reads and decides for all.
+
+        Raises:
+            UserError: not every process sees the checkpoint that the first one sees.
+        """
+        decision = b""
+        with agreed(processes):
+            if processes.rank == 0:
+                decision = json.dumps(self._newest_whole()).encode()
+        name, refused = json.loads(processes.gather_bytes(decision)[0])
+        if name is None:
+            return None, refused
+        folder = self.folder / name
+        if processes.any(not folder.is_dir()):
+            raise UserError(f"not every process of this run sees {folder}: `output` must be a folder that all share")
+        return _open(folder), refused
 
     def steps(self) -> list[int]:
         """The steps of all checkpoints, whole or not."""
         return [step for step, _ in self._by_step()]
+
+    def _newest_whole(self) -> tuple[str | None, list[str]]:
+        """The name of its folder, and why newer ones are refused."""
+        refused: list[str] = []
+        for _, folder in reversed(self._by_step()):
+            try:
+                _verify(folder)
+                _open(folder)
+                return folder.name, refused
+            except (OSError, ValueError, KeyError) as error:
+                refused.append(f"checkpoint {folder} is refused: {error}")
+        return None, refused
 
     def _by_step(self) -> list[tuple[int, Path]]:
         found = ((re.fullmatch(r"step-(\d+)", path.name), path) for path in self.folder.glob("step-*"))
@@ -98,52 +146,68 @@ class Checkpoints:
         """Later steps than the one just written were refused: this run has taken another way."""
         found = self._by_step()
         stay = [path for at, path in found if at <= step][-self.keep :]
-        for path in [path for _, path in found if path not in stay] + list(self.folder.glob(".step-*")):
+        for path in [path for _, path in found if path not in stay]:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _read(folder: Path) -> Checkpoint:
+def _state_files(count: int) -> list[str]:
+    return [f"state-{rank + 1:05d}-of-{count:05d}.safetensors" for rank in range(count)]
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _verify(folder: Path) -> None:
     """Raises OSError, ValueError or KeyError where anything is missing or not as it was written."""
-    contents = {name: (folder / name).read_bytes() for name in (STATE, ABOUT)}
-    lines = [line.split("  ", 1) for line in (folder / SUMS).read_text().splitlines()]
-    for name, content in contents.items():
-        if [hashlib.sha256(content).hexdigest(), name] not in lines:
-            raise ValueError(f"{name} ({len(content):,} bytes) is damaged: its SHA-256 is not the one in {SUMS}")
-    about = json.loads(contents[ABOUT])
+    lines = [line.partition("  ") for line in (folder / SUMS).read_text().splitlines()]
+    sums = {name: digest for digest, _, name in lines}
+
+    def verify(name: str) -> None:
+        path = folder / name
+        if not path.exists():
+            raise ValueError(f"{name} is missing")
+        if _digest(path) != sums.get(name):
+            size = path.stat().st_size
+            raise ValueError(f"{name} ({size:,} bytes) is damaged: its SHA-256 is not the one in {SUMS}")
+
+    verify(ABOUT)
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     if about["format"] != FORMAT:
         raise ValueError(f"it has format {about['format']}, and this version of bnf-align reads format {FORMAT}")
-    return Checkpoint(folder, about["step"], about["facts"], safetensors.numpy.load(contents[STATE]))
+    for name in _state_files(about["processes"]):
+        verify(name)
 
 
-def run_facts(config: TrainConfig, model: Path, rows: Sequence[Example], held_out: Sequence[Example] | None) -> Facts:
-    """What decides a run's result. The tokenizer, template and length limit show in the tokenised rows."""
+def _open(folder: Path) -> Checkpoint:
+    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+    arrays = StoredArrays.open(folder / name for name in _state_files(about["processes"]))
+    return Checkpoint(folder, about["step"], about["facts"], about["position"], arrays)
+
+
+def run_facts(config: TrainConfig, model: Path, rows: str, held_out: str | None) -> Facts:
+    """What decides a run's result.
+
+    Args:
+        config: the settings.
+        model: the folder of the model that training starts from.
+        rows: digest of the training rows: `rows_digest`, in which the tokenizer, template and length limit show, or,
+            of a stream, `files_digest` with whatever else makes rows of the files.
+        held_out: digest of the held-out rows; None: there are none.
+    """
     settings = {name: value for name, value in _flat(config.as_dict()) if name not in FREE}
-    return settings | {
-        "training rows": _rows_digest(rows),
-        "held-out rows": None if held_out is None else _rows_digest(held_out),
-        "weights of the model": model_digest(model),
-    }
+    return settings | {"training rows": rows, "held-out rows": held_out, "weights of the model": model_digest(model)}
 
 
 def changes(before: Facts, now: Facts) -> list[str]:
     """`name: before → now` of each fact that differs; none where only names of the same content do."""
     changed = [name for name in before | now if before.get(name) != now.get(name)]
-    if all(name.startswith(SOURCES) for name in changed):
-        return []
-    return [f"{name}: {before.get(name)} → {now.get(name)}" for name in changed]
-
-
-def under(prefix: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
-    """Those of the arrays whose names begin with `prefix/`, by the rest of their names."""
-    return {name.removeprefix(f"{prefix}/"): a for name, a in arrays.items() if name.startswith(f"{prefix}/")}
-
-
-def require_same_shapes(saved: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises UserError where saved weights are not of the names and shapes that the model has."""
-    for name in sorted(saved.keys() | shapes.keys()):
-        here, there = shapes.get(name, "absent"), saved[name].shape if name in saved else "absent"
-        if here != there:
-            raise UserError(f"the checkpoint does not fit the model: {name} is {there} in one and {here} in the other")
+    if now.get("data.streaming"):
+        same_content = all(name in STREAM_SOURCES for name in changed)
+    else:
+        same_content = all(name.startswith(SOURCES) for name in changed)
+    return [] if same_content else [f"{name}: {before.get(name)} → {now.get(name)}" for name in changed]
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -154,14 +218,31 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield prefix + name, value
 
 
-def _rows_digest(rows: Sequence[Example]) -> str:
+def rows_digest(rows: Sequence[Example]) -> str:
+    """Of tokenised rows: all of them, in their order."""
     digest = hashlib.sha256()
     for e in rows:
         digest.update(repr((e.prompt_ids, e.completion_ids, e.label, e.group)).encode())
     return f"{len(rows):,} rows, SHA-256 {digest.hexdigest()[:16]}"
 
 
-def model_digest(folder: Path, blocks: int = 16, block: int = 4096) -> str:
+def files_digest(paths: Sequence[Path]) -> str:
+    """Of files that are too large to read: their names, sizes and some blocks of their bytes, in the order given.
+
+    Raises:
+        OSError: one cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            digest.update(json.dumps([path.name, size]).encode())
+            for block in _some_blocks(file, 0, size):
+                digest.update(block)
+    return f"{len(paths):,} files, SHA-256 {digest.hexdigest()[:16]}"
+
+
+def model_digest(folder: Path) -> str:
     """Of the configuration, and of every tensor's name, shape and some blocks of its bytes: reading whole
     checkpoints of many gigabytes would delay the start of every run, and training changes every block."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
@@ -173,8 +254,13 @@ def model_digest(folder: Path, blocks: int = 16, block: int = 4096) -> str:
             tensors = {name: value for name, value in json.loads(header).items() if name != "__metadata__"}
             for name in sorted(tensors):
                 start, end = (8 + size + offset for offset in tensors[name]["data_offsets"])
-                step = max(block, (end - start) // blocks)
-                for at in range(start, end, step):
-                    file.seek(at)
-                    digest.update(file.read(min(block, end - at)))
+                for block in _some_blocks(file, start, end):
+                    digest.update(block)
     return f"SHA-256 {digest.hexdigest()[:16]}"
+
+
+def _some_blocks(file: BinaryIO, start: int, end: int, count: int = 16, size: int = 4096) -> Iterator[bytes]:
+    """Evenly spread over a stretch of a file; all of it where it is short."""
+    for at in range(start, end, max(size, (end - start) // count)):
+        file.seek(at)
+        yield file.read(min(size, end - at))

@@ -9,56 +9,89 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bnf_core.processes import ALONE, Processes
+
 
 @contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
+def agreed(processes: Processes) -> Iterator[None]:
+    """An error that one process raises in the block is raised by all, once each has come to its end: nobody goes on,
+    or waits for one that will not come.
+
+    Raises:
+        OSError: another process failed; its rank and message.
+    """
+    failure: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:
+        failure = error
+    message = "" if failure is None else f"process {processes.rank}: {failure or type(failure).__name__}"
+    messages = [data.decode() for data in processes.gather_bytes(message.encode())]
+    if failure is not None:
+        raise failure
+    if any(messages):
+        raise OSError("; ".join(filter(None, messages)))
+
+
+@contextmanager
+def replacing(folder: Path, processes: Processes = ALONE) -> Iterator[Path]:
     """An empty folder beside `folder` to write into; it takes the place of `folder` if no error is raised.
 
     A folder cannot be renamed onto another in one go: a kill between the two renames at the end leaves the old one
     as `.NAME.replaced`, and the next call puts it back first.
 
+    Several processes may write into it, each its own files, if all see the same file system. What one raises in the
+    block all must raise (see `agreed`); the first one makes the folder and moves it.
+
     Raises:
         OSError: the disk is full, or writing is not allowed; `folder` is as it was.
     """
     partial, replaced = (folder.with_name(f".{folder.name}.{ending}") for ending in ("partial", "replaced"))
-    if replaced.exists() and not folder.exists():
-        replaced.rename(folder)
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
+    first = processes.rank == 0
+    with agreed(processes):
+        if first:
+            if replaced.exists() and not folder.exists():
+                replaced.rename(folder)
+            for leftover in (partial, replaced):
+                shutil.rmtree(leftover, ignore_errors=True)
+            partial.mkdir(parents=True)
     try:
         yield partial
-        for path in partial.rglob("*"):
-            _sync(path)
-        _sync(partial)
+        with agreed(processes):
+            if first:
+                for path in partial.rglob("*"):
+                    sync(path)
+                sync(partial)
+                if folder.exists():
+                    folder.rename(replaced)
+                partial.rename(folder)
+                sync(folder.parent)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-    if folder.exists():
-        folder.rename(replaced)
-    partial.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if first:
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
-def replace_file(path: Path, content: str) -> None:
-    """Write a text file whole.
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write a file whole; text as UTF-8.
 
     Raises:
         OSError: the disk is full, or writing is not allowed; the file is as it was.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(content, encoding="utf-8")
-        _sync(partial)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(partial)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     partial.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
     if os.name == "nt":  # which can do neither through a descriptor opened for reading
         return

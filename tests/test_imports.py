@@ -7,7 +7,7 @@ import pytest
 
 FRAMEWORKS = ("torch", "mlx", "transformers", "mlx_lm", "peft")
 CORE = ("batching", "config", "errors", "files", "lora", "metrics", "oracle", "protocol", "records", "reference")
-CORE += ("registry", "schedule", "sources", "tokenization", "model_folder", "checkpoints", "families")
+CORE += ("registry", "schedule", "sources", "tokenization", "model_folder", "checkpoints", "pieces", "families")
 
 
 def loaded_after(statement: str) -> set[str]:
