@@ -1,25 +1,35 @@
-"""Where feedback comes from: files, folders and Hub data sets, read row by row with line numbers; and how its
+"""Where feedback comes from: files, folders of them and Hub data sets, read row by row with line numbers; and how its
 prompts are grouped and split.
 """
 
-import csv
-import io
+import hashlib
 import json
 import re
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bnf_core.errors import UserError
-from bnf_core.records import Feedback, RowError, Text, parse_row
-
-Rows = Iterator[tuple[str, Any]]  # file:line, and the row there or the RowError met in reading it
+from bnf_core.readers import READERS, RawRow, number_rows
+from bnf_core.records import Feedback, RowError, Text
 
 # The names a split may have, best first. Held-out data that is only called test serves as valid.
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "test"), "test": ("test",)}
+# What follows the name where a split is several files: -0, _07, -00000-of-00004, with a hash behind it on the Hub.
+SHARD = r"[-_.]?\d+(-of-\d+)?(-[0-9a-f]{16})?"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of one split, wherever they are."""
+
+    name: str  # for messages
+    read: Callable[[], Iterator[RawRow]]  # all rows from the first; UserError if they can't be read, or have changed
+    files: Sequence[Path] = ()  # none for what is not read from files
 
 
 @dataclass(frozen=True)
@@ -29,7 +39,7 @@ class LoadedFeedback:
 
 
 def load_feedback(path_or_name: str, split: str = "train", skip_bad_rows: bool = False) -> LoadedFeedback:
-    """Read feedback from wherever it is.
+    """Read feedback from wherever it is, all of it into memory.
 
     Args:
         path_or_name: a .jsonl, .json, .csv or .parquet file, a folder with train, valid and test files of those
@@ -41,11 +51,9 @@ def load_feedback(path_or_name: str, split: str = "train", skip_bad_rows: bool =
         UserError: nothing there, not readable, no such split, no row or no good row.
     """
     loaded = LoadedFeedback([], [])
-    for source, row in read_rows(path_or_name, split):
+    for row in find_source(path_or_name, split).read():
         try:
-            if isinstance(row, RowError):
-                raise row
-            loaded.rows.extend(parse_row(row, source))
+            loaded.rows.extend(row.feedback())
         except RowError as error:
             if not skip_bad_rows:
                 raise
@@ -55,8 +63,26 @@ def load_feedback(path_or_name: str, split: str = "train", skip_bad_rows: bool =
             f"{path_or_name}: none of its {len(loaded.skipped)} rows is usable; the first: {loaded.skipped[0]}"
         )
     if not loaded.rows:
-        raise UserError(f"{path_or_name}: no rows in the {split} split. Expected at least one row of feedback.")
+        raise no_rows(path_or_name, split)
     return loaded
+
+
+def read_rows(path_or_name: str, split: str) -> Iterator[tuple[str, Any]]:
+    """(file:line, row as it stands there or the RowError met in decoding it) of one split, unchecked.
+
+    Raises:
+        RowError: a file that is broken from some row on.
+        UserError: nothing there, not readable, no such split.
+    """
+    for row in find_source(path_or_name, split).read():
+        try:
+            yield row.source, row.columns()
+        except RowError as error:
+            yield row.source, error
+
+
+def no_rows(path_or_name: str, split: str) -> UserError:
+    return UserError(f"{path_or_name}: no rows in the {split} split. Expected at least one row of feedback.")
 
 
 def has_split(path_or_name: str, split: str) -> bool:
@@ -77,10 +103,11 @@ def has_split(path_or_name: str, split: str) -> bool:
     return not set(names).isdisjoint(_hub_splits(path_or_name))
 
 
-def assign_groups(rows: Sequence[Feedback]) -> list[int]:
-    """A number per row, from 0 in order of appearance; rows with equal prompts share it."""
-    numbers: dict[Hashable, int] = {}
-    return [numbers.setdefault(_prompt_key(row.prompt), len(numbers)) for row in rows]
+def prompt_group(prompt: Text) -> int:
+    """A number below 2^63 that equal prompts share, and no others: 63 bits of a hash of the content."""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+    kind = b"text" if isinstance(prompt, str) else b"messages"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=kind).digest()) >> 1
 
 
 def split_by_prompt(rows: Sequence[Feedback], fraction: float, seed: int) -> tuple[list[Feedback], list[Feedback]]:
@@ -97,33 +124,32 @@ def split_by_prompt(rows: Sequence[Feedback], fraction: float, seed: int) -> tup
     """
     if not 0 < fraction < 1:
         raise UserError(f"the share of prompts to hold out is {fraction}: expected a number above 0 and below 1")
-    groups = assign_groups(rows)
-    count = len(set(groups))
+    groups = [prompt_group(row.prompt) for row in rows]
+    prompts = list(dict.fromkeys(groups))  # in order of appearance
+    count = len(prompts)
     if count < 2:
         raise UserError(
             f"cannot hold out prompts: the data has {count} different prompt{'' if count == 1 else 's'}, expected at "
             "least 2. Give held-out data in a file of its own, or train without."
         )
     held = min(max(round(fraction * count), 1), count - 1)
-    chosen = set(np.random.Generator(np.random.PCG64(seed)).permutation(count)[:held].tolist())
+    chosen = {prompts[i] for i in np.random.Generator(np.random.PCG64(seed)).permutation(count)[:held]}
     sides: tuple[list[Feedback], list[Feedback]] = ([], [])
     for row, group in zip(rows, groups, strict=True):
         sides[group in chosen].append(row)
     return sides
 
 
-def _prompt_key(prompt: Text) -> Hashable:
-    return prompt if isinstance(prompt, str) else ("messages", json.dumps(prompt, sort_keys=True, default=str))
-
-
 # Finding the rows
 
 
-def read_rows(path_or_name: str, split: str) -> Rows:
-    """(file:line, row as read or what is wrong with it) of one split, unchecked.
+def find_source(path_or_name: str, split: str, streaming: bool = False) -> Source:
+    """One split of a file, a folder or a Hub data set, as `load_feedback` describes them; nothing is read yet.
 
+    Args:
+        streaming: read a Hub data set over the network, row by row, instead of fetching it first.
     Raises:
-        UserError: as `load_feedback`, but for bad rows.
+        UserError: nothing there, no such split, shards missing, or an unknown kind of file.
     """
     path = Path(path_or_name).expanduser()
     names = _split_names(split)
@@ -133,26 +159,51 @@ def read_rows(path_or_name: str, split: str) -> Rows:
             held = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
             raise UserError(
                 f"{path}: no {split} file in this folder, which holds {held}. Expected "
-                f"{' or '.join(names)} with one of the endings {', '.join(READERS)}."
+                f"{' or '.join(names)} with one of the endings {', '.join(READERS)}, or such files numbered as "
+                f"{names[0]}-0, or in a folder {names[0]}."
             )
-        if len(files) > 1:
-            found = " and ".join(p.name for p in files)
-            raise UserError(f"{path}: {found} are both the {split} split. Keep one, or give the file itself.")
-        path = files[0]
-    elif not path.exists():
+        _check_shards(path, files, split)
+        return _files(path_or_name, files)
+    if not path.exists():
         _check_hub_name(path_or_name)
-        return _read_hub(path_or_name, names)
-    reader = READERS.get(path.suffix.lower())
-    if reader is None:
+        return _hub(path_or_name, names, streaming)
+    if path.suffix.lower() not in READERS:
         raise UserError(f"{path}: unknown kind of file. Expected one of the endings {', '.join(READERS)}.")
-    return _readable(reader, path)
+    return _files(path_or_name, [path])
 
 
-def _readable(reader: Callable[[Path], Rows], path: Path) -> Rows:
-    try:
-        yield from reader(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+def source_of(rows: Iterable[Any], split: str) -> Source:
+    """Rows from Python: mappings, such as those of a `datasets.IterableDataset`, read anew each time.
+
+    An iterator is spent after one epoch; what `iter` begins anew, such as a list, is not.
+    """
+    name = f"{type(rows).__name__}[{split}]"
+    return Source(name, partial(number_rows, rows, name))
+
+
+def digest(path_or_name: str, split: str, blocks: int = 16, block: int = 4096) -> str:
+    """Of the names and sizes of a split's files and some blocks of each, or of the name alone of a Hub data set:
+    reading terabytes would delay the start of every run.
+
+    Raises:
+        UserError: as `find_source`, or a file that cannot be read.
+    """
+    source = find_source(path_or_name, split, streaming=True)
+    if not source.files:
+        return source.name
+    digest, total = hashlib.sha256(), 0
+    for path in source.files:
+        try:
+            with path.open("rb") as file:
+                size = path.stat().st_size
+                digest.update(repr((path.name, size)).encode())
+                for at in range(0, size, max(block, size // blocks)):
+                    file.seek(at)
+                    digest.update(file.read(block))
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        total += size
+    return f"{len(source.files):,} files of {total:,} bytes, SHA-256 {digest.hexdigest()[:16]}"
 
 
 def _split_names(split: str) -> tuple[str, ...]:
@@ -161,12 +212,76 @@ def _split_names(split: str) -> tuple[str, ...]:
     return SPLITS[split]
 
 
+# Files
+
+
+def _files(name: str, paths: Sequence[Path]) -> Source:
+    return Source(name, partial(_read_files, {path: _stamp(path) for path in paths}), paths)
+
+
+def _read_files(stamps: dict[Path, tuple[int, int]]) -> Iterator[RawRow]:
+    """One file after the other, each the same as when it was found: otherwise no order of rows can be gone on with."""
+    for path, stamp in stamps.items():
+        _check_unchanged(path, stamp)
+        try:
+            yield from READERS[path.suffix.lower()](path)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        _check_unchanged(path, stamp)
+
+
+def _check_unchanged(path: Path, stamp: tuple[int, int]) -> None:
+    if _stamp(path) != stamp:
+        raise UserError(
+            f"{path}: has changed since it was first read. Start again with data that stays as it is; a run that is "
+            "to go on needs the file as it was."
+        )
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size in bytes, and time of the last change in nanoseconds."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return status.st_size, status.st_mtime_ns
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read: {error.strerror or error}")
+
+
 def _split_files(folder: Path, names: Sequence[str]) -> list[Path]:
-    """The files of the first of these names that has any."""
+    """The files of the first of these names that has any, in the order of their names."""
     for name in names:
-        if files := [p for ending in READERS if (p := folder / f"{name}{ending}").is_file()]:
-            return files
+        own = re.compile(f"{name}({SHARD})?")
+        here = [p for p in folder.iterdir() if own.fullmatch(p.stem)]
+        inside = folder / name
+        within = [p for p in inside.iterdir() if not p.name.startswith(".")] if inside.is_dir() else []
+        if files := [p for p in here + within if p.suffix.lower() in READERS and p.is_file()]:
+            return sorted(files)
     return []
+
+
+def _check_shards(folder: Path, files: Sequence[Path], split: str) -> None:
+    """That the files are parts of one split, rather than several copies of it, and all there."""
+    if len(files) > 1 and (
+        len({p.parent for p in files}) > 1
+        or len({p.stem for p in files}) < len(files)
+        or any(p.parent == folder and not re.search(r"\d$", p.stem) for p in files)
+    ):
+        found = " and ".join(str(p.relative_to(folder)) for p in files[:4])
+        raise UserError(f"{folder}: {found} are both the {split} split. Keep one, or give the file itself.")
+    totals = {int(match[1]) for p in files if (match := re.search(r"\d-of-(\d+)", p.stem))}
+    if totals and totals != {len(files)}:
+        wanted = " or ".join(map(str, sorted(totals)))
+        raise UserError(
+            f"{folder}: the {split} split is {wanted} files by their names, found {len(files)}: "
+            f"{', '.join(p.name for p in files[:4])}. Fetch the missing ones, and keep no others."
+        )
+
+
+# The Hub
 
 
 def _check_hub_name(name: str) -> None:
@@ -177,112 +292,7 @@ def _check_hub_name(name: str) -> None:
         )
 
 
-# Reading the rows
-
-
-def _read_jsonl(path: Path) -> Rows:
-    # Read as bytes, because only a newline ends a line: text may hold U+2028 and its like.
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            source = f"{path}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                if text.strip():
-                    yield source, json.loads(text.rstrip())
-            except UnicodeDecodeError as error:
-                yield source, _not_utf8(source, error.start + 1)
-            except (ValueError, RecursionError) as error:
-                yield source, _not_json(source, error, "Write one JSON object on each line")
-
-
-def _read_json(path: Path) -> Rows:
-    text = _decode(path)
-    try:
-        rows = json.loads(text) if text.strip() else []
-    except (ValueError, RecursionError) as error:
-        raise _not_json(f"{path}:{getattr(error, 'lineno', 1)}", error, "Mend the file there") from error
-    if not isinstance(rows, list):
-        raise UserError(
-            f"{path}: expected a list of objects, found one {type(rows).__name__}. Write [{{...}}, {{...}}]."
-        )
-    # The file is sound: walk it once more, element by element, for the line where each begins.
-    decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
-    at, line = text.find("[") + 1, 1 + text.count("\n", 0, text.find("[") + 1)
-    for _ in rows:
-        start = between.match(text, at).end()  # type: ignore[union-attr]  # it matches the empty string
-        line += text.count("\n", at, start)
-        row, at = decoder.raw_decode(text, start)
-        yield f"{path}:{line}", row
-        line += text.count("\n", start, at)
-
-
-def _read_csv(path: Path) -> Rows:
-    reader = csv.reader(io.StringIO(_decode(path), newline=""), strict=True)
-    columns: list[str] = []
-    while True:
-        source = f"{path}:{reader.line_num + 1}"  # a quoted field may hold newlines: name the row's first line
-        try:
-            fields = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise RowError(
-                source, "", f"not CSV: {error}", 'Put fields in double quotes and double the quotes in them, ""'
-            ) from error
-        if not fields:
-            continue
-        if not columns:
-            columns = [name.strip() for name in fields]
-        elif len(fields) != len(columns):
-            problem = f"found {len(fields)} fields, expected {len(columns)} ({', '.join(columns)})"
-            yield source, RowError(source, "", problem, "Put fields that hold commas or newlines in double quotes")
-        else:
-            try:
-                yield source, {c: _csv_value(c, v, source) for c, v in zip(columns, fields, strict=True)}
-            except RowError as error:
-                yield source, error
-
-
-def _csv_value(column: str, text: str, source: str) -> Any:
-    """CSV has only text: labels are written true and false, messages as JSON."""
-    if column == "label":
-        return {"true": True, "false": False}.get(text.strip().casefold(), text)
-    if not re.match(r"\s*\[\s*\{", text):
-        return text
-    try:
-        value = json.loads(text)
-        return value if all(isinstance(item, dict) for item in value) else text
-    except ValueError as error:
-        if re.match(r"\s*\[\s*\{\s*'(role|content)'", text):
-            raise RowError(
-                source, column, "is a list in Python's notation, expected JSON", "Write the column with json.dumps"
-            ) from error
-        return text
-
-
-def _read_parquet(path: Path) -> Rows:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{path}:{number}", row
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a parquet file that can be read: {error}") from error
-
-
-READERS: dict[str, Callable[[Path], Rows]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
-}
-
-
-def _read_hub(name: str, names: Sequence[str]) -> Rows:
+def _hub(name: str, names: Sequence[str], streaming: bool) -> Source:
     known = _hub_splits(name)
     split = next((n for n in names if n in known), None)
     if split is None:
@@ -290,11 +300,18 @@ def _read_hub(name: str, names: Sequence[str]) -> Rows:
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(name, split=split, streaming=streaming)
     except Exception as error:  # a dozen kinds, from three libraries
         raise _hub_error(name, error) from error
-    for number, row in enumerate(rows, 1):
-        yield f"{name}[{split}]:{number}", row
+    full = f"{name}[{split}]"
+    return Source(full, partial(_read_hub, rows, name, full))
+
+
+def _read_hub(rows: Iterable[Any], name: str, full: str) -> Iterator[RawRow]:
+    try:
+        yield from number_rows(rows, full)
+    except Exception as error:  # the same, in the midst of a stream
+        raise _hub_error(name, error) from error
 
 
 def _hub_splits(name: str) -> list[str]:
@@ -312,22 +329,3 @@ def _hub_error(name: str, error: Exception) -> UserError:
         f"{' '.join(str(error).split()) or type(error).__name__}. Check the spelling, the connection and, for a "
         "private data set, `hf auth login`; or download its files and give their folder."
     )
-
-
-def _decode(path: Path) -> str:
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start)
-        raise _not_utf8(f"{path}:{line + 1}", error.start - data.rfind(b"\n", 0, error.start)) from error
-
-
-def _not_utf8(source: str, byte: int) -> RowError:
-    return RowError(source, "", f"byte {byte} of the line is not UTF-8", "Save the file as UTF-8")
-
-
-def _not_json(source: str, error: Exception, remedy: str) -> RowError:
-    if not isinstance(error, json.JSONDecodeError):
-        return RowError(source, "", f"not JSON: {error}", remedy)
-    return RowError(source, "", f"column {error.colno}: not JSON: {error.msg}", remedy)

@@ -16,7 +16,7 @@ from bnf_core.batching import Example
 from bnf_core.config import Template
 from bnf_core.errors import UserError
 from bnf_core.records import Feedback, Message, RowError, Text, common_length
-from bnf_core.sources import assign_groups
+from bnf_core.sources import prompt_group
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -65,7 +65,6 @@ def tokenize(
             "the tokenizer has no EOS token, so completions would never end. Set eos_token in tokenizer_config.json."
         )
     added, turn_ends = _added_before(tokenizer), _special_ids(tokenizer)
-    groups = assign_groups(rows)
     examples: list[Example] = []
     skipped: list[str] = []
     prompts_cut = completions_cut = 0
@@ -86,9 +85,8 @@ def tokenize(
             short_prompt, short_completion = _cut(prompt, completion, max_length, tokenizer.bos_token_id)
             prompts_cut += len(short_prompt) < len(prompt)
             completions_cut += len(short_completion) < len(completion)
-            examples.append(
-                Example(tuple(short_prompt), tuple(short_completion), rows[i].label, groups[i], rows[i].source)
-            )
+            group = prompt_group(rows[i].prompt)
+            examples.append(Example(tuple(short_prompt), tuple(short_completion), rows[i].label, group, rows[i].source))
         if progress is not None:
             progress(min(at + CHUNK, len(rows)), len(rows))
     if skipped and not examples:

@@ -12,7 +12,7 @@ import pytest
 
 from bnf_core.errors import UserError
 from bnf_core.records import Feedback, RowError
-from bnf_core.sources import assign_groups, has_split, load_feedback, split_by_prompt
+from bnf_core.sources import digest, has_split, load_feedback, prompt_group, split_by_prompt
 
 ROW = '{"prompt": "q", "completion": "a", "label": true}'
 CHAT = [{"role": "user", "content": "q"}]
@@ -184,7 +184,7 @@ def test_the_valid_split_may_be_called_validation_or_test_but_valid_comes_first(
 def test_a_split_held_twice_is_ambiguous(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", ROW)
     write(tmp_path / "train.json", f"[{ROW}]")
-    with pytest.raises(UserError, match=r"train\.jsonl and train\.json are both the train split"):
+    with pytest.raises(UserError, match=r"train\.json and train\.jsonl are both the train split"):
         load_feedback(str(tmp_path))
 
 
@@ -222,8 +222,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             raise ConnectionError("could not\nreach it")
         return ["train", "validation"]
 
-    def load_dataset(name: str, split: str) -> list[dict[str, Any]]:
-        asked.append((name, split))
+    def load_dataset(name: str, split: str, streaming: bool) -> list[dict[str, Any]]:
+        asked.append((name, split, streaming))
         return [{"prompt": "q", "chosen": split, "rejected": "b"}]
 
     fake = SimpleNamespace(get_dataset_split_names=get_dataset_split_names, load_dataset=load_dataset)
@@ -237,7 +237,7 @@ def test_hub_data_set(hub: list[Any]) -> None:
         ("validation", True, "owner/pairs[validation]:1"),
         ("b", False, "owner/pairs[validation]:1"),
     ]
-    assert hub == [("owner/pairs", "validation")]
+    assert hub == [("owner/pairs", "validation", False)]
     assert (has_split("owner/pairs", "valid"), has_split("owner/pairs", "test")) == (True, False)
     with pytest.raises(UserError, match="has no test split, only train, validation"):
         load_feedback("owner/pairs", "test")
@@ -259,7 +259,15 @@ def rows_of(*prompts: Any) -> list[Feedback]:
 def test_equal_prompts_share_a_group() -> None:
     swapped = [{"content": "q", "role": "user"}]  # the same message, its keys in another order
     rows = rows_of("q", "r", CHAT, "q", swapped, json.dumps(CHAT, sort_keys=True), [*CHAT, *ANSWER], "q ")
-    assert assign_groups(rows) == [0, 1, 2, 0, 2, 3, 4, 5]
+    groups = [prompt_group(row.prompt) for row in rows]
+    assert [groups.index(group) for group in groups] == [0, 1, 2, 0, 2, 5, 6, 7]
+
+
+def test_the_group_of_a_prompt_is_always_the_same_number() -> None:
+    """What is read in another order, by another process or on another day still belongs together."""
+    assert (prompt_group("q"), prompt_group(CHAT)) == (7955565855182224833, 6181226078149104760)
+    assert all(0 <= prompt_group(str(i)) < 2**63 for i in range(1000))
+    assert any(prompt_group(str(i)) >= 2**62 for i in range(100))
 
 
 def test_no_prompt_is_on_both_sides_and_no_row_is_lost() -> None:

@@ -129,13 +129,10 @@ def test_rows_are_independent_of_their_batch(monkeypatch: pytest.MonkeyPatch) ->
     assert [(e.prompt_ids, e.completion_ids) for e in result.examples] == [
         (e.prompt_ids, e.completion_ids) for e in alone
     ]
-    assert [(e.label, e.group, e.source) for e in result.examples] == [
-        (False, 0, "f.jsonl:1"),
-        (True, 1, "f.jsonl:2"),
-        (True, 0, "f.jsonl:3"),
-        (True, 2, "f.jsonl:4"),
-        (False, 1, "f.jsonl:5"),
-    ]
+    assert [(e.label, e.source) for e in result.examples] == [(r.label, r.source) for r in rows]
+    groups = [e.group for e in result.examples]
+    assert [groups.index(group) for group in groups] == [0, 1, 0, 3, 1]
+    assert groups == [e.group for e in alone]
     assert done == [(2, 5), (4, 5), (5, 5)]
 
 

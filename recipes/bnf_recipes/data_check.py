@@ -236,8 +236,8 @@ def _check(
     for item in feedback:
         repeats.add(item)
     labels: dict[int, set[bool]] = {}
-    for group, item in zip(sources.assign_groups(feedback), feedback, strict=True):
-        labels.setdefault(group, set()).add(item.label)
+    for item in feedback:
+        labels.setdefault(sources.prompt_group(item.prompt), set()).add(item.label)
     return CheckedFile(len(rows), bad_rows, sizes, len(labels), sum(len(both) == 2 for both in labels.values()))
 
 
