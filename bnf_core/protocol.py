@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from numpy.typing import NDArray
 
 from bnf_core.batching import Batch, Example, Position
-from bnf_core.checkpoints import Piece
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
+from bnf_core.pieces import Piece
 from bnf_core.processes import Processes
 
 Array = NDArray[Any]

@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
+from bnf_core.processes import Processes
 from bnf_core.protocol import Engine, Losses
 
 SLOW_GFLOPS = 10  # the reference BLAS does 1 to 2 on any processor, an optimised one tens a core
@@ -26,6 +27,11 @@ class MLXBackend:
         from bnf_mlx.model import devices
 
         return devices()
+
+    def processes(self) -> Processes:
+        from bnf_mlx.processes import processes
+
+        return processes()
 
     def load(
         self,

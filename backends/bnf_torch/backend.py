@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
+from bnf_core.processes import ALONE, Processes
 from bnf_core.protocol import Engine, Losses
 from bnf_torch import adapter as adapters
 from bnf_torch.model import devices, load_model, resolve_device, resolve_dtype
@@ -20,6 +21,9 @@ class TorchBackend:
 
     def devices(self) -> list[str]:
         return devices()
+
+    def processes(self) -> Processes:
+        return ALONE
 
     def load(
         self,
