@@ -163,6 +163,8 @@ def run(argv: Sequence[str]) -> int:
         for name, (_, text) in COMMANDS.items():
             console.print(f"  {name:<13}{text}", highlight=False)
         return 0 if argv else 2
+    if "-".join(argv[:2]) in COMMANDS:  # `bnf data check` is `bnf data-check`
+        argv = ["-".join(argv[:2]), *argv[2:]]
     try:
         if argv[0] not in COMMANDS:
             raise UserError(f"unknown command {argv[0]!r}: expected {', '.join(COMMANDS)}")

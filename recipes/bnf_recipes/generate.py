@@ -42,6 +42,18 @@ def complete(
 ) -> list[str]:
     """Greedy completions of many prompts, in their order."""
     ids = [prompt_ids(p, tokenizer, template) for p in prompts]
+    return complete_ids(engine, tokenizer, ids, max_tokens, stops, batch_size)
+
+
+def complete_ids(
+    engine: Engine,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Sequence[Sequence[int]],
+    max_tokens: int,
+    stops: Sequence[int],
+    batch_size: int = 16,
+) -> list[str]:
+    """The same for prompts that are tokens already."""
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     texts = [""] * len(ids)
     for at in range(0, len(ids), batch_size):
