@@ -22,10 +22,7 @@ from bnf_core.batching import Array, Example
 from bnf_core.config import TrainConfig
 from bnf_core.errors import UserError
 from bnf_core.files import agreed, replacing
-from bnf_core.pieces import Piece as Piece
 from bnf_core.pieces import State, StoredArrays, write_state
-from bnf_core.pieces import require_same_shapes as require_same_shapes
-from bnf_core.pieces import under as under
 from bnf_core.processes import ALONE, Processes
 
 Facts = dict[str, Any]  # what a run is made of, by name: JSON values
@@ -196,7 +193,7 @@ def run_facts(config: TrainConfig, model: Path, rows: str, held_out: str | None)
             of a stream, `files_digest` with whatever else makes rows of the files.
         held_out: digest of the held-out rows; None: there are none.
     """
-    settings = {name: value for name, value in _flat(config.as_dict()) if name not in FREE}
+    settings = {name: value for name, value in config.flat().items() if name not in FREE}
     return settings | {"training rows": rows, "held-out rows": held_out, "weights of the model": model_digest(model)}
 
 
@@ -208,14 +205,6 @@ def changes(before: Facts, now: Facts) -> list[str]:
     else:
         same_content = all(name.startswith(SOURCES) for name in changed)
     return [] if same_content else [f"{name}: {before.get(name)} → {now.get(name)}" for name in changed]
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def rows_digest(rows: Sequence[Example]) -> str:

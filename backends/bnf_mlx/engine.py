@@ -11,8 +11,8 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from bnf_core.batching import Batch
-from bnf_core.checkpoints import require_same_shapes, under
 from bnf_core.config import OptimizerConfig
+from bnf_core.pieces import require_same_shapes, under
 from bnf_core.processes import ALONE, Processes
 from bnf_core.protocol import Array, Done, Step, TokenStats
 from bnf_mlx import adapter

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from bnf_core import plan, registry
 from bnf_core.batching import Cut, Position, micro_batches
-from bnf_core.checkpoints import Facts, changes, run_facts, under
+from bnf_core.checkpoints import Facts, changes, run_facts
 from bnf_core.config import TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.metrics import Meter, Metrics
 from bnf_core.model_folder import resolve_model
+from bnf_core.pieces import under
 from bnf_core.protocol import Engine, Step, TokenStats
 from bnf_core.reference import ReferenceCache
 from bnf_core.tokenization import load_tokenizer, stop_ids
@@ -29,8 +30,8 @@ from bnf_recipes.pictures import run_picture
 from bnf_recipes.progress import bar
 from bnf_recipes.reference import open_reference
 from bnf_recipes.run_folder import RunFolder
-from bnf_recipes.samples import write_samples
-from bnf_recipes.tracking import open_trackers
+from bnf_recipes.samples import Samples
+from bnf_recipes.tracking import check_trackers, open_trackers
 
 # More to measure at each evaluation, such as the accuracy of generated answers.
 Evaluator = Callable[[Engine], Metrics]
@@ -53,6 +54,7 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
         TrainingStopped: the loss or gradient is not finite (the last good weights are saved), an interrupt (after
             a checkpoint), or nothing more can be written.
     """
+    check_trackers(config.report_to)
     backend = registry.get(config.hardware.backend)
     processes = backend.processes()
     if processes.rank > 0:
@@ -123,20 +125,18 @@ class _Training:
             f"{'es' if self.processes.count > 1 else ''}; run folder {self.folder.path}",
             highlight=False,
         )
-        self.trackers = open_trackers(
-            self.config.report_to if self.first else [], self.folder.path, self.config.flat(), start > 0
-        )
+        names = self.config.report_to if self.first else []
         with (
+            open_trackers(names, self.folder.path, self.config.as_dict(), start, self.console) as self.trackers,
             bar("train", self.num_steps - start, self.console) as self.progress,
             Interrupts() as self.interrupts,
         ):
             if self.config.fine_tune_type == "full" and start == 0:
                 self._compute_reference()
+            self.samples = self._samples(start)
             self._watch(start)
             self.started = time.perf_counter()
             self.engine.fit(self._steps(start), self._after, self.config.optimizer.max_grad_norm)
-        for tracker in self.trackers:
-            tracker.close()
         after = self.evaluations[max(self.evaluations)] if self.evaluations else None
         picture = self.folder.path / "run.png"
         if self.first:
@@ -206,16 +206,22 @@ class _Training:
                 self._stop(step)
             self.evaluations[step] = metrics
             self._log("eval", step, metrics)
-        if _due(step, self.config.sample_every) and self.data.held_out:
-            write_samples(
+        if self.samples and _due(step, self.config.sample_every):
+            with self.folder.writing():
+                self.samples.write(step, self.engine)
+
+    def _samples(self, start: int) -> Samples | None:
+        if self.config.sample_every is None or self.data.held_out is None:
+            return None
+        with self.folder.writing():
+            return Samples(
                 self.folder.path if self.first else None,
-                step,
-                self.engine,
-                self.tokenizer,
                 self.data.held_out,
+                self.tokenizer,
+                self.stops,
                 count=self.config.sample_count,
                 max_tokens=self.config.sample_tokens,
-                stops=self.stops,
+                start=start,
             )
 
     def _evaluation_due(self, step: int) -> bool:
@@ -223,11 +229,10 @@ class _Training:
             return False
         return step in (0, self.num_steps) or _due(step, self.config.eval_every)
 
-    def _log(self, kind: str, step: int, metrics: Mapping[str, float | None]) -> None:
+    def _log(self, kind: Literal["train", "eval"], step: int, metrics: Mapping[str, float | None]) -> None:
         if self.first:
             self.folder.log(kind=kind, step=step, **metrics)
-            for tracker in self.trackers:
-                tracker.log(kind, step, metrics)
+            self.trackers.log(kind, step, metrics)
 
     def _save(self, step: int) -> None:
         if step == self.saved_at:
