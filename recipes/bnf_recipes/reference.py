@@ -57,7 +57,11 @@ def reference(config: ReferenceConfig, console: Console) -> StoredReference:
         ) from error
     stored = StoredReference(folder)
     tokens = sum(shard["tokens"] for shard in stored.shards)
-    console.print(f"{folder}: {len(stored.keys):,} different rows, {tokens:,} completion tokens", highlight=False)
+    console.print(
+        f"{escape(str(folder))}: {len(stored.keys):,} different rows, {tokens:,} completion tokens",
+        highlight=False,
+        soft_wrap=True,
+    )
     return stored
 
 
