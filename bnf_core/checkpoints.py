@@ -200,7 +200,7 @@ def run_facts(config: TrainConfig, model: Path, rows: str, held_out: str | None)
 def changes(before: Facts, now: Facts) -> list[str]:
     """`name: before → now` of each fact that differs; none where only names of the same content do."""
     changed = [name for name in before | now if before.get(name) != now.get(name)]
-    if now.get("data.streaming"):
+    if before.get("data.streaming") or now.get("data.streaming"):
         same_content = all(name in STREAM_SOURCES for name in changed)
     else:
         same_content = all(name.startswith(SOURCES) for name in changed)

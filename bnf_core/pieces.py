@@ -100,7 +100,7 @@ class StoredArrays(Mapping[str, Array]):
                     parts.setdefault(name, []).append(_Part(path, name, here.get_dtype(), shape, rows))
         for found in parts.values():
             _require_every_row_once(found)
-        return cls(parts)
+        return cls({name: [part for part in found if part.rows] or found[:1] for name, found in parts.items()})
 
     def __getitem__(self, name: str) -> Array:
         parts = self._parts[name]
