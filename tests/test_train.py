@@ -14,6 +14,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from bnf_core import registry
+from bnf_core.batching import Array, Batch
 from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OptimizerConfig, TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_recipes.train import RunResult, train
@@ -75,7 +76,7 @@ def test_the_cut_into_micro_batches_does_not_matter(
     ]
     losses = [[line["loss"] for line in lines(run, "train")] for run in runs]
     assert np.ptp(losses, axis=0).max() < 2e-6
-    weights = [adapter_weights(run.adapter) for run in runs]
+    weights = [adapter_weights(run.trained) for run in runs]
     for name, value in weights[0].items():
         for other in weights[1:]:
             np.testing.assert_allclose(other[name], value, atol=2e-5, err_msg=name)
@@ -94,7 +95,7 @@ def test_both_backends_take_the_same_road(tiny_model: Path, feedback: Path, tmp_
     for step_a, step_b in zip(a, b, strict=True):
         assert step_b["loss"] == pytest.approx(step_a["loss"], rel=1e-4, abs=1e-5)
         assert step_b["learning_rate"] == step_a["learning_rate"]
-    weights_a, weights_b = adapter_weights(torch_run.adapter), adapter_weights(mlx_run.adapter)
+    weights_a, weights_b = adapter_weights(torch_run.trained), adapter_weights(mlx_run.trained)
     assert weights_a.keys() == weights_b.keys()
     for name, value in weights_a.items():
         np.testing.assert_allclose(weights_b[name], value, atol=5e-4, err_msg=name)
@@ -109,7 +110,7 @@ def test_a_saved_adapter_scores_as_the_trained_one(
     run = train(config(tiny_model, feedback, tmp_path / "run", backend_name), QUIET)
     hardware = HardwareConfig(backend=backend_name, device="cpu", dtype="float32")
     scored = evaluate(
-        EvaluateConfig(str(tiny_model), DataConfig(str(feedback)), adapter=str(run.adapter), hardware=hardware), QUIET
+        EvaluateConfig(str(tiny_model), DataConfig(str(feedback)), adapter=str(run.trained), hardware=hardware), QUIET
     )
     assert run.after is not None
     for name, value in run.after.items():
@@ -121,21 +122,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_adapter
 ) -> None:
     import bnf_recipes.train as module
 
-    class Poisoned(module.Meter):
-        seen = 0
+    class Poisoned(module.ReferenceCache):
+        asked = 0
 
-        def add(self, *arguments: Any) -> None:
-            super().add(*arguments)
-            Poisoned.seen += 1
-            if Poisoned.seen == 3:
-                self.loss = float("nan")
+        def __call__(self, batch: Batch) -> Array:
+            Poisoned.asked += 1
+            values = super().__call__(batch)
+            return values * np.float32("nan") if Poisoned.asked == 3 else values
 
     constant = {"optimizer": OptimizerConfig(learning_rate=5e-3, schedule="constant", warmup_steps=0), "valid": None}
     good = train(config(tiny_model, feedback, tmp_path / "good", backend_name, max_steps=2, **constant), QUIET)
-    monkeypatch.setattr(module, "Meter", Poisoned)
+    monkeypatch.setattr(module, "ReferenceCache", Poisoned)
     with pytest.raises(TrainingStopped, match=r"step 3: the loss is not finite.*feedback\.jsonl:\d+"):
         train(config(tiny_model, feedback, tmp_path / "run", backend_name, **constant), QUIET)
-    kept, expected = adapter_weights(tmp_path / "run" / "adapter"), adapter_weights(good.adapter)
+    kept, expected = adapter_weights(tmp_path / "run" / "adapter"), adapter_weights(good.trained)
     assert kept.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(kept[name], value)
@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_adapter
 
 def test_a_finished_run_is_not_overwritten_unless_asked(tiny_model: Path, feedback: Path, tmp_path: Path) -> None:
     settings = config(tiny_model, feedback, tmp_path / "run", "torch", max_steps=1)
-    before = train(settings, QUIET).adapter / "adapter_model.safetensors"
+    before = train(settings, QUIET).trained / "adapter_model.safetensors"
     content = before.read_bytes()
     with pytest.raises(UserError, match="already holds a run"):
         train(settings, QUIET)

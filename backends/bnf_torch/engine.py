@@ -53,7 +53,7 @@ class TorchEngine:
             for batch, ref_log_odds in step.batches:
                 micro_loss, micro_stats = self._loss(batch, ref_log_odds)
                 micro_loss.backward()
-                loss += float(micro_loss)
+                loss += float(micro_loss.detach())
                 stats.append(_to_numpy(micro_stats))
             norm = self.optimizer.update(step.learning_rate, max_grad_norm) if math.isfinite(loss) else math.nan
             done(step, stats, norm)
