@@ -139,6 +139,12 @@ def test_every_process_writes_its_own_rows_and_nothing_else(tmp_path: Path, toge
     assert ["random/cpu" in file for file in files] == [True, False, False]
 
 
+def test_whoever_may_read_other_files_may_read_these(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    modes = {path.name: path.stat().st_mode for path in (tmp_path / "step-000001").iterdir()}
+    assert len(modes) == 3 and len(set(modes.values())) == 1, modes
+
+
 def test_arrays_are_saved_by_their_values_however_they_lie_in_memory(tmp_path: Path) -> None:
     grid = np.arange(24.0).reshape(4, 6)
     arrays = {"columns": grid.T, "every other": grid[:, ::2], "backwards": grid[::-1], "big-endian": grid.astype(">f8")}
