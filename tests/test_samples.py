@@ -1,0 +1,141 @@
+"""Samples: what is written of what the model says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bnf_core import registry
+from bnf_core.batching import Example
+from bnf_core.config import LoraConfig
+from bnf_core.errors import UserError
+from bnf_core.protocol import Engine
+from bnf_core.tokenization import load_tokenizer, stop_ids
+from bnf_recipes.samples import cut_samples, page, write_samples
+
+
+class Parrot:
+    """An engine that completes every prompt with its last tokens, and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[tuple[int, ...]]] = []
+
+    def generate(self, prompts: list[tuple[int, ...]], max_tokens: int, stop_ids: list[int]) -> list[list[int]]:
+        self.asked.append(list(prompts))
+        return [list(prompt[-max_tokens:]) for prompt in prompts]
+
+
+@pytest.fixture
+def tokenizer(tiny_model: Path) -> Any:
+    return load_tokenizer(tiny_model)
+
+
+@pytest.fixture
+def examples(tokenizer: Any) -> list[Example]:
+    """Three prompts, the longest first; the second has no bad completion."""
+
+    def row(prompt: str, completion: str, label: bool) -> Example:
+        prompt_ids, completion_ids = (tuple(tokenizer(t)["input_ids"]) for t in (prompt, completion))
+        return Example(prompt_ids, (*completion_ids, tokenizer.eos_token_id), label)
+
+    return [
+        row("What is 2 plus 2? ", "No idea.", False),
+        row("What is 2 plus 2? ", "It is 4.", True),
+        row("Paris", " is the capital", True),
+        row("What is 2 plus 2? ", "It is 22.", False),
+        row("0 1 2", " 3", True),
+    ]
+
+
+def write(folder: Path | None, step: int, engine: Any, examples: list[Example], tokenizer: Any) -> None:
+    write_samples(folder, step, engine, tokenizer, examples, count=2, max_tokens=3, stops=[tokenizer.eos_token_id])
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_first_different_prompts_with_what_is_known_of_them(
+    tmp_path: Path, examples: list[Example], tokenizer: Any
+) -> None:
+    write(tmp_path, 5, Parrot(), examples, tokenizer)
+    assert [(s["step"], s["prompt"], s.get("good"), s.get("bad")) for s in read(tmp_path)] == [
+        (5, "What is 2 plus 2? ", "It is 4.", "No idea."),
+        (5, "Paris", " is the capital", None),
+    ]
+    # Each prompt has its own completion, though the engine may be given them in another order.
+    for sample in read(tmp_path):
+        assert sample["completion"] and sample["prompt"].endswith(sample["completion"])
+
+
+def test_samples_come_step_by_step_and_are_cut_where_a_run_goes_on(
+    tmp_path: Path, examples: list[Example], tokenizer: Any
+) -> None:
+    def steps() -> list[int]:
+        return [s["step"] for s in read(tmp_path)]
+
+    for step in (0, 5, 10):
+        write(tmp_path, step, Parrot(), examples, tokenizer)
+    assert steps() == [0, 0, 5, 5, 10, 10]
+    cut_samples(tmp_path, 5)
+    assert steps() == [0, 0, 5, 5]
+    assert "step 10" not in (tmp_path / "samples.md").read_text()
+    for step in (5, 10):  # the step of the checkpoint comes once more
+        write(tmp_path, step, Parrot(), examples, tokenizer)
+    assert steps() == [0, 0, 5, 5, 10, 10]
+    assert (tmp_path / "samples.md").read_text().count("step 10") == 2
+
+
+def test_a_run_started_anew_has_no_samples_of_an_earlier_one(
+    tmp_path: Path, examples: list[Example], tokenizer: Any
+) -> None:
+    for start in (0, 5):  # without samples there is nothing to cut, and nothing to make
+        cut_samples(tmp_path, start)
+        assert not list(tmp_path.iterdir())
+    write(tmp_path, 5, Parrot(), examples, tokenizer)
+    cut_samples(tmp_path, 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_processes_besides_the_first_complete_and_write_nothing(
+    tmp_path: Path, examples: list[Example], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parrot = Parrot()
+    write(None, 5, parrot, examples, tokenizer)
+    assert len(parrot.asked) == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_page_shows_text_as_it_is() -> None:
+    prompt = "<|user|>a|b\n\n# no *heading* [x](y)"
+    lines = page([{"step": 3, "prompt": prompt, "completion": "if x:\n    `y` <b> & ü", "bad": "\\"}]).splitlines()
+    assert lines[2:] == [
+        "## Prompt 1",
+        "",
+        r"| prompt | \<\|user\|\>a\|b<br><br># no \*heading\* \[x\](y) |",
+        "|---|---|",
+        r"| bad | \\ |",
+        r"| step 3 | if x\:<br>&nbsp; &nbsp; \`y\` \<b\> \& ü |",
+    ]
+
+
+def test_a_file_that_is_something_else_is_left_alone(tmp_path: Path, examples: list[Example], tokenizer: Any) -> None:
+    for content in ('{"step": 1}\n{"st', '{"prompt": "a"}\n', "[1]\n"):
+        (tmp_path / "samples.jsonl").write_text(content)
+        with pytest.raises(UserError, match=r"samples\.jsonl: not the samples of a run"):
+            cut_samples(tmp_path, 5)
+        assert (tmp_path / "samples.jsonl").read_text() == content
+
+
+def test_a_backend_completes_the_prompts(
+    backend_name: str, tiny_model: Path, tmp_path: Path, examples: list[Example], tokenizer: Any
+) -> None:
+    engine: Engine = registry.get(backend_name).load(tiny_model, device="cpu", lora=LoraConfig(rank=2))
+    stops = stop_ids(tokenizer, tiny_model)
+    write_samples(tmp_path, 0, engine, tokenizer, examples, count=3, max_tokens=4, stops=stops)
+    found = read(tmp_path)
+    assert [s["prompt"] for s in found] == ["What is 2 plus 2? ", "Paris", "0 1 2"]
+    for sample, prompt in zip(found, (examples[0], examples[2], examples[4]), strict=True):
+        (alone,) = engine.generate([prompt.prompt_ids], 4, stops)
+        assert sample["completion"] == tokenizer.decode(alone)
