@@ -160,7 +160,7 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=PARQUET_BYTES) as file:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=PARQUET_BYTES, pre_buffer=False) as file:
             batches = file.iter_batches(PARQUET_ROWS)
             yield from number_rows((row for batch in batches for row in batch.to_pylist()), str(path))
     except pyarrow.ArrowException as error:

@@ -268,7 +268,7 @@ def _check_shards(folder: Path, files: Sequence[Path], split: str) -> None:
     if len(files) > 1 and (
         len({p.parent for p in files}) > 1
         or len({p.stem for p in files}) < len(files)
-        or any(p.parent == folder and not re.search(r"\d$", p.stem) for p in files)
+        or any(p.parent == folder and p.stem in SPLITS[split] for p in files)
     ):
         found = " and ".join(str(p.relative_to(folder)) for p in files[:4])
         raise UserError(f"{folder}: {found} are both the {split} split. Keep one, or give the file itself.")

@@ -167,14 +167,15 @@ def shuffle(rows: Iterable[Row], size: int, seed: int, epoch: int) -> Iterator[R
     """
     generator = PCG64([seed, epoch])
     buffer: list[Row] = []
-    for row in rows:
-        if len(buffer) < size:
-            buffer.append(row)
-            continue
-        drawn = generator.random_raw() % size
-        yield buffer[drawn]
-        buffer[drawn] = row
-    while buffer:
+
+    def draw() -> Row:
         drawn = generator.random_raw() % len(buffer)
         buffer[drawn], buffer[-1] = buffer[-1], buffer[drawn]
-        yield buffer.pop()
+        return buffer.pop()
+
+    for row in rows:
+        buffer.append(row)
+        if len(buffer) == size:
+            yield draw()
+    while buffer:
+        yield draw()

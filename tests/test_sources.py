@@ -134,6 +134,12 @@ def test_csv_bad_rows(tmp_path: Path, record: str, says: str) -> None:
         load_feedback(write(tmp_path / "f.csv", f"prompt,completion,label\nq,a,true\n{record}\n"))
 
 
+def test_csv_in_another_encoding_names_the_line(tmp_path: Path) -> None:
+    text = b"prompt,completion,label\n" + b"q,a,true\n" * 10_000 + b"q,caf\xe9,true\n"
+    with pytest.raises(RowError, match=r"f\.csv:10002: byte 6 of the line is not UTF-8"):
+        load_feedback(write(tmp_path / "f.csv", text), skip_bad_rows=True)
+
+
 def test_csv_text_that_only_looks_like_json_stays_text(tmp_path: Path) -> None:
     path = write(tmp_path / "f.csv", 'prompt,completion,label\n"[1, 2]",[{x}],true\n')
     assert load_feedback(path).rows[0].prompt == "[1, 2]"
@@ -188,6 +194,80 @@ def test_a_split_held_twice_is_ambiguous(tmp_path: Path) -> None:
         load_feedback(str(tmp_path))
 
 
+def row_of(prompt: str) -> str:
+    return ROW.replace('"q"', json.dumps(prompt)) + "\n"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-00000-of-00003.jsonl", "train-00001-of-00003.jsonl", "train-00002-of-00003.jsonl"),
+        ("train-00000-of-00003-b42a775f407cee4f.jsonl", "train-00001-of-00003.jsonl", "train-00002-of-00003.jsonl"),
+        ("train-0.jsonl", "train-1.jsonl", "train-2.jsonl"),
+        ("train.01.jsonl", "train_02.JSONL", "train_03.json"),
+        ("train/0000.jsonl", "train/0001.jsonl", "train/more.jsonl"),
+    ],
+)
+def test_a_split_may_be_several_files_read_in_the_order_of_their_names(tmp_path: Path, names: tuple[str, ...]) -> None:
+    (tmp_path / "train").mkdir()
+    for at in (2, 0, 1):
+        text = row_of(f"{at}a") + row_of(f"{at}b") if not names[at].endswith(".json") else f"[{row_of('2a')}]"
+        write(tmp_path / names[at], text)
+    for other in ("train-old.jsonl", "training.jsonl", "train-0.txt", "valid-0.jsonl", "train/.hidden.jsonl"):
+        write(tmp_path / other, row_of("other"))
+    rows = load_feedback(str(tmp_path)).rows
+    assert [row.prompt for row in rows] == ["0a", "0b", "1a", "1b", "2a", "2b"][: len(rows)]
+    assert len(rows) >= 5
+    assert rows[3].source == f"{tmp_path}/{names[1]}:2"
+    assert has_split(str(tmp_path), "train") and has_split(str(tmp_path), "valid")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("train-0.csv", "train-0.jsonl"),
+        ("train-0.jsonl", "train.jsonl"),
+        ("train/0.jsonl", "train.jsonl"),
+        ("train/0.jsonl", "train-1.jsonl"),
+        ("train/0.csv", "train/0.jsonl"),
+    ],
+)
+def test_shards_beside_another_copy_are_ambiguous(tmp_path: Path, names: tuple[str, str]) -> None:
+    (tmp_path / "train").mkdir()
+    for name in names:
+        write(tmp_path / name, ROW)
+    with pytest.raises(UserError, match=f"{re.escape(' and '.join(names))} are both the train split"):
+        load_feedback(str(tmp_path))
+
+
+def test_missing_shards_are_noticed(tmp_path: Path) -> None:
+    for at in (0, 2):
+        write(tmp_path / f"train-{at:05}-of-00003.jsonl", ROW)
+    with pytest.raises(UserError, match=r"the train split is 3 files by their names, found 2: train-00000-of-00003"):
+        load_feedback(str(tmp_path))
+    for at in (0, 1):
+        write(tmp_path / f"train-{at:05}-of-00002.jsonl", ROW)
+    with pytest.raises(UserError, match="the train split is 2 or 3 files by their names, found 4"):
+        load_feedback(str(tmp_path))
+
+
+def test_a_digest_tells_data_apart_but_not_where_they_are(tmp_path: Path) -> None:
+    found = []
+    for folder, rows in (("a", 5000), ("b", 5000), ("c", 4999)):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "train-0.jsonl", row_of("x") * rows)
+        write(tmp_path / folder / "train-1.jsonl", row_of("y"))
+        found.append(digest(str(tmp_path / folder), "train"))
+    assert found[0] == found[1] != found[2]
+    assert found[0].startswith(f"2 files of {len(row_of('x')) * 5001:,} bytes, SHA-256 ")
+    for name, text in (("train-0.jsonl", row_of("z") * 5000), ("train-1.jsonl", row_of("z"))):
+        write(tmp_path / "b" / name, text)  # as long as before
+        found.append(digest(str(tmp_path / "b"), "train"))
+    (tmp_path / "b" / "train-1.jsonl").rename(tmp_path / "b" / "train-2.jsonl")
+    found.append(digest(str(tmp_path / "b"), "train"))
+    assert len(set(found)) == 5
+
+
 def test_a_single_file_is_all_train(tmp_path: Path) -> None:
     path = write(tmp_path / "f.jsonl", ROW)
     assert (has_split(path, "train"), has_split(path, "valid")) == (True, False)
@@ -238,6 +318,7 @@ def test_hub_data_set(hub: list[Any]) -> None:
         ("b", False, "owner/pairs[validation]:1"),
     ]
     assert hub == [("owner/pairs", "validation", False)]
+    assert digest("owner/pairs", "valid") == "owner/pairs[validation]"
     assert (has_split("owner/pairs", "valid"), has_split("owner/pairs", "test")) == (True, False)
     with pytest.raises(UserError, match="has no test split, only train, validation"):
         load_feedback("owner/pairs", "test")
