@@ -64,8 +64,10 @@ class RunFolder:
         try:
             if held:  # the metrics go last: as long as they are there, the folder counts as holding a run
                 shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
-                shutil.rmtree(self.trained, ignore_errors=True)
-                self._metrics.unlink(missing_ok=True)
+                for name in ("adapter", "model"):
+                    shutil.rmtree(self.path / name, ignore_errors=True)
+                for name in ("samples.jsonl", "samples.md", "metrics.jsonl"):
+                    (self.path / name).unlink(missing_ok=True)
             self.path.mkdir(parents=True, exist_ok=True)
             self._write_config()
         except OSError as error:

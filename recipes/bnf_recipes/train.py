@@ -30,7 +30,7 @@ from bnf_recipes.pictures import run_picture
 from bnf_recipes.progress import bar
 from bnf_recipes.reference import open_reference
 from bnf_recipes.run_folder import RunFolder
-from bnf_recipes.samples import cut_samples, write_samples
+from bnf_recipes.samples import Samples
 from bnf_recipes.tracking import check_trackers, open_trackers
 
 # More to measure at each evaluation, such as the accuracy of generated answers.
@@ -135,9 +135,7 @@ class _Training:
         ):
             if self.config.fine_tune_type == "full" and start == 0:
                 self._compute_reference()
-            if self.first:
-                with self.folder.writing():
-                    cut_samples(self.folder.path, start)
+            self.samples = self._samples(start)
             self._watch(start)
             self.started = time.perf_counter()
             self.engine.fit(self._steps(start), self._after, self.config.optimizer.max_grad_norm)
@@ -210,18 +208,23 @@ class _Training:
                 self._stop(step)
             self.evaluations[step] = metrics
             self._log("eval", step, metrics)
-        if _due(step, self.config.sample_every) and self.data.held_out:
+        if self.samples and _due(step, self.config.sample_every):
             with self.folder.writing():
-                write_samples(
-                    self.folder.path if self.first else None,
-                    step,
-                    self.engine,
-                    self.tokenizer,
-                    self.data.held_out,
-                    count=self.config.sample_count,
-                    max_tokens=self.config.sample_tokens,
-                    stops=self.stops,
-                )
+                self.samples.write(step, self.engine)
+
+    def _samples(self, start: int) -> Samples | None:
+        if self.config.sample_every is None or self.data.held_out is None:
+            return None
+        with self.folder.writing():
+            return Samples(
+                self.folder.path if self.first else None,
+                self.data.held_out,
+                self.tokenizer,
+                self.stops,
+                count=self.config.sample_count,
+                max_tokens=self.config.sample_tokens,
+                start=start,
+            )
 
     def _evaluation_due(self, step: int) -> bool:
         if self.data.held_out is None or step in self.evaluations:
