@@ -1,6 +1,7 @@
-"""LoRA through mlx-lm: added, switched off for the reference, saved and loaded in mlx-lm's own layout."""
+"""LoRA and DoRA through mlx-lm: added, switched off for the reference, saved and loaded in mlx-lm's own layout."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,38 +10,92 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner import dora, lora
 
-from bnf_core.config import LoraConfig
+from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
 from bnf_core.files import replacing
 from bnf_core.lora import initial_lora_a
 
 
-def add_lora(model: nn.Module, lora: LoraConfig, seed: int) -> nn.Module:
-    """A fresh float32 adapter: A as drawn by `bnf_core.lora`, B zero.
+class Dropout(nn.Dropout):
+    """Drops what its key says, the same each time until it is given another: a layer that runs again in the backward
+    pass must not drop other values there."""
+
+    def __init__(self, p: float):
+        super().__init__(p)
+        self._key = mx.random.key(0)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self._p_1 == 1 or not self.training:
+            return x
+        kept = mx.random.bernoulli(self._p_1, x.shape, key=self._key)
+        return mx.where(kept, x * (1 / self._p_1), 0)
+
+
+class DoRALinear(dora.DoRALinear):
+    """Weight-decomposed low-rank adaptation (DoRA, arXiv 2402.09353), in the form in which PEFT computes it.
+
+        y = (m / ‖W + scale · B A‖) · (W + scale · B A) x + bias        norms of rows, without gradient (section 4.3)
+
+    mlx-lm's own class computes the same from the dequantised weights, and keeps these for the backward pass. This
+    one leaves W x to the layer itself, quantised or not, and adds to it: with B = 0 the result is the layer's own to
+    the last bit, and a quantised model stays small. Dropout acts on the low-rank path alone.
+    """
+
+    @classmethod
+    def of(cls, other: dora.DoRALinear) -> "DoRALinear":
+        """With the weights of mlx-lm's own."""
+        mine = cls(1, 1, r=1, scale=other.scale)
+        mine.linear, mine.dropout = other.linear, other.dropout
+        mine.m, mine.lora_a, mine.lora_b = other.m, other.lora_a, other.lora_b
+        return mine
+
+    def __call__(self, x: mx.array) -> mx.array:
+        weight = self._dequantized_weight()  # (out, in)
+        adapted = weight + (self.scale * self.lora_b.T) @ self.lora_a.T
+        stretch = self.m / mx.stop_gradient(mx.linalg.norm(adapted, axis=1))  # (out,)
+        base = self.linear(x)
+        product = base - self.linear.bias if "bias" in self.linear else base
+        update = (self.dropout(x) @ self.lora_a) @ self.lora_b
+        return base + ((stretch - 1) * product + (stretch * self.scale) * update).astype(x.dtype)
+
+
+def add_adapter(model: nn.Module, config: LoraConfig, seed: int, kind: FineTuneType = "lora") -> nn.Module:
+    """A fresh float32 adapter, `lora` or `dora`: A as drawn by `bnf_core.lora`, B zero, m the norms of the rows.
 
     Raises:
         UserError: a target that is no linear layer of this model's decoder layers.
     """
-    from mlx_lm.tuner.utils import linear_to_lora_layers
-
     linear = sorted({name for layer in model.layers for name, m in layer.named_modules() if _is_linear(m)})
-    if lora.targets == ["all-linear"]:
-        keys = linear
+    if config.targets == ["all-linear"]:
+        keys = set(linear)
     else:
-        keys = [path for path in linear if _last(path) in lora.targets]
-        if unknown := sorted(set(lora.targets) - set(map(_last, linear))):
+        keys = {path for path in linear if _last(path) in config.targets}
+        if unknown := sorted(set(config.targets) - set(map(_last, linear))):
             raise UserError(
                 f"lora.targets: no linear layer is called {', '.join(unknown)}; "
                 f"this model has {', '.join(sorted(set(map(_last, linear))))}"
             )
-    parameters = {"rank": lora.rank, "scale": lora.scale, "dropout": lora.dropout, "keys": keys}
-    linear_to_lora_layers(model, len(model.layers), parameters)
+    new = dora.DoRALinear.from_base if kind == "dora" else lora.LoRALinear.from_base
+    for layer in model.layers:
+        chosen = [(name, module) for name, module in layer.named_modules() if name in keys and _is_linear(module)]
+        _put(layer, [(name, new(m, r=config.rank, scale=config.scale, dropout=config.dropout)) for name, m in chosen])
     for name, module in _adapted(model):
-        a = initial_lora_a(name, lora.rank, module.lora_a.shape[0], seed)  # (r, in)
+        a = initial_lora_a(name, config.rank, _in_features(_base(module)), seed)  # (r, in)
         module.lora_a = mx.array(a.T)  # (in, r)
-    model.eval()  # new modules are in training mode, and would drop inputs
-    return model
+    return _made_ours(model)
+
+
+def new_dropout(model: nn.Module, key: mx.array) -> None:
+    """Let every adapter drop other values from now on."""
+    modules = _adapted(model)
+    for (_, module), own in zip(modules, mx.random.split(key, len(modules)) if modules else (), strict=True):
+        module.dropout._key = own
+
+
+def has_dropout(model: nn.Module) -> bool:
+    return any(module.dropout._p_1 < 1 for _, module in _adapted(model))
 
 
 @contextmanager
@@ -54,11 +109,15 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
         _put(model, adapted)
 
 
-def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
+def load_adapter(
+    model: nn.Module, folder: Path, kind: FineTuneType | None = None, config: LoraConfig | None = None
+) -> nn.Module:
     """A saved mlx-lm adapter (LoRA or DoRA), ready to be trained further; its parameters become float32.
 
+    Args:
+        kind, config: what it must be for training to go on with the settings given; default: anything.
     Raises:
-        UserError: not an mlx-lm adapter, or made for another model.
+        UserError: not an mlx-lm adapter, made for another model, or not of that kind, rank or scale.
     """
     from mlx_lm.tuner.utils import load_adapters
 
@@ -70,24 +129,38 @@ def load_adapter(model: nn.Module, folder: Path) -> nn.Module:
     if not weights_file.is_file():
         raise UserError(f"{folder} has no adapters.safetensors; other files of weights are not loaded")
     try:
-        config = json.loads(config_file.read_text())
-        kind = config.get("fine_tune_type", "lora")
-        if kind not in ("lora", "dora"):
-            raise UserError(f"{folder} was made with fine_tune_type {kind}: expected lora or dora")
+        saved = json.loads(config_file.read_text())
+        _require_kind(folder, saved, kind, config)
         load_adapters(model, str(folder))
-        saved = set(mx.load(str(weights_file)))
+        names = set(mx.load(str(weights_file)))
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: this adapter does not fit the model: {reason}") from error
     expected = dict(tree_flatten(model.trainable_parameters()))
-    if absent := sorted(set(expected) - saved):
+    if absent := sorted(set(expected) - names):
         raise UserError(
             f"{folder}: this adapter does not fit the model: {len(absent)} of {len(expected)} tensors are missing, "
             f"the first is {absent[0]}"
         )
     model.update(tree_unflatten([(name, x.astype(mx.float32)) for name, x in expected.items()]))
-    model.eval()
-    return model
+    return _made_ours(model)
+
+
+def _require_kind(folder: Path, saved: dict[str, Any], kind: FineTuneType | None, config: LoraConfig | None) -> None:
+    """Raises UserError where a saved adapter is not what the settings ask for."""
+    was = saved.get("fine_tune_type", "lora")
+    if was not in ("lora", "dora"):
+        raise UserError(f"{folder} was made with fine_tune_type {was}: expected lora or dora")
+    if kind not in (None, was):
+        raise UserError(f"{folder} was made with fine_tune_type {was}, and this run has {kind}: set it to {was}")
+    if kind is None or config is None:
+        return
+    rank, scale = saved["lora_parameters"]["rank"], saved["lora_parameters"]["scale"]
+    if (rank, True) != (config.rank, math.isclose(scale, config.scale, rel_tol=1e-6)):
+        raise UserError(
+            f"{folder} has rank {rank} and alpha {scale * rank:g}, and this run has lora.rank {config.rank} and "
+            f"lora.alpha {config.alpha:g}: set both to the adapter's"
+        )
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
@@ -114,10 +187,19 @@ def _config(model: nn.Module, adapted: list[tuple[str, Any]]) -> dict[str, Any]:
         "lora_parameters": {
             "rank": module.lora_b.shape[-1 if module.lora_b.ndim == 3 else 0],  # of experts: (experts, out, r)
             "scale": module.scale,
-            "dropout": round(1.0 - module.dropout._p_1, 9),
+            "dropout": _dropout(module),
             "keys": in_layer,
         },
     }
+
+
+def _made_ours(model: nn.Module) -> nn.Module:
+    """With this module's dropout and DoRA in the places of mlx-lm's."""
+    for _, module in _adapted(model):
+        module.dropout = Dropout(_dropout(module))
+    _put(model, [(name, DoRALinear.of(m)) for name, m in _adapted(model) if isinstance(m, dora.DoRALinear)])
+    model.eval()  # new modules are in training mode, and would drop inputs
+    return model
 
 
 def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
@@ -125,16 +207,26 @@ def _adapted(model: nn.Module) -> list[tuple[str, Any]]:
     return [(name, module) for name, module in model.named_modules() if "lora_a" in module]
 
 
+def _dropout(module: Any) -> float:
+    return round(1.0 - module.dropout._p_1, 9)
+
+
 def _base(module: Any) -> nn.Module:
     return module.linear if "linear" in module else module.embedding
 
 
 def _put(model: nn.Module, modules: list[tuple[str, Any]]) -> None:
-    model.update_modules(tree_unflatten(modules))
+    if modules:
+        model.update_modules(tree_unflatten(modules))
 
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.QuantizedLinear)
+
+
+def _in_features(linear: Any) -> int:
+    width = linear.weight.shape[1]
+    return width * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else width
 
 
 def _last(path: str) -> str:

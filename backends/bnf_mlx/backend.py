@@ -8,6 +8,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
+from bnf_core.errors import UserError
 from bnf_core.processes import Processes
 from bnf_core.protocol import Engine, Losses
 
@@ -49,17 +50,35 @@ class MLXBackend:
     ) -> Engine:
         from bnf_mlx import adapter as adapters
         from bnf_mlx.engine import MLXEngine
-        from bnf_mlx.model import load_model, resolve_device, resolve_dtype
+        from bnf_mlx.model import Checkpoint, load_model, resolve_device, resolve_dtype, unfreeze
+        from bnf_mlx.processes import processes
 
-        mx.random.seed(seed)  # dropout, where there is any
+        if load_in_4bit:
+            raise UserError(
+                "load_in_4bit is of the torch backend: on mlx, quantise the model once, with "
+                f"`python -m mlx_lm convert --hf-path {model} -q --mlx-path NEW_FOLDER`, and name the new folder"
+            )
+        if fine_tune_type == "full" and adapter is not None:
+            raise UserError(
+                f"fine_tune_type full trains all weights of a model, and {adapter} is an adapter: make one model of "
+                f"both with `python -m mlx_lm fuse --model {model} --adapter-path {adapter}`, and name that"
+            )
+        members = processes()
+        mx.random.seed(seed + (members.rank << 32))  # dropout, where there is any: each process drops its own
         where = resolve_device(device)
         loaded = load_model(model, where, resolve_dtype(dtype, where))
+        whole = None
         with mx.stream(where):
-            if adapter is not None:
-                adapters.load_adapter(loaded, adapter)
-            elif fine_tune_type == "lora" and lora is not None:
-                adapters.add_lora(loaded, lora, seed)
-        return MLXEngine(loaded, where, optimizer)
+            if fine_tune_type == "full":
+                unfreeze(loaded)
+                whole = Checkpoint(model, loaded)
+            elif adapter is not None:
+                adapters.load_adapter(loaded, adapter, fine_tune_type, lora)
+            elif fine_tune_type is not None:
+                adapters.add_adapter(loaded, lora or LoraConfig(), seed, fine_tune_type)
+        return MLXEngine(
+            loaded, where, optimizer, whole=whole, gradient_checkpointing=gradient_checkpointing, processes=members
+        )
 
     def describe(self) -> dict[str, str]:
         facts = {"mlx": version("mlx"), "mlx-lm": version("mlx-lm"), "devices": ", ".join(self.devices())}

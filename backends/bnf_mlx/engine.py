@@ -1,9 +1,9 @@
 """A loaded MLX model that scores, trains and generates: bnf_core.protocol.Engine."""
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,71 +12,156 @@ from mlx.utils import tree_unflatten
 
 from bnf_core.batching import Batch
 from bnf_core.config import OptimizerConfig
-from bnf_core.pieces import require_same_shapes, under
+from bnf_core.errors import UserError
+from bnf_core.files import agreed
+from bnf_core.pieces import Piece, require_same_shapes, under
 from bnf_core.processes import ALONE, Processes
 from bnf_core.protocol import Array, Done, Step, TokenStats
-from bnf_mlx import adapter
-from bnf_mlx.linear import linear_bnf_loss, linear_log_odds
+from bnf_mlx import adapter, trainer
+from bnf_mlx.linear import linear_log_odds
 from bnf_mlx.losses import bnf_token_loss, token_log_odds
-from bnf_mlx.model import completion_hidden, completion_logits, head_is_linear, head_weight
+from bnf_mlx.model import (
+    Checkpoint,
+    Segments,
+    completion_hidden,
+    completion_logits,
+    head_is_linear,
+    head_weight,
+    packing_head_axes,
+    segments_of,
+)
 from bnf_mlx.optimizer import Optimizer, flat
+
+# A compiled step is computed for grids of a width, and numbers of tokens, that are multiples of these: each shape is
+# compiled once, and there are to be few.
+PAD_COLUMNS, PAD_TOKENS = 32, 64
+
+
+class Inputs(NamedTuple):
+    """A micro-batch on the device."""
+
+    ids: mx.array  # (B, T)
+    segment_ids: mx.array | None  # (B, T) where it is packed
+    positions: mx.array  # (N,) in the flattened grid
+    targets: mx.array  # (N,)
+    reference: mx.array  # (N,) log-odds
+    coefficients: mx.array  # (N,)
 
 
 class MLXEngine:
-    processes: Processes = ALONE
+    """
+    Args:
+        model: with an adapter, with all weights trainable, or frozen.
+        whole: where to save all weights, and under which names; None where an adapter is trained.
+        gradient_checkpointing: keep only each layer's input for the backward pass.
+        compiled: train with `mx.compile`; default: on a GPU, where it saves launches of small kernels. On a CPU
+            MLX would call a C++ compiler for every shape.
+    """
 
-    def __init__(self, model: nn.Module, device: mx.Device, optimizer: OptimizerConfig | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        device: mx.Device,
+        optimizer: OptimizerConfig | None = None,
+        *,
+        whole: Checkpoint | None = None,
+        gradient_checkpointing: bool = False,
+        compiled: bool | None = None,
+        processes: Processes = ALONE,
+    ):
         self.model = model
         self.device = device
+        self.whole = whole
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compiled = device == mx.Device(mx.gpu) if compiled is None else compiled
+        self.processes = processes
         self.dtype = _dtype(model)
         with mx.stream(device):
-            # The head's weights, dequantised once; None where logits are more than hidden @ head.T.
-            self.head = head_weight(model) if head_is_linear(model) else None
-        self.optimizer = Optimizer(model, optimizer) if optimizer and flat(model.trainable_parameters()) else None
+            self.fused = head_is_linear(model)  # the logits are hidden @ head.T and nothing else
+            head = head_weight(model) if self.fused else None
+            trainable = flat(model.trainable_parameters())
+            self.trains_head = any(p is head for p in trainable.values())
+            kept = head is not None and all(p is not head for p in flat(model.parameters()).values())
+            self.dequantised = head if kept else None  # once, not for every batch
+            self.optimizer = Optimizer(model, optimizer, self.compiled) if optimizer and trainable else None
+            self.vocabulary = completion_logits(model, mx.arange(2)[None], mx.arange(1)).shape[-1]
 
     def reference_log_odds(self, batch: Batch) -> Array:
+        if self.whole and self.optimizer and self.optimizer.step:
+            raise RuntimeError("all weights are trained, so the reference had to be computed before the first step")
         with adapter.adapter_off(self.model):
             return self.evaluate(batch, np.zeros(len(batch.targets), np.float32)).log_odds
 
     def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenStats:
+        if len(batch.targets) == 0:
+            return TokenStats(*(np.zeros(0, np.float32) for _ in range(3)))
         self.model.eval()
         with mx.stream(self.device):
-            return _to_numpy(self._stats(*_arrays(batch, ref_log_odds)))
+            return TokenStats(*map(np.array, self.stats(self.inputs(batch, ref_log_odds))))
 
     def fit(self, steps: Iterator[Step], done: Done, max_grad_norm: float | None) -> None:
         if self.optimizer is None:
             raise RuntimeError("this engine was loaded without anything to train and an optimizer")
-        for step in steps:
-            self.model.train()
-            stats, loss = [], 0.0
-            gradients: dict[str, mx.array] = {}
-            with mx.stream(self.device):
-                for batch, ref_log_odds in step.batches:
-                    micro_loss, micro_stats, micro_gradients = self._gradients(batch, ref_log_odds)
-                    loss += float(micro_loss)
-                    stats.append(_to_numpy(micro_stats))
-                    gradients = {name: gradients[name] + g if gradients else g for name, g in micro_gradients.items()}
-                    mx.eval(gradients)
-                norm = math.nan
-                if math.isfinite(loss):
-                    norm = self.optimizer.update(gradients, step.learning_rate, max_grad_norm)
-            done(step, stats, norm)
+        trainer.fit(self, self.optimizer, steps, done, max_grad_norm)
 
-    def _gradients(self, batch: Batch, ref_log_odds: Array) -> tuple[mx.array, TokenStats, dict[str, mx.array]]:
-        """The loss of a micro-batch, its token statistics and the gradients by parameter path."""
-        loss_and_gradients = nn.value_and_grad(self.model, self._loss)
-        (loss, stats), tree = loss_and_gradients(*_arrays(batch, ref_log_odds), mx.array(batch.coefficients))
-        gradients = flat(tree)
-        mx.eval(loss, stats, gradients)
-        return loss, stats, gradients
+    def inputs(self, batch: Batch, ref_log_odds: Array, *, pad: bool = False) -> Inputs:
+        """A batch on the device; with `pad`, of one of few shapes: more columns of padding, and the last token again
+        and again with a coefficient of zero.
 
-    def state(self) -> dict[str, Array]:
+        Raises:
+            UserError: a token that the model does not know.
+        """
+        top = max(int(batch.input_ids.max()), int(batch.targets.max()))
+        if top >= self.vocabulary:
+            raise UserError(
+                f"the data hold token {top}, and the model knows {self.vocabulary:,} tokens: its tokenizer is that of "
+                "another model, or has tokens that were added to it and not to the model"
+            )
+        ids, segment_ids, positions = batch.input_ids, batch.segment_ids, batch.positions
+        tokens = [batch.targets, ref_log_odds, batch.coefficients]
+        if pad:
+            width, n = ids.shape[1], len(positions)
+            more, again = -width % PAD_COLUMNS, (0, -n % PAD_TOKENS)
+            ids = np.pad(ids, ((0, 0), (0, more)))
+            segment_ids = np.pad(segment_ids, ((0, 0), (0, more)), constant_values=-1)
+            positions = np.pad(positions // width * (width + more) + positions % width, again, "edge")
+            tokens = [np.pad(x, again, "edge") for x in tokens[:2]] + [np.pad(tokens[2], again)]
+        segments = mx.array(segment_ids) if batch.packed else None
+        return Inputs(mx.array(ids), segments, mx.array(positions), *map(mx.array, tokens))
+
+    def stats(self, inputs: Inputs) -> TokenStats:
+        """Log-odds and loss are differentiable where the head is not fused."""
+        if self.fused:
+            hidden = completion_hidden(self.model, inputs.ids, inputs.positions, self.segments(inputs))
+            log_odds, entropy = linear_log_odds(hidden, self.head(), inputs.targets)
+        else:
+            logits = completion_logits(self.model, inputs.ids, inputs.positions, self.segments(inputs))
+            log_odds, entropy = token_log_odds(logits, inputs.targets)
+        return TokenStats(log_odds, entropy, bnf_token_loss(log_odds, entropy, inputs.reference))
+
+    def head(self) -> mx.array:
+        return head_weight(self.model) if self.dequantised is None else self.dequantised
+
+    def segments(self, inputs: Inputs) -> list[Segments] | None:
+        if inputs.segment_ids is None:
+            return None
+        return segments_of(self.model, inputs.segment_ids, self._head_axes)
+
+    @cached_property
+    def _head_axes(self) -> int:
+        return packing_head_axes(self.model)
+
+    def state(self) -> dict[str, Array | Piece]:
         with mx.stream(self.device):
-            state = {f"weights/{name}": p for name, p in flat(self.model.trainable_parameters()).items()}
-            if self.optimizer is not None:
-                state |= {f"optimizer/{name}": value for name, value in self.optimizer.state().items()}
-            state["random/key"] = cast(Any, mx.random.state)[0]
-            return {name: np.array(value) for name, value in state.items()}
+            key = np.array(cast(Any, mx.random.state)[0])
+            state: dict[str, Array | Piece] = {
+                "random/key": Piece(key[None], self.processes.rank, (self.processes.count, *key.shape))
+            }
+            if self.processes.rank == 0:  # what all have alike
+                state |= {f"weights/{name}": np.array(p) for name, p in flat(self.model.trainable_parameters()).items()}
+                if self.optimizer is not None:
+                    state |= {f"optimizer/{name}": np.array(x) for name, x in self.optimizer.state().items()}
+            return state
 
     def load_state(self, state: Mapping[str, Array]) -> None:
         weights, trainable = under("weights", state), flat(self.model.trainable_parameters())
@@ -85,25 +170,9 @@ class MLXEngine:
             self.model.update(tree_unflatten([(name, mx.array(weights[name])) for name in trainable]))
             if self.optimizer is not None:
                 self.optimizer.load_state({name: mx.array(a) for name, a in under("optimizer", state).items()})
-            high, low = (int(half) for half in state["random/key"])
+            keys = state["random/key"]  # (processes, 2)
+            high, low = (int(half) for half in keys[self.processes.rank % len(keys)])
             mx.random.seed(high << 32 | low)  # a key is its seed's two halves
-
-    def _loss(
-        self, ids: mx.array, positions: mx.array, targets: mx.array, reference: mx.array, coefficients: mx.array
-    ) -> tuple[mx.array, TokenStats]:
-        """Σ coefficients · ℓ of the batch, and its token statistics."""
-        if self.head is not None:
-            hidden = completion_hidden(self.model, ids, positions)  # (N, D)
-            return linear_bnf_loss(hidden, self.head, targets, reference, coefficients)
-        stats = self._stats(ids, positions, targets, reference)
-        return (coefficients * stats.token_loss).sum(), TokenStats(*map(mx.stop_gradient, stats))
-
-    def _stats(self, ids: mx.array, positions: mx.array, targets: mx.array, reference: mx.array) -> TokenStats:
-        if self.head is not None:
-            log_odds, entropy = linear_log_odds(completion_hidden(self.model, ids, positions), self.head, targets)
-        else:
-            log_odds, entropy = token_log_odds(completion_logits(self.model, ids, positions), targets)
-        return TokenStats(log_odds, entropy, bnf_token_loss(log_odds, entropy, reference))
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
         from mlx_lm.generate import BatchGenerator
@@ -123,7 +192,13 @@ class MLXEngine:
         return [completions[row] for row in rows]
 
     def save(self, folder: Path) -> None:
-        adapter.save_adapter(self.model, folder)
+        with agreed(self.processes):
+            if self.processes.rank > 0:
+                return
+            if self.whole is not None:
+                self.whole.save(self.model, folder)
+            else:
+                adapter.save_adapter(self.model, folder)
 
 
 def _dtype(model: nn.Module) -> str:
@@ -132,12 +207,3 @@ def _dtype(model: nn.Module) -> str:
     frozen = {name: w for name, w in weights.items() if name not in trained} or weights
     floating = [w for w in frozen.values() if mx.issubdtype(w.dtype, mx.floating)]
     return str(max(floating, key=lambda w: w.size).dtype).removeprefix("mlx.core.")
-
-
-def _arrays(batch: Batch, ref_log_odds: Array) -> tuple[mx.array, ...]:
-    """Token ids (B, T), positions, targets and reference (N,)."""
-    return tuple(map(mx.array, (batch.input_ids, batch.positions, batch.targets, ref_log_odds)))
-
-
-def _to_numpy(stats: TokenStats) -> TokenStats:
-    return TokenStats(*map(np.array, stats))

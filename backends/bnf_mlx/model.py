@@ -1,15 +1,22 @@
-"""Loading a causal language model, and splitting it into a body that gives hidden states and a head."""
+"""A causal language model: loaded, split into a body that gives hidden states and a head, made to see packed
+sequences apart, and saved as a checkpoint."""
 
+import json
+import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_map_with_path
 
 from bnf_core.errors import UserError
 from bnf_core.families import mlx_config
+from bnf_core.files import replacing
+from bnf_mlx.optimizer import flat
 
+INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -69,6 +76,25 @@ def load_model(folder: Path, device: mx.Device, dtype: mx.Dtype | None) -> nn.Mo
     return model
 
 
+def unfreeze(model: nn.Module) -> None:
+    """Make all weights trainable and float32, but those that a model keeps as they are, such as a router's biases.
+
+    Raises:
+        UserError: the weights are quantised.
+    """
+    if any(isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding) for module in model.modules()):
+        raise UserError(
+            "the weights of this model are quantised, and cannot all be trained: set fine_tune_type to lora or dora, "
+            "or name the model that it was made from"
+        )
+    castable = getattr(model, "cast_predicate", lambda _: True)
+    _cast(model, mx.float32)
+    model.unfreeze()
+    for name, module in model.named_modules():
+        kept = [key for key in module if not castable(f"{name}.{key}".lstrip("."))]
+        module.freeze(recurse=False, keys=kept)
+
+
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
     """Cast the floating parameters but those which a model keeps as they are, such as a router's biases."""
     castable = getattr(model, "cast_predicate", lambda _: True)
@@ -91,18 +117,23 @@ def head_weight(model: nn.Module) -> mx.array:
     return mx.dequantize(head.weight, head.scales, head.biases, head.group_size, head.bits, mode=head.mode)
 
 
-def completion_hidden(model: nn.Module, input_ids: mx.array, positions: mx.array) -> mx.array:
+def completion_hidden(
+    model: nn.Module, input_ids: mx.array, positions: mx.array, segments: "list[Segments] | None" = None
+) -> mx.array:
     """The states before the head, (N, D), at flat positions of the (B, T) grid of token ids.
 
-    Rows are padded on the right and the model is causal, so no attention mask is needed.
+    Rows are padded on the right and the model is causal, so no attention mask is needed but the `segments` of a
+    packed grid.
     """
-    hidden = _text_model(model).model(input_ids)  # (B, T, D)
+    hidden = _text_model(model).model(input_ids, cache=segments)  # (B, T, D)
     return hidden.flatten(0, 1)[positions]
 
 
-def completion_logits(model: nn.Module, input_ids: mx.array, positions: mx.array) -> mx.array:
+def completion_logits(
+    model: nn.Module, input_ids: mx.array, positions: mx.array, segments: "list[Segments] | None" = None
+) -> mx.array:
     """The model's own logits, (N, V), at flat positions: for heads that are more than a matrix."""
-    return model(input_ids).flatten(0, 1)[positions]
+    return model(input_ids, cache=segments).flatten(0, 1)[positions]
 
 
 def head_is_linear(model: nn.Module) -> bool:
@@ -119,6 +150,136 @@ def head_is_linear(model: nn.Module) -> bool:
     tolerance = 1e-5 if logits.dtype == mx.float32 else 2e-2
     error = mx.abs(logits.astype(mx.float32) - linear.astype(mx.float32)).max()
     return linear.shape == logits.shape and bool(error <= tolerance * mx.abs(logits).max())
+
+
+class Segments:
+    """What keeps the sequences of a packed grid apart, given to a model in the place of a layer's cache.
+
+    mlx-lm's models ask their cache for the attention mask and hand it keys and values: this one lets a token see the
+    earlier tokens of its own segment, and keeps nothing. Positions go on through a row; rotary embeddings depend on
+    distances alone.
+    """
+
+    offset = 0
+
+    def __init__(self, segment_ids: mx.array, head_axes: int):
+        self.segment_ids = segment_ids  # (B, T)
+        self.head_axes = head_axes  # of the attention scores: 2 where groups of heads that share keys have their own
+
+    def make_mask(self, length: int, return_array: bool = True, window_size: int | None = None) -> mx.array:
+        """(B, 1, T, T) bool, or (B, 1, 1, T, T); always an array, whatever is asked for."""
+        distance = mx.arange(length)[:, None] - mx.arange(length)
+        near = (distance >= 0) & (distance < (window_size or length))
+        mask = near & (self.segment_ids[:, :, None] == self.segment_ids[:, None])
+        return mx.expand_dims(mask, tuple(range(1, 1 + self.head_axes)))
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        return keys, values
+
+
+def segments_of(model: nn.Module, segment_ids: mx.array, head_axes: int) -> list[Segments]:
+    """One for each layer that may have a cache."""
+    layers = model.make_cache() if hasattr(model, "make_cache") else model.layers
+    return [Segments(segment_ids, head_axes)] * len(layers)
+
+
+def packing_head_axes(model: nn.Module) -> int:
+    """How this model takes the mask of a packed grid: comparing is surer than a list of families.
+
+    Raises:
+        UserError: packed sequences see each other, or the model cannot be given a mask, or positions are absolute.
+    """
+    parts = [np.arange(12) % 8, np.arange(7, 27) % 8]
+    alone = [completion_logits(model, mx.array(ids)[None], mx.arange(len(ids))).astype(mx.float32) for ids in parts]
+    rows = ((0, 1), (1, 0))  # two, so that a mask cannot pass for one of heads
+    grid = mx.array(np.stack([np.concatenate([parts[i] for i in row]) for row in rows]))
+    segment_ids = mx.array(np.stack([np.repeat([0, 1], [len(parts[i]) for i in row]) for row in rows]))
+    expected = mx.concatenate([alone[i] for row in rows for i in row])
+
+    def error(segments: list[Segments] | None) -> float:
+        logits = completion_logits(model, grid, mx.arange(grid.size), segments).astype(mx.float32)
+        return float(mx.abs(logits - expected).max() / mx.abs(expected).max())
+
+    leak = error(None)
+    half = any(x.dtype in (mx.bfloat16, mx.float16) for _, x in flat(model.parameters()).items())
+    tolerance = min(5e-2 if half else 1e-4, leak / 5)
+    for head_axes in (1, 2):
+        try:
+            if error(segments_of(model, segment_ids, head_axes)) <= tolerance:
+                return head_axes
+        except (ValueError, TypeError, AttributeError, IndexError, RuntimeError):  # another kind of cache or mask
+            continue
+    raise UserError(
+        "sequences cannot be packed with this model: its positions are absolute, or its layers pass on more than "
+        "attention does. Train it without packing"
+    )
+
+
+class Checkpoint:
+    """A checkpoint folder as what a whole model is saved like: the same names, config and tokenizer.
+
+    Raises:
+        UserError: it holds some of the freshly loaded model's parameters in another form, such as transposed or not
+            stacked, so that they could not be saved as transformers reads them. The values are compared.
+    """
+
+    def __init__(self, folder: Path, model: nn.Module):
+        self.folder = folder
+        self.names: dict[str, str] = {}  # in the checkpoint, by the parameter's path
+        stored = _stored(folder)
+        for path, value in flat(model.parameters()).items():
+            near = [n for n in stored if n == path or n.endswith(f".{path}") or path.endswith(f".{n}")]
+            for name in sorted(near, key=lambda n: n != path):
+                same_shape = stored[name].shape == value.shape
+                if same_shape and mx.array_equal(stored.pop(name).astype(value.dtype), value):  # and let go of it
+                    self.names[path] = name
+                    break
+            else:
+                raise UserError(
+                    f"{folder}: mlx-lm holds {path} in another form than the checkpoint does, and this model could not "
+                    "be saved whole after training: set fine_tune_type to lora or dora, or use --backend torch"
+                )
+
+    def save(self, model: nn.Module, folder: Path) -> None:
+        """Write a folder that mlx-lm and transformers load, all or nothing. Tensors of the checkpoint that the model
+        has no use for are copied."""
+        from mlx_lm.utils import make_shards
+
+        weights = {self.names[path]: value for path, value in flat(model.parameters()).items()}
+        tied = "lm_head" not in _text_model(model)  # a copy of the embedding under this name would be the old one
+        for name, value in _stored(self.folder).items():
+            if name not in weights and not (tied and name.endswith("lm_head.weight")):
+                weights[name] = value
+        shards = make_shards(weights)  # of 5 GB at most
+        files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        files = files if len(shards) > 1 else ["model.safetensors"]
+        with replacing(folder) as partial:
+            for path in self.folder.iterdir():
+                if path.suffix in (".json", ".jinja", ".txt", ".model") and path.name != INDEX:
+                    shutil.copy(path, partial)
+            config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            (partial / "config.json").write_text(json.dumps(_of_float32(config), indent=2) + "\n", encoding="utf-8")
+            for file, shard in zip(files, shards, strict=True):
+                mx.save_safetensors(str(partial / file), shard, metadata={"format": "pt"})
+            if len(shards) > 1:
+                index = {
+                    "metadata": {"total_size": sum(value.nbytes for value in weights.values())},
+                    "weight_map": {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+                }
+                (partial / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _of_float32(config: dict[str, Any]) -> dict[str, Any]:
+    config = {k: "float32" if k in ("dtype", "torch_dtype") else v for k, v in config.items()}
+    return {k: _of_float32(v) if k == "text_config" else v for k, v in config.items()}
+
+
+def _stored(folder: Path) -> dict[str, mx.array]:
+    """A checkpoint's tensors, read when they are used."""
+    tensors: dict[str, mx.array] = {}
+    for path in sorted(folder.glob("model*.safetensors")):
+        tensors |= cast(dict[str, mx.array], mx.load(str(path)))
+    return tensors
 
 
 def _text_model(model: nn.Module) -> Any:

@@ -1,0 +1,65 @@
+"""The processes that `mlx.launch` started, over whichever of ring, MPI, JACCL and NCCL it set up."""
+
+import mlx.core as mx
+import numpy as np
+
+from bnf_core.batching import Array
+from bnf_core.processes import ALONE, Processes
+
+BUCKET_BYTES = 32 * 2**20  # of gradients sent at a time; mlx.nn.average_gradients has the same
+
+
+class MLXProcesses(Processes):
+    def __init__(self, group: mx.distributed.Group):
+        self.group = group
+        self.rank, self.count = group.rank(), group.size()
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        # MLX gathers arrays of one shape only: the lengths first, then everything padded to the longest.
+        lengths = self._gather(np.array([len(data)], np.int64)).tolist()
+        longest = max(lengths)
+        if longest == 0:
+            return [b""] * self.count
+        padded = np.frombuffer(data.ljust(longest, b"\0"), np.uint8)
+        rows = self._gather(padded).reshape(self.count, longest)
+        return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
+
+    def _gather(self, values: Array) -> Array:
+        return np.array(mx.distributed.all_gather(mx.array(values), group=self.group))
+
+
+def processes() -> Processes:
+    """Those of this run, alone where nothing launched more."""
+    group = mx.distributed.init()
+    return MLXProcesses(group) if group.size() > 1 else ALONE
+
+
+def sum_over(members: Processes, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Float32 arrays by name, which all processes have alike, each replaced by its sum over the processes.
+
+    Small ones travel together. Every process gets the same bits.
+    """
+    if not isinstance(members, MLXProcesses):
+        return arrays
+    result: dict[str, mx.array] = {}
+    for names in _buckets(arrays):
+        flat = mx.concatenate([arrays[name].flatten() for name in names])
+        flat = mx.distributed.all_sum(flat, group=members.group)
+        mx.eval(flat)  # in this order on every process
+        ends = np.cumsum([arrays[name].size for name in names])
+        parts = mx.split(flat, ends[:-1].tolist())
+        result |= {name: part.reshape(arrays[name].shape) for name, part in zip(names, parts, strict=True)}
+    return result
+
+
+def _buckets(arrays: dict[str, mx.array]) -> list[list[str]]:
+    """Names in their order, cut after at least BUCKET_BYTES each."""
+    buckets: list[list[str]] = [[]]
+    size = 0
+    for name, array in arrays.items():
+        if size >= BUCKET_BYTES:
+            buckets.append([])
+            size = 0
+        buckets[-1].append(name)
+        size += array.nbytes
+    return buckets
