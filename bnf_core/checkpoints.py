@@ -94,9 +94,9 @@ class Checkpoints:
                         "position": None if position is None else dict(position),
                         "facts": facts,
                     }
-                    (partial / ABOUT).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+                    (partial / ABOUT).write_bytes((json.dumps(about, indent=2) + "\n").encode())
                     sums = zip([*digests, _digest(partial / ABOUT)], [*names, ABOUT], strict=True)
-                    (partial / SUMS).write_text("".join(f"{digest}  {name}\n" for digest, name in sums))
+                    (partial / SUMS).write_bytes("".join(f"{digest}  {name}\n" for digest, name in sums).encode())
         if first:
             self._prune(step)
 

@@ -22,12 +22,13 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from test_train import QUIET, config
 
 import bnf_recipes.train as module
-from bnf_core import batching, checkpoints
-from bnf_core.checkpoints import Checkpoints
+from bnf_core import batching, checkpoints, pieces
+from bnf_core.checkpoints import Checkpoints, rows_digest
 from bnf_core.config import LoraConfig, OptimizerConfig, TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_recipes.arguments import parse
@@ -35,6 +36,7 @@ from bnf_recipes.run_folder import RunFolder
 from bnf_recipes.train import train
 
 TIMES = ("seconds", "tokens_per_second")
+STATE = "state-00001-of-00001.safetensors"
 STEPS = 6  # two epochs of 12 rows in batches of 5, 5 and 2
 
 
@@ -207,6 +209,9 @@ def _train_until(run: TrainConfig, operation: int, count: Any) -> None:
             if count.value == operation:
                 if original is write_bytes:
                     write_bytes(arguments[0], arguments[1][: len(arguments[1]) // 2])
+                elif original is save_file:
+                    save_file(*arguments, **options)
+                    os.truncate(arguments[1], arguments[1].stat().st_size // 2)
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*arguments, **options)
 
@@ -216,6 +221,7 @@ def _train_until(run: TrainConfig, operation: int, count: Any) -> None:
     for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
         setattr(os, name, dying(getattr(os, name)))
     Path.write_bytes = dying(write_bytes)  # type: ignore[method-assign]
+    pieces.save_file = dying(save_file)
     train(run, QUIET)
 
 
@@ -328,7 +334,7 @@ def test_the_command_line_killed_then_terminated(
 
 
 def _cut(folder: Path) -> None:
-    os.truncate(folder / "state.safetensors", (folder / "state.safetensors").stat().st_size - 1)
+    os.truncate(folder / STATE, (folder / STATE).stat().st_size - 1)
 
 
 def _flip(name: str) -> Callable[[Path], None]:
@@ -342,11 +348,11 @@ def _flip(name: str) -> Callable[[Path], None]:
 
 DAMAGE = {
     "cut": _cut,
-    "empty": lambda folder: os.truncate(folder / "state.safetensors", 0),
-    "bit of a weight": _flip("state.safetensors"),
+    "empty": lambda folder: os.truncate(folder / STATE, 0),
+    "bit of a weight": _flip(STATE),
     "bit of a setting": _flip("state.json"),
     "bit of a sum": _flip("SHA256SUMS"),
-    "no state": lambda folder: (folder / "state.safetensors").unlink(),
+    "no state": lambda folder: (folder / STATE).unlink(),
     "no sums": lambda folder: (folder / "SHA256SUMS").unlink(),
 }
 
@@ -362,7 +368,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(
         assert found is not None and found.step == 3 and "step-000004 is refused" in message, name
     _cut(Path(run.output) / "checkpoints" / "step-000004")
     printed = resumed(run)
-    assert "step-000004 is refused: state.safetensors (" in printed and "going on after step 3" in printed
+    assert f"step-000004 is refused: {STATE} (" in printed and "going on after step 3" in printed
     assert_same(Path(run.output), whole("torch"))
 
 
@@ -485,16 +491,15 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     tiny_model: Path, feedback: Path, tmp_path: Path, whole: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = settings(tiny_model, feedback, tmp_path / "run", "torch", save_every=2, keep_checkpoints=1)
-    write = Path.write_bytes
 
-    def full(path: Path, content: bytes) -> int:
+    def full(arrays: dict[str, np.ndarray], path: Path, **options: Any) -> None:
         if "step-000004" in str(path):
-            write(path, content[:100])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return write(path, content)
+            path.write_bytes(b"part")
+            raise SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)}")
+        save_file(arrays, path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
+        patch.setattr(pieces, "save_file", full)
         with pytest.raises(TrainingStopped, match=r"No space left.*from step 2: bnf train --config .* --resume"):
             train(run, QUIET)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
@@ -537,8 +542,8 @@ def test_a_file_that_the_system_cuts_short_is_noticed_by_every_writer(
 def test_every_setting_is_compared_or_named_as_free(tiny_model: Path, tmp_path: Path) -> None:
     rows = [batching.Example((1, 2), (3,), True), batching.Example((1,), (2, 3), True)]
     run = config(tiny_model, tmp_path, tmp_path, "torch")
-    facts = checkpoints.run_facts(run, tiny_model, rows, None)
-    assert set(run.as_dict()) >= checkpoints.FREE and not checkpoints.FREE & facts.keys()
+    facts = checkpoints.run_facts(run, tiny_model, rows_digest(rows), None)
+    assert set(run.flat()) >= checkpoints.FREE and not checkpoints.FREE & facts.keys()
     assert {"lora.dropout", "optimizer.max_grad_norm", "hardware.dtype", "seed", "max_steps"} <= facts.keys()
     assert facts == json.loads(json.dumps(facts))
     for other in (
@@ -548,7 +553,7 @@ def test_every_setting_is_compared_or_named_as_free(tiny_model: Path, tmp_path: 
         [replace(rows[0], completion_ids=(4,)), rows[1]],
         [batching.Example((1, 2, 3), (), True), rows[1]],
     ):
-        assert checkpoints.changes(facts, checkpoints.run_facts(run, tiny_model, other, None))
+        assert checkpoints.changes(facts, checkpoints.run_facts(run, tiny_model, rows_digest(other), None))
 
 
 def test_the_sums_are_in_the_format_of_sha256sum(tmp_path: Path) -> None:
@@ -580,7 +585,7 @@ def test_the_new_folder_is_on_disk_before_it_takes_the_old_ones_place(
     Checkpoints(tmp_path / "checkpoints", 1).save(1, {"a": np.arange(3)}, {})
     at = events.index("rename step-000001")
     assert set(events[:at]) == {
-        "sync state.safetensors", "sync state.json", "sync SHA256SUMS", "sync .step-000001.partial",
+        f"sync {STATE}", "sync state.json", "sync SHA256SUMS", "sync .step-000001.partial",
     }  # fmt: skip
     assert events[at + 1 :] == ["sync checkpoints"]
 
