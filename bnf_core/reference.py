@@ -22,8 +22,8 @@ from bnf_core.batching import Array, Batch, Example
 from bnf_core.checkpoints import model_digest
 from bnf_core.config import DataConfig, HardwareConfig
 from bnf_core.errors import UserError
-from bnf_core.files import replace_file
-from bnf_core.processes import Processes
+from bnf_core.files import agreed, replace_file
+from bnf_core.processes import ALONE, Processes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -258,6 +258,7 @@ class ReferenceWriter:
         made_by: for information, such as the backend.
         shard_rows: rows of a shard.
         overwrite: begin anew, whatever reference cache is there.
+        processes: all make the same calls, on a file system that all see.
     Raises:
         UserError: the folder holds another reference cache, or cannot be written.
     """
@@ -270,6 +271,7 @@ class ReferenceWriter:
         *,
         shard_rows: int,
         overwrite: bool = False,
+        processes: Processes = ALONE,
     ):
         self.folder = folder
         self.shard_rows = shard_rows
@@ -283,21 +285,11 @@ class ReferenceWriter:
             "rows": 0,
             "shards": [],
         }
-        if (folder / INDEX).exists() and overwrite:
-            _read_index(folder)  # whatever else is there is not for us to replace
-        elif (folder / INDEX).exists():
-            stored = StoredReference(folder)
-            _require_same(stored, fingerprint, "choose another --output, or pass --overwrite")
-            self.keys, self.damaged = stored.keys, stored.damaged
-            self._index |= {name: stored.index[name] for name in ("made_by", "data")} | {"shards": stored.shards}
-        elif held := sorted(path.name for path in folder.glob("shard-*")):
-            raise UserError(f"output {folder} holds {held[0]}, but no {INDEX}: choose another --output")
+        self._processes = processes
+        with agreed(processes):  # all have read what is there before the first one touches it
+            self._read(overwrite)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._write_index()
-            for path in folder.glob("*"):  # what a kill has left, or what is overwritten
-                if re.fullmatch(r"\.?shard-\d+\.safetensors(\.partial)?", path.name) and path.name not in self._files():
-                    path.unlink()
+            self._first(self._prepare)
         except OSError as error:
             raise UserError(f"output {folder} cannot be written: {error.strerror or error}") from error
 
@@ -321,7 +313,7 @@ class ReferenceWriter:
         if window:
             yield list(window.values())
         self._index["data"] |= {name: f"{count:,} rows, sum of keys {total:016x}"}
-        self._write_index()
+        self._first(self._write_index)
 
     def write(self, state: Mapping[str, Array]) -> None:
         """Add a shard, a `ReferenceCache.state`.
@@ -329,18 +321,44 @@ class ReferenceWriter:
         Raises:
             OSError: it could not be written; all shards before it stay.
         """
-        content = safetensors.numpy.save(dict(state))
-        number = next(n for n in range(len(self._files()) + 1) if _shard_name(n) not in self._files())
-        replace_file(self.folder / _shard_name(number), content)
-        shard = {
-            "file": _shard_name(number),
-            "rows": len(state["keys"]),
-            "tokens": len(state["log_odds"]),
-            "sha256": hashlib.sha256(content).hexdigest(),
-        }
-        self._index["shards"] = sorted([*self._index["shards"], shard], key=lambda s: str(s["file"]))
-        self._write_index()
+        self._first(lambda: self._add_shard(state))
         self.keys = np.sort(np.concatenate([self.keys, state["keys"]]), kind="stable")
+
+    def _first(self, work: Callable[[], None]) -> None:
+        """Only the first process writes; where it cannot, all raise."""
+        with agreed(self._processes):
+            if self._processes.rank == 0:
+                work()
+
+    def _read(self, overwrite: bool) -> None:
+        """Learn what is in the folder, or refuse what is not for us to change."""
+        if (self.folder / INDEX).exists() and overwrite:
+            _read_index(self.folder)
+        elif (self.folder / INDEX).exists():
+            stored = StoredReference(self.folder)
+            _require_same(stored, self._index["fingerprint"], "choose another --output, or pass --overwrite")
+            self.keys, self.damaged = stored.keys, stored.damaged
+            self._index |= {"made_by": stored.index["made_by"], "shards": stored.shards}
+            self._index["data"] = {} if stored.damaged else stored.index["data"]
+        elif held := sorted(path.name for path in self.folder.glob("shard-*")):
+            raise UserError(f"output {self.folder} holds {held[0]}, but no {INDEX}: choose another --output")
+
+    def _prepare(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._write_index()
+        for path in self.folder.glob("*"):  # what a kill has left, or what is overwritten
+            if re.fullmatch(r"\.?shard-\d+\.safetensors(\.partial)?", path.name) and path.name not in self._files():
+                path.unlink()
+
+    def _add_shard(self, state: Mapping[str, Array]) -> None:
+        taken = self._files()
+        name = next(name for name in map(_shard_name, range(len(taken) + 1)) if name not in taken)
+        content = safetensors.numpy.save(dict(state))
+        replace_file(self.folder / name, content)
+        sizes = {"rows": len(state["keys"]), "tokens": len(state["log_odds"])}
+        shard = {"file": name, **sizes, "sha256": hashlib.sha256(content).hexdigest()}
+        self._index["shards"] = sorted([*self._index["shards"], shard], key=lambda s: (len(s["file"]), s["file"]))
+        self._write_index()
 
     def _is_stored(self, key: int) -> bool:
         at = int(np.searchsorted(self.keys, np.uint64(key)))

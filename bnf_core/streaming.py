@@ -89,6 +89,14 @@ class FeedbackStream:
                 yield batch, after
             at = {"epoch": at["epoch"] + 1, "rows": 0, "examples": 0}
 
+    def examples(self, epoch: int = 0, chunk: int = 1000) -> Iterator[Example]:
+        """The examples of one epoch, tokenised `chunk` rows at a time.
+
+        Raises:
+            RowError, UserError: as `batches`.
+        """
+        return (example for example, _ in self._epoch({"epoch": epoch, "rows": 0, "examples": 0}, chunk))
+
     def _epoch(self, at: Position, chunk: int) -> Iterator[tuple[Example, Position]]:
         """The examples of an epoch from a position on, each with the position after it."""
         epoch, rows, used = at["epoch"], at["rows"], at["examples"]

@@ -1,7 +1,7 @@
 """Loading feedback as tokens: the first step of every job that reads data."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -27,6 +27,36 @@ def load_split(
         UserError: a missing file or a bad row.
     """
     return _tokenized(_rows(path, split, config, console), split, config, tokenizer, console)
+
+
+def stream(
+    split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, shuffle_buffer: int = 1, seed: int = 0
+) -> FeedbackStream:
+    """The tokenised rows of one split, read as they are needed; in the order of the data, unless it is shuffled.
+
+    Raises:
+        UserError: nothing there, or no such split.
+    """
+
+    def tokenized(rows: list[Feedback]) -> list[Example]:
+        return tokenize(rows, tokenizer, template=config.template, max_length=config.max_length).examples
+
+    return FeedbackStream(
+        config.path, split, tokenized, shuffle_buffer=shuffle_buffer, seed=seed, skip_bad_rows=config.skip_bad_rows
+    )
+
+
+def read_once(
+    split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> Iterator[Example]:
+    """The tokenised rows of one split, a thousand in memory at a time.
+
+    Raises:
+        UserError: a missing file or a bad row.
+    """
+    rows = stream(split, config, tokenizer)
+    yield from rows.examples()
+    _list_skipped(rows.skipped, rows.source.name, console, rows.skipped_count)
 
 
 @dataclass(frozen=True)
@@ -81,18 +111,8 @@ def _streamed(
             "valid_fraction cannot hold out rows of streamed data: give held-out rows in a file, with --valid"
         )
 
-    def tokenized(rows: list[Feedback]) -> list[Example]:
-        return tokenize(rows, tokenizer, template=data.template, max_length=data.max_length).examples
-
     return TrainingData(
-        rows=FeedbackStream(
-            data.path,
-            "train",
-            tokenized,
-            shuffle_buffer=data.shuffle_buffer,
-            seed=config.seed,
-            skip_bad_rows=data.skip_bad_rows,
-        ),
+        rows=stream("train", data, tokenizer, shuffle_buffer=data.shuffle_buffer, seed=config.seed),
         examples=None,
         digest=sources.digest(data.path, "train"),
         held_out=None if valid is None else _tokenized(valid, "valid", data, tokenizer, console),
@@ -131,9 +151,10 @@ def _tokenized(
     return examples
 
 
-def _list_skipped(messages: Sequence[str], name: str, console: Console) -> None:
+def _list_skipped(messages: Sequence[str], name: str, console: Console, count: int | None = None) -> None:
     if messages:
-        console.print(f"[yellow]skipped {len(messages)} bad rows of {name}:[/yellow]")
+        first = f", the first {len(messages)}" if count and count > len(messages) else ""
+        console.print(f"[yellow]skipped {count or len(messages)} bad rows of {name}{first}:[/yellow]")
         for message in messages:
             console.print(f"  {message}", markup=False, highlight=False)
 

@@ -10,9 +10,10 @@ Watch = dict[str, str]
 
 
 class Bar:
-    """On a terminal a live bar; elsewhere (a log file) a line at most every tenth of the way."""
+    """On a terminal a live bar; elsewhere (a log file) a line at most every tenth of the way, or, where nobody knows
+    how long it is, every hundred."""
 
-    def __init__(self, progress: Progress, name: str, total: int, console: Console):
+    def __init__(self, progress: Progress, name: str, total: int | None, console: Console):
         self._progress, self._name, self._total, self._console = progress, name, total, console
         self._task = progress.add_task(name, total=total, watch="")
         self._done, self._printed = 0, 0
@@ -21,13 +22,14 @@ class Bar:
         self._done += 1
         text = "  ".join(f"{name} {value}" for name, value in watch.items())
         self._progress.update(self._task, advance=1, watch=text)
-        if not self._console.is_terminal and watch and (self._done * 10 // self._total) > self._printed:
-            self._printed = self._done * 10 // self._total
-            self._console.print(f"{self._name} {self._done}/{self._total}  {text}", highlight=False)
+        part = self._done // 100 if self._total is None else self._done * 10 // self._total
+        if not self._console.is_terminal and watch and part > self._printed:
+            self._printed = part
+            self._console.print(f"{self._name} {self._done}/{self._total or '?'}  {text}", highlight=False)
 
 
 @contextmanager
-def bar(name: str, total: int, console: Console) -> Iterator[Bar]:
+def bar(name: str, total: int | None, console: Console) -> Iterator[Bar]:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),

@@ -1,7 +1,8 @@
 """`bnf reference`: the reference's log-odds of every row, computed once into a folder for `bnf train --reference`."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -10,46 +11,52 @@ from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from bnf_core import registry, sources
-from bnf_core.batching import Cut, Example, micro_batches
-from bnf_core.config import ReferenceConfig, TrainConfig
+from bnf_core.batching import Array, Cut, Example, micro_batches
+from bnf_core.config import DataConfig, ReferenceConfig, TrainConfig
 from bnf_core.errors import TrainingStopped
 from bnf_core.model_folder import resolve_model
 from bnf_core.protocol import Engine
 from bnf_core.reference import ReferenceCache, ReferenceWriter, StoredReference, fingerprint
 from bnf_core.reference import open_reference as open_folder
 from bnf_core.tokenization import load_tokenizer
-from bnf_recipes.feedback import load_split, pad_id
-from bnf_recipes.progress import bar
+from bnf_recipes.feedback import load_split, pad_id, read_once
+from bnf_recipes.progress import Bar, bar
 
 
 def reference(config: ReferenceConfig, console: Console) -> StoredReference:
-    """Compute what the output folder lacks.
+    """Compute what the output folder lacks, on one process or many.
 
     Raises:
         UserError: bad input, or the folder holds the reference of something else; it is as it was.
         TrainingStopped: interrupted, no more can be written, or the model gives no number. What was computed stays,
             and the same call goes on from there.
     """
-    backend = registry.get(config.hardware.backend)
+    backend, hardware, folder = registry.get(config.hardware.backend), config.hardware, Path(config.output).expanduser()
+    processes = backend.processes()
+    if processes.rank > 0:
+        console = Console(quiet=True)
     model = resolve_model(config.model)
     tokenizer = load_tokenizer(model)
     path, split = config.data.path, config.split
     splits = [split] if split != "all" else [s for s in sources.SPLITS if sources.has_split(path, s)] or ["train"]
-    rows = [e for name in splits for e in load_split(path, name, config.data, tokenizer, console)]
-    hardware = config.hardware
+    rows = _rows(splits, config.data, tokenizer, console)
     engine = backend.load(model, device=hardware.device, dtype=hardware.dtype, load_in_4bit=hardware.load_in_4bit)
-    folder = Path(config.output).expanduser()
     writer = ReferenceWriter(
         folder,
         fingerprint(model, tokenizer, config.data, hardware, engine.dtype),
         {"backend": backend.name},
         shard_rows=config.shard_rows,
         overwrite=config.overwrite,
+        processes=processes,
     )
     for message in writer.damaged:
         console.print(f"[yellow]computed again: {escape(message)}[/yellow]", highlight=False, soft_wrap=True)
+    cut = Cut(config.micro_batch_size, multiple_of=processes.count)
+    pad = pad_id(tokenizer)
     try:
-        _compute(rows, f"{path} ({', '.join(splits)})", engine, writer, config, pad_id(tokenizer), console)
+        with bar("reference", _batches(rows, writer, cut, console), console) as progress:
+            for window in writer.windows(rows, f"{path} ({', '.join(splits)})"):
+                writer.write(_compute(window, engine, cut, pad, progress))
     except (OSError, KeyboardInterrupt) as error:
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{folder} could not be written: {error}"
         raise TrainingStopped(
@@ -87,33 +94,41 @@ def open_reference(
     return stored
 
 
-def _compute(
-    rows: Sequence[Example],
-    name: str,
-    engine: Engine,
-    writer: ReferenceWriter,
-    config: ReferenceConfig,
-    pad: int,
-    console: Console,
-) -> None:
-    cut = Cut(config.micro_batch_size)
+def _rows(
+    splits: Sequence[str], data: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> Iterable[Example]:
+    """A list, or, streamed, an iterator."""
+    if data.streaming:
+        return chain.from_iterable(read_once(split, data, tokenizer, console) for split in splits)
+    return [e for split in splits for e in load_split(data.path, split, data, tokenizer, console)]
+
+
+def _batches(rows: Iterable[Example], writer: ReferenceWriter, cut: Cut, console: Console) -> int | None:
+    """How many batches are to be computed; of streamed rows nobody knows."""
+    if not isinstance(rows, list):
+        return None
     new = len({e.key for e in rows}.difference(writer.keys.tolist()))
     if new < len(rows):
         console.print(f"{new:,} of {len(rows):,} rows are still to be computed, each once", highlight=False)
     whole, rest = divmod(new, writer.shard_rows)
-    batches = whole * -(-writer.shard_rows // cut.micro_batch_size) + -(-rest // cut.micro_batch_size)
-    with bar("reference", batches, console) as progress:
-        for window in writer.windows(rows, name):
-            cache = ReferenceCache(engine.reference_log_odds)
-            for batch in micro_batches(window, cut, pad):
-                started = time.perf_counter()
-                values = cache(batch)
-                if np.isnan(values).any():
-                    bad = set(batch.keys[batch.rows[np.isnan(values)]].tolist())
-                    sources_of_bad = ", ".join(e.source for e in window if e.key in bad)
-                    raise TrainingStopped(
-                        f"the model's log-odds are not a number for {sources_of_bad}: try --dtype float32 or bfloat16"
-                    )
-                speed = batch.lengths.sum() / (time.perf_counter() - started)
-                progress.advance(**{"tok/s": f"{speed:,.0f}"})
-            writer.write(cache.state([e.key for e in window]))
+    at_once = cut.micro_batch_size * cut.multiple_of
+    return whole * -(-writer.shard_rows // at_once) + -(-rest // at_once)
+
+
+def _compute(window: Sequence[Example], engine: Engine, cut: Cut, pad: int, progress: Bar) -> dict[str, Array]:
+    """The state of a cache that knows these rows and no others, in their order."""
+    cache = ReferenceCache(engine.reference_log_odds)
+    batches = micro_batches(window, cut, pad)
+    for batch in batches[engine.processes.share(batches)]:
+        started = time.perf_counter()
+        cache.fill([batch], engine.processes)
+        speed = batch.lengths.sum() * engine.processes.count / (time.perf_counter() - started)
+        progress.advance(**{"tok/s": f"{speed:,.0f}"})
+    state = cache.state(e.key for e in window)
+    rows = np.repeat(np.arange(len(window)), state["lengths"])[np.isnan(state["log_odds"])]
+    if len(rows):
+        raise TrainingStopped(
+            f"the log-odds of {', '.join(window[i].source for i in np.unique(rows)[:3])} are not a number under this "
+            f"model in {engine.dtype}: try another --dtype, or leave the rows out"
+        )
+    return state
