@@ -86,6 +86,28 @@ def test_missing_settings_and_commands_are_named(capsys: pytest.CaptureFixture[s
     assert "unknown command 'trian'" in run(capsys, "trian")[2]
 
 
+@pytest.mark.parametrize(
+    "words", [["--report-to", "wandb,trackio"], ["--report-to=wandb,trackio"], ["--report-to", "[wandb, trackio]"]]
+)
+def test_a_list_may_be_given_with_commas(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.run(["train", "--model", "m", *words, "--data", "a,b", "--print-config"])
+    out = capsys.readouterr().out
+    assert "report_to:\n- wandb\n- trackio\n" in out and "path: a,b\n" in out
+
+
+@pytest.mark.parametrize("command", [["data-check"], ["data", "check"]])
+@pytest.mark.parametrize("flag", [[], ["--data"]])
+def test_data_check_is_one_word_or_two(
+    command: list[str], flag: list[str], feedback: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, out, _ = run(capsys, *command, *flag, feedback, "--report", tmp_path / "report.json")
+    assert code == 0 and "different prompts" in out
+    assert (tmp_path / "report.json").exists()
+    code, _, error = run(capsys, *command, *flag, tmp_path / "missing.jsonl")
+    assert code == 2 and "missing.jsonl: no such file" in error
+
+
 def test_the_printed_config_is_a_config(
     train_words: list[object], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -1,7 +1,7 @@
 """From typed settings to a command line: jsonargparse, with short flags and errors that name the right key.
 
 `--learning-rate 1e-4` is `--optimizer.learning_rate 1e-4`: a setting may be named by its last part, with dashes
-or underscores, as long as only one setting ends so.
+or underscores, as long as only one setting ends so. A list may be given as `a,b`.
 """
 
 import difflib
@@ -47,23 +47,31 @@ def parse(settings: type[T], command: str, argv: Sequence[str]) -> T:
 
 
 def _spell_out(argv: Sequence[str], keys: Sequence[str], parser: ArgumentParser) -> list[str]:
-    """--learning-rate → --optimizer.learning_rate; a bare flag of a boolean setting gets its `true`."""
-    result = []
+    """--learning-rate → --optimizer.learning_rate; a bare flag of a boolean setting gets its `true`; a,b → [a,b]
+    where a list is wanted."""
+    types = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+    result: list[str] = []
+    name = ""
     for i, word in enumerate(argv):
         match = re.fullmatch(r"--([A-Za-z][\w.-]*)(=.*)?", word, re.DOTALL)
         if match is None:
-            result.append(word)
+            result.append(_bracketed(word) if types.get(name) == list[str] else word)
             continue
         name, value = match[1].replace("-", "_"), match[2] or ""
         name = ALIASES.get(name, name) if ALIASES.get(name) in keys else name
         if name not in keys:
             endings = [key for key in keys if key.endswith("." + name)]
             name = endings[0] if len(endings) == 1 else name
+        if value and types.get(name) == list[str]:
+            value = "=" + _bracketed(value[1:])
         result.append(f"--{name}{value}")
-        is_bool = any(a.dest == name and getattr(a, "_typehint", None) is bool for a in parser._actions)
-        if is_bool and not value and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
+        if types.get(name) is bool and not value and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
             result.append("true")
     return result
+
+
+def _bracketed(value: str) -> str:
+    return value if value.startswith("[") else f"[{value}]"
 
 
 def _explain(message: str, keys: Sequence[str], command: str) -> str:

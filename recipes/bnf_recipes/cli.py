@@ -68,6 +68,8 @@ def generate(argv: Sequence[str]) -> int:
 
 
 def data_check(argv: Sequence[str]) -> int:
+    if argv and not argv[0].startswith("-"):  # `bnf data check FILE`
+        argv = ["--data", *argv]
     config = parse(DataCheckConfig, "data-check", argv)
     _quiet()
     from bnf_recipes.data_check import data_check as run

@@ -1,4 +1,4 @@
-"""`bnf data-check`: every row of feedback judged before a run depends on it.
+"""`bnf data check`: every row of feedback judged before a run depends on it.
 
 One pass, linear in the rows: parse each, measure it, and look its prompt and completion up among those seen before.
 """
