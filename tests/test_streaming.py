@@ -1,6 +1,7 @@
 """Streaming: the order and its resumption, bad rows and broken sources, memory."""
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -11,12 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
 
 from bnf_core.batching import Example, Position
 from bnf_core.errors import UserError
 from bnf_core.records import Feedback, RowError
 from bnf_core.sources import load_feedback
 from bnf_core.streaming import FeedbackStream, shuffle
+from bnf_core.tokenization import load_tokenizer
 
 Batches = Iterator[tuple[list[Example], Position]]
 
@@ -238,6 +241,18 @@ def test_hub_data_sets_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert next(batches)[0][0].source == "owner/rows[train]:1"
     with pytest.raises(UserError, match=r"owner/rows: .* the line is cut"):
         next(batches)
+
+
+def test_the_code_of_the_docs_runs(tmp_path: Path) -> None:
+    docs = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", docs, re.S) if "FeedbackStream" in block]
+    assert "...  #" in code
+    tiny.make_tokenizer(tmp_path)
+    found: list[Any] = []
+    names = {"rows": [pair(i) for i in range(20)], "tokenizer": load_tokenizer(tmp_path), "found": found}
+    exec(code.replace("...  #", "found.append((examples, position))\n    if len(found) == 3: break  #"), names)
+    assert [len(examples) for examples, _ in found] == [16, 16, 8]
+    assert len({example.group for examples, _ in found for example in examples}) == 1
 
 
 # Bad rows
