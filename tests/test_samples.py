@@ -12,7 +12,7 @@ from bnf_core.config import LoraConfig
 from bnf_core.errors import UserError
 from bnf_core.protocol import Engine
 from bnf_core.tokenization import load_tokenizer, stop_ids
-from bnf_recipes.samples import cut_samples, page, write_samples
+from bnf_recipes.samples import Samples, page
 
 
 class Parrot:
@@ -24,6 +24,11 @@ class Parrot:
     def generate(self, prompts: list[tuple[int, ...]], max_tokens: int, stop_ids: list[int]) -> list[list[int]]:
         self.asked.append(list(prompts))
         return [list(prompt[-max_tokens:]) for prompt in prompts]
+
+
+@pytest.fixture
+def parrot() -> Any:
+    return Parrot()
 
 
 @pytest.fixture
@@ -48,8 +53,8 @@ def examples(tokenizer: Any) -> list[Example]:
     ]
 
 
-def write(folder: Path | None, step: int, engine: Any, examples: list[Example], tokenizer: Any) -> None:
-    write_samples(folder, step, engine, tokenizer, examples, count=2, max_tokens=3, stops=[tokenizer.eos_token_id])
+def make(folder: Path | None, examples: list[Example], tokenizer: Any, start: int = 0) -> Samples:
+    return Samples(folder, examples, tokenizer, [tokenizer.eos_token_id], count=2, max_tokens=3, start=start)
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -57,9 +62,9 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_the_first_different_prompts_with_what_is_known_of_them(
-    tmp_path: Path, examples: list[Example], tokenizer: Any
+    tmp_path: Path, examples: list[Example], tokenizer: Any, parrot: Any
 ) -> None:
-    write(tmp_path, 5, Parrot(), examples, tokenizer)
+    make(tmp_path, examples, tokenizer).write(5, parrot)
     assert [(s["step"], s["prompt"], s.get("good"), s.get("bad")) for s in read(tmp_path)] == [
         (5, "What is 2 plus 2? ", "It is 4.", "No idea."),
         (5, "Paris", " is the capital", None),
@@ -70,40 +75,37 @@ def test_the_first_different_prompts_with_what_is_known_of_them(
 
 
 def test_samples_come_step_by_step_and_are_cut_where_a_run_goes_on(
-    tmp_path: Path, examples: list[Example], tokenizer: Any
+    tmp_path: Path, examples: list[Example], tokenizer: Any, parrot: Any
 ) -> None:
     def steps() -> list[int]:
         return [s["step"] for s in read(tmp_path)]
 
+    samples = make(tmp_path, examples, tokenizer)
     for step in (0, 5, 10):
-        write(tmp_path, step, Parrot(), examples, tokenizer)
+        samples.write(step, parrot)
     assert steps() == [0, 0, 5, 5, 10, 10]
-    cut_samples(tmp_path, 5)
+    samples = make(tmp_path, examples, tokenizer, start=5)
     assert steps() == [0, 0, 5, 5]
     assert "step 10" not in (tmp_path / "samples.md").read_text()
     for step in (5, 10):  # the step of the checkpoint comes once more
-        write(tmp_path, step, Parrot(), examples, tokenizer)
+        samples.write(step, parrot)
     assert steps() == [0, 0, 5, 5, 10, 10]
     assert (tmp_path / "samples.md").read_text().count("step 10") == 2
 
 
 def test_a_run_started_anew_has_no_samples_of_an_earlier_one(
-    tmp_path: Path, examples: list[Example], tokenizer: Any
+    tmp_path: Path, examples: list[Example], tokenizer: Any, parrot: Any
 ) -> None:
-    for start in (0, 5):  # without samples there is nothing to cut, and nothing to make
-        cut_samples(tmp_path, start)
-        assert not list(tmp_path.iterdir())
-    write(tmp_path, 5, Parrot(), examples, tokenizer)
-    cut_samples(tmp_path, 0)
-    assert not list(tmp_path.iterdir())
+    make(tmp_path, examples, tokenizer).write(5, parrot)
+    make(tmp_path, examples, tokenizer)
+    assert read(tmp_path) == [] and "step 5" not in (tmp_path / "samples.md").read_text()
 
 
 def test_processes_besides_the_first_complete_and_write_nothing(
-    tmp_path: Path, examples: list[Example], tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, examples: list[Example], tokenizer: Any, parrot: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    parrot = Parrot()
-    write(None, 5, parrot, examples, tokenizer)
+    make(None, examples, tokenizer, start=5).write(5, parrot)
     assert len(parrot.asked) == 1 and not list(tmp_path.iterdir())
 
 
@@ -124,7 +126,7 @@ def test_a_file_that_is_something_else_is_left_alone(tmp_path: Path, examples: l
     for content in ('{"step": 1}\n{"st', '{"prompt": "a"}\n', "[1]\n"):
         (tmp_path / "samples.jsonl").write_text(content)
         with pytest.raises(UserError, match=r"samples\.jsonl: not the samples of a run"):
-            cut_samples(tmp_path, 5)
+            make(tmp_path, examples, tokenizer, start=5)
         assert (tmp_path / "samples.jsonl").read_text() == content
 
 
@@ -133,7 +135,7 @@ def test_a_backend_completes_the_prompts(
 ) -> None:
     engine: Engine = registry.get(backend_name).load(tiny_model, device="cpu", lora=LoraConfig(rank=2))
     stops = stop_ids(tokenizer, tiny_model)
-    write_samples(tmp_path, 0, engine, tokenizer, examples, count=3, max_tokens=4, stops=stops)
+    Samples(tmp_path, examples, tokenizer, stops, count=3, max_tokens=4, start=0).write(0, engine)
     found = read(tmp_path)
     assert [s["prompt"] for s in found] == ["What is 2 plus 2? ", "Paris", "0 1 2"]
     for sample, prompt in zip(found, (examples[0], examples[2], examples[4]), strict=True):

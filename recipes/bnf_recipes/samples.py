@@ -22,62 +22,57 @@ from bnf_recipes.generate import complete_ids
 Sample = dict[str, Any]
 
 
-def write_samples(
-    run_folder: Path | None,
-    step: int,
-    engine: Engine,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    *,
-    count: int,
-    max_tokens: int,
-    stops: Sequence[int],
-) -> None:
-    """Complete the first `count` different prompts and add what came out, in place of anything from this step on.
+class Samples:
+    """The samples of one run.
 
     Args:
         run_folder: an existing folder; None to complete and write nothing, in processes besides the first.
-        step: optimizer steps done.
-        engine: the model as it is now.
+        examples: the held-out rows; the first `count` different prompts are completed.
         tokenizer: of the model.
-        examples: the held-out rows.
+        stops: token ids that end a completion.
         count: how many prompts.
         max_tokens: of each completion.
-        stops: token ids that end a completion.
+        start: steps done. Samples of later steps go, and at 0 all that an earlier run left.
     Raises:
-        OSError: nothing can be written; the files are as they were.
-        UserError: samples.jsonl has been changed, and holds something else.
+        OSError: nothing can be written, here and in `write`; the files are as they were.
+        UserError: samples.jsonl holds something else.
     """
-    prompts = list(dict.fromkeys(e.prompt_ids for e in examples))[:count]
-    completions = complete_ids(engine, tokenizer, prompts, max_tokens, stops)
-    if run_folder is None:
-        return
-    new: list[Sample] = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        sample: Sample = {"step": step, "prompt": tokenizer.decode(list(prompt)), "completion": completion}
+
+    def __init__(
+        self,
+        run_folder: Path | None,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        stops: Sequence[int],
+        *,
+        count: int,
+        max_tokens: int,
+        start: int,
+    ):
+        self._folder, self._tokenizer, self._stops, self._max_tokens = run_folder, tokenizer, stops, max_tokens
+        self._prompts = list(dict.fromkeys(e.prompt_ids for e in examples))[:count]
+        self._known = [self._describe(prompt, examples) for prompt in self._prompts]
+        self._samples: list[Sample] = []
+        if run_folder is not None:
+            self._samples = [s for s in _read(run_folder) if s["step"] <= start] if start else []
+            _write(run_folder, self._samples)
+
+    def write(self, step: int, engine: Engine) -> None:
+        """Complete the prompts after `step` optimizer steps, and add what came out."""
+        completions = complete_ids(engine, self._tokenizer, self._prompts, self._max_tokens, self._stops)
+        if self._folder is None:
+            return
+        new = [{"step": step, "completion": c} | known for c, known in zip(completions, self._known, strict=True)]
+        self._samples = [s for s in self._samples if s["step"] != step] + new  # a resumed run may do a step again
+        _write(self._folder, self._samples)
+
+    def _describe(self, prompt: tuple[int, ...], examples: Sequence[Example]) -> Sample:
+        known: Sample = {"prompt": self._tokenizer.decode(list(prompt))}
         for name, label in (("good", True), ("bad", False)):
             ids = next((e.completion_ids for e in examples if e.prompt_ids == prompt and e.label == label), None)
             if ids is not None:  # without the end of turn, which `generate` leaves out too
-                sample[name] = tokenizer.decode(list(ids[:-1] if ids[-1] in stops else ids))
-        new.append(sample)
-    _write(run_folder, [s for s in _read(run_folder) if s["step"] < step] + new)
-
-
-def cut_samples(run_folder: Path, start: int) -> None:
-    """Take a run's samples back to where it goes on.
-
-    Args:
-        run_folder: an existing folder.
-        start: steps done; samples of later steps go, and at 0 all that an earlier run left.
-    Raises:
-        OSError, UserError: as write_samples.
-    """
-    if start:
-        if samples := _read(run_folder):
-            _write(run_folder, [s for s in samples if s["step"] <= start])
-    else:
-        for name in ("samples.jsonl", "samples.md"):
-            (run_folder / name).unlink(missing_ok=True)
+                known[name] = self._tokenizer.decode(list(ids[:-1] if ids[-1] in self._stops else ids))
+        return known
 
 
 def page(samples: Sequence[Sample]) -> str:
