@@ -117,6 +117,8 @@ class MLXEngine:
                 f"the data hold token {top}, and the model knows {self.vocabulary:,} tokens: its tokenizer is that of "
                 "another model, or has tokens that were added to it and not to the model"
             )
+        if batch.packed:
+            _ = self._head_axes  # an error now, and not while MLX traces
         ids, segment_ids, positions = batch.input_ids, batch.segment_ids, batch.positions
         tokens = [batch.targets, ref_log_odds, batch.coefficients]
         if pad:
@@ -149,6 +151,7 @@ class MLXEngine:
 
     @cached_property
     def _head_axes(self) -> int:
+        self.model.eval()  # dropout would pass for a difference
         return packing_head_axes(self.model)
 
     def state(self) -> dict[str, Array | Piece]:

@@ -10,8 +10,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map
 
+from bnf_core.batching import Batch
 from bnf_core.errors import UserError
-from bnf_core.protocol import Done, Step, TokenStats
+from bnf_core.protocol import Array, Done, Step, TokenStats
 from bnf_mlx import adapter
 from bnf_mlx.linear import linear_bnf_loss
 from bnf_mlx.model import completion_hidden
@@ -32,16 +33,13 @@ def fit(
     with _wired_memory():
         for step in steps:
             with mx.stream(engine.device):
-                engine.model.train()
-                gradients = tree_map(mx.zeros_like, flat(engine.model.trainable_parameters()))
-                stats, loss = [], 0.0
+                loss, stats, gradients = 0.0, [], Gradients()
                 for batch, ref_log_odds in step.batches:
-                    micro_loss, micro_stats = 0.0, _nothing()
-                    if len(batch.targets):
-                        inputs = engine.inputs(batch, ref_log_odds, pad=engine.compiled)
-                        micro_loss, micro_stats, gradients = micro_step(inputs, gradients, len(batch.targets))
+                    micro_loss, micro_stats, added = micro_step(batch, ref_log_odds)
                     loss += micro_loss
                     stats.append(micro_stats)
+                    gradients = {name: gradients[name] + g if gradients else g for name, g in added.items()}
+                    mx.eval(gradients)
                 norm = math.nan
                 if math.isfinite(engine.processes.sum(np.array([loss]))[0]):  # so on every process, or on none
                     norm = optimizer.update(sum_over(engine.processes, gradients), step.learning_rate, max_grad_norm)
@@ -50,7 +48,7 @@ def fit(
 
 
 class MicroStep:
-    """Adds the gradients of one micro-batch to others.
+    """The loss of a micro-batch, the statistics of its tokens and its gradients.
 
     MLX can compile this, once for each shape of the inputs. The model's arrays, which it closes over, must be named
     then, and be put back after each call, or the model would be left with what stands for them while MLX traces.
@@ -59,29 +57,32 @@ class MicroStep:
     def __init__(self, engine: "MLXEngine"):
         self.engine = engine
         self._drops = adapter.has_dropout(engine.model)
-        self._step = self._add_gradients
+        self._step = self._gradients
         if engine.compiled:
-            # The head, where it is dequantised, is none of the model's arrays.
-            self._step = mx.compile(self._add_gradients, inputs=[engine.model.state, engine.head()])
+            self._step = mx.compile(self._gradients, inputs=[engine.model.state])
 
-    def __call__(self, inputs: "Inputs", gradients: Gradients, tokens: int) -> tuple[float, TokenStats, Gradients]:
-        """The loss, the statistics of the first so many tokens, the rest being padding, and the sums."""
+    def __call__(self, batch: Batch, ref_log_odds: Array) -> tuple[float, TokenStats, Gradients]:
+        model, tokens = self.engine.model, len(batch.targets)
+        if tokens == 0:  # where the processes do not have equally much to do
+            nothing = np.zeros(0, np.float32)
+            zeros = tree_map(mx.zeros_like, flat(model.trainable_parameters()))
+            return 0.0, TokenStats(nothing, nothing, nothing), zeros
+        inputs = self.engine.inputs(batch, ref_log_odds, pad=self.engine.compiled)
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) if self._drops else mx.random.key(0)
-        loss, stats, gradients = self._step(inputs, gradients, key)
+        model.train()
+        loss, stats, gradients = self._step(inputs, key)
         mx.eval(loss, stats, gradients)
         return float(loss), TokenStats(*(np.array(x)[:tokens] for x in stats)), gradients
 
-    def _add_gradients(
-        self, inputs: "Inputs", gradients: Gradients, key: mx.array
-    ) -> tuple[mx.array, tuple[mx.array, ...], Gradients]:
+    def _gradients(self, inputs: "Inputs", key: mx.array) -> tuple[mx.array, tuple[mx.array, ...], Gradients]:
         model = self.engine.model
         before = flat(model.state)
         try:
             adapter.new_dropout(model, key)
-            (loss, stats), added = mx.value_and_grad(self._loss)(flat(model.trainable_parameters()), inputs)
+            (loss, stats), gradients = mx.value_and_grad(self._loss)(flat(model.trainable_parameters()), inputs)
         finally:
             model.load_weights(list(before.items()), strict=False)
-        return loss, stats, {name: g + added[name] for name, g in gradients.items()}
+        return loss, stats, gradients
 
     def _loss(self, parameters: Gradients, inputs: "Inputs") -> tuple[mx.array, tuple[mx.array, ...]]:
         """Σ coefficients · ℓ of the micro-batch, and its token statistics."""
@@ -152,7 +153,3 @@ def _wired_memory() -> Iterator[None]:
         if before is not None:
             mx.synchronize()
             mx.set_wired_limit(before)
-
-
-def _nothing() -> TokenStats:
-    return TokenStats(*(np.zeros(0, np.float32) for _ in range(3)))
