@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,19 +70,53 @@ def check(cache: ReferenceCache, rows: Sequence[Example]) -> None:
     np.testing.assert_array_equal(cache(batch_of(rows)), np.concatenate([truth(e) for e in rows]))
 
 
-def compute(rows: Sequence[Example], folder: Path, **settings: Any) -> StoredReference:
+def compute(rows: Iterable[Example], folder: Path, processes: Processes = ALONE, **settings: Any) -> StoredReference:
     """What the job does, with the stand-in for a model."""
-    writer = ReferenceWriter(folder, FINGERPRINT, {"backend": "none"}, **({"shard_rows": 4} | settings))
-    for window in writer.windows(iter(rows), "f.jsonl"):
+    settings = {"shard_rows": 4, "processes": processes} | settings
+    writer = ReferenceWriter(folder, FINGERPRINT, {"backend": "none"}, **settings)
+    for window in writer.windows(rows, "f.jsonl"):
         cache = ReferenceCache(Model())
-        for batch in micro_batches(window, Cut(3)):
-            cache(batch)
-        writer.write(cache.state([e.key for e in window]))
+        batches = micro_batches(window, Cut(3, multiple_of=processes.count))
+        cache.fill(batches[processes.share(batches)], processes)
+        writer.write(cache.state(e.key for e in window))
     return StoredReference(folder)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class Thread(Processes):
+    """One of several processes, played by a thread."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier, slots: list[bytes]):
+        self.rank, self.count, self._barrier, self._slots = rank, len(slots), barrier, slots
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        self._slots[self.rank] = data
+        self._barrier.wait(10)
+        given = list(self._slots)
+        self._barrier.wait(10)
+        return given
+
+
+def together(work: Callable[[Processes], None], count: int = 2) -> list[BaseException | None]:
+    """What each of several processes raised."""
+    barrier, slots = threading.Barrier(count), [b""] * count
+    raised: list[BaseException | None] = [None] * count
+
+    def run(rank: int) -> None:
+        try:
+            work(Thread(rank, barrier, slots))
+        except BaseException as error:
+            raised[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
 
 
 # In memory
@@ -130,37 +164,18 @@ def test_nothing_to_compute_with_says_what_to_run() -> None:
         ReferenceCache(None)(batch_of(ROWS))
 
 
-class Thread(Processes):
-    """One of several processes, played by a thread."""
-
-    def __init__(self, rank: int, barrier: threading.Barrier, slots: list[bytes]):
-        self.rank, self.count, self._barrier, self._slots = rank, len(slots), barrier, slots
-
-    def gather_bytes(self, data: bytes) -> list[bytes]:
-        self._slots[self.rank] = data
-        self._barrier.wait(10)
-        given = list(self._slots)
-        self._barrier.wait(10)
-        return given
-
-
 def test_processes_learn_what_the_others_computed() -> None:
     """Process 0 knows its rows already and computes all the same, because the others cannot without it."""
-    barrier, slots, models = threading.Barrier(2), [b"", b""], [Model(), Model()]
-    parts, caches = [ROWS[:6], ROWS[6:12]], [ReferenceCache(model) for model in models]
+    models, parts = [Model(), Model()], [ROWS[:6], ROWS[6:12]]
+    caches = [ReferenceCache(model) for model in models]
     check(caches[0], parts[0])
 
-    def run(rank: int) -> None:
-        process = Thread(rank, barrier, slots)
-        batches = [batch_of(parts[rank][:4]), batch_of(parts[rank][4:]), batch_of([])]
+    def fill(process: Processes) -> None:
+        part = parts[process.rank]
         for _ in range(2):  # the second time all is known
-            caches[rank].fill(batches, process)
+            caches[process.rank].fill([batch_of(part[:4]), batch_of(part[4:]), batch_of([])], process)
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    assert together(fill) == [None, None]
     assert [model.calls for model in models] == [3, 2]
     check(caches[0], ROWS[:12])
     assert not caches[1].missing(batch_of(parts[1])) and models[1].calls == 2
@@ -238,6 +253,39 @@ def test_a_kill_at_any_write_loses_one_shard_at_most_and_leaves_the_same_bytes(t
         assert contents(folder) == expected, kill_at
 
 
+def test_rows_are_read_a_shard_at_a_time(tmp_path: Path) -> None:
+    read = []
+    writer = ReferenceWriter(tmp_path, FINGERPRINT, {}, shard_rows=4)
+    next(writer.windows((read.append(e) or e for e in ROWS), "f.jsonl"))  # type: ignore[func-returns-value]
+    assert read == ROWS[:4]
+
+
+def test_several_processes_write_what_one_does(tmp_path: Path) -> None:
+    compute(ROWS, tmp_path / "one")
+    for rows in (ROWS[:9], ROWS):  # and go on together
+        assert together(lambda process, rows=rows: compute(rows, tmp_path / "three", process), 3) == [None] * 3
+    assert StoredReference(tmp_path / "three").keys.tolist() == StoredReference(tmp_path / "one").keys.tolist()
+    check(ReferenceCache(None, StoredReference(tmp_path / "three")), ROWS)
+    together(lambda process: compute(ROWS, tmp_path / "anew", process), 3)
+    assert contents(tmp_path / "anew") == contents(tmp_path / "one")
+
+
+def test_a_full_disk_stops_all_processes_and_keeps_what_was_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, original = iter(range(1, 100)), module.replace_file
+
+    def full(path: Path, content: str | bytes) -> None:
+        if next(calls) == 4:  # the second shard
+            raise OSError(28, "No space left on device")
+        original(path, content)
+
+    monkeypatch.setattr(module, "replace_file", full)
+    raised = together(lambda process: compute(ROWS, tmp_path, process))
+    assert all(isinstance(error, OSError) and "No space left" in str(error) for error in raised)
+    assert len(StoredReference(tmp_path).keys) == 4
+
+
 def test_more_data_is_added_and_what_is_there_is_not_computed_again(tmp_path: Path) -> None:
     compute(ROWS[:6], tmp_path)
     before = contents(tmp_path)
@@ -272,6 +320,7 @@ def test_a_damaged_shard_is_refused_by_name_and_computed_again(tmp_path: Path, h
         open_reference(tmp_path / "ref", FINGERPRINT)
     writer = ReferenceWriter(tmp_path / "ref", FINGERPRINT, {}, shard_rows=4)
     assert len(writer.damaged) == 1 and "shard-00002" in writer.damaged[0]
+    assert StoredReference(tmp_path / "ref").index["data"] == {}  # nothing is complete any more
     compute(ROWS, tmp_path / "ref")
     assert contents(tmp_path / "ref") == expected
 
@@ -508,6 +557,26 @@ def test_all_splits_of_a_folder_are_computed(tiny_model: Path, tmp_path: Path) -
     assert len(reference(run, QUIET).keys) == 3
 
 
+def test_streamed_data_give_the_same_bytes(
+    made: Callable[[str], Path], tiny_model: Path, feedback: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = settings(tiny_model, feedback, tmp_path / "ref", "torch")
+    run.data = replace(run.data, streaming=True)
+    reference(run, QUIET)
+    assert contents(tmp_path / "ref") == contents(made("torch"))
+    lines = feedback.read_text().splitlines(keepends=True)
+    (tmp_path / "bad.jsonl").write_text("".join([*lines[:7], '{"prompt": 3}\n', *lines[7:]]))
+    run.data = replace(run.data, path=str(tmp_path / "bad.jsonl"))
+    run.output = str(tmp_path / "bad")
+    with pytest.raises(UserError, match=r"bad\.jsonl:8"):
+        reference(run, QUIET)
+    run.data = replace(run.data, skip_bad_rows=True)
+    reference(run, Console(width=300))
+    out = capsys.readouterr().out
+    assert "skipped 1 bad rows" in out and "bad.jsonl:8" in out
+    assert StoredReference(tmp_path / "bad").keys.tolist() == StoredReference(made("torch")).keys.tolist()
+
+
 KILLED = """
 import os, signal, sys
 from bnf_core.reference import ReferenceWriter
@@ -567,7 +636,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | BaseExcept
     [
         (KeyboardInterrupt(), "interrupted; 5 rows are stored. The same command goes on"),
         (OSError(28, "No space left on device"), "No space left on device; 5 rows are stored"),
-        (float("nan"), r"log-odds are not a number for [^,]*feedback\.jsonl:\d+: try --dtype"),
+        (float("nan"), r"log-odds of .*feedback\.jsonl:\d+ are not a number under this model in float32: try"),
     ],
 )
 def test_what_stops_the_job_keeps_whole_shards(
