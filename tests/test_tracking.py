@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from bnf_core.errors import UserError
-from bnf_recipes import tracking
+from bnf_recipes import cli, tracking
 from bnf_recipes.tracking import Trackers, check_trackers, open_trackers
 
 SETTINGS = {"model": "tiny", "max_steps": None, "lora": {"rank": 4, "targets": ["q_proj", "v_proj"]}}
@@ -79,6 +79,39 @@ def test_a_step_is_on_disk_before_the_next(tmp_path: Path) -> None:
     trackers.log("train", 1, {"loss": 1.0})
     assert read_tensorboard(tmp_path)["train/loss"] == [(1, 1.0)]
     trackers.close()
+
+
+def test_a_run_sends_what_it_writes(backend_name: str, tiny_model: Path, feedback: Path, tmp_path: Path) -> None:
+    """On each backend, through a checkpoint: TensorBoard and metrics.jsonl hold the same numbers."""
+    words = [
+        "train",
+        "--model",
+        tiny_model,
+        "--data",
+        feedback,
+        "--output",
+        tmp_path / "run",
+        "--valid-fraction",
+        "0.2",
+    ]
+    words += ["--backend", backend_name, "--device", "cpu", "--batch-size", "4", "--save-every", "1"]
+    words += ["--report-to", "tensorboard", "--sample-every", "1", "--sample-tokens", "3"]
+    assert cli.run([str(word) for word in [*words, "--max-steps", "2"]]) == 0
+    assert cli.run([str(word) for word in [*words, "--max-steps", "3", "--resume", "--resume-anyway"]]) == 0
+    expected: dict[str, dict[int, float]] = {}
+    for line in map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()):
+        step, kind = line.pop("step"), line.pop("kind")
+        for name, value in line.items():
+            if value is not None:
+                expected.setdefault(f"{kind}/{name}", {})[step] = value
+    assert {"train/loss", "train/grad_norm", "eval/rewards/margins"} <= set(expected)
+    found = read_tensorboard(tmp_path / "run")
+    assert {tag: dict(points) for tag, points in found.items()} == {
+        tag: pytest.approx(values, rel=1e-6) for tag, values in expected.items()
+    }
+    assert [step for step, _ in found["train/loss"]] == [1, 2, 3]
+    lines = (tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sorted({json.loads(line)["step"] for line in lines}) == [0, 1, 2, 3]
 
 
 # Weights & Biases

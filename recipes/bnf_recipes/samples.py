@@ -2,7 +2,7 @@
 
 In the run folder, `samples.jsonl` has a line for each completion: `step`, `prompt`, `completion`, and as `good` and
 `bad` a completion from the held-out rows where there is one. All are text as the model sees it, special tokens
-included. `samples.md` shows the same, a table for each prompt.
+included, but for the end of a completion. `samples.md` shows the same, a table for each prompt.
 """
 
 import json
@@ -62,7 +62,7 @@ class Samples:
         completions = complete_ids(engine, self._tokenizer, self._prompts, self._max_tokens, self._stops)
         if self._folder is None:
             return
-        new = [{"step": step, "completion": c} | known for c, known in zip(completions, self._known, strict=True)]
+        new = [{"step": step, **known, "completion": c} for c, known in zip(completions, self._known, strict=True)]
         self._samples = [s for s in self._samples if s["step"] != step] + new  # a resumed run may do a step again
         _write(self._folder, self._samples)
 
