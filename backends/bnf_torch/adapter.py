@@ -1,6 +1,7 @@
-"""LoRA through PEFT: added, switched off for the reference, saved and loaded in PEFT's own layout."""
+"""LoRA and DoRA through PEFT: added, switched off for the reference, saved and loaded in PEFT's own layout."""
 
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import cast
@@ -9,18 +10,19 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bnf_core.config import LoraConfig
 from bnf_core.errors import UserError
-from bnf_core.files import replacing
 from bnf_core.lora import initial_lora_a
 
 
-def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
+def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int, *, dora: bool = False) -> PeftModel:
     """A fresh float32 adapter: A as drawn by `bnf_core.lora`, B zero.
 
+    Args:
+        dora: learn each column's magnitude apart from its direction as well (arXiv 2402.09353).
     Raises:
         UserError: a target that is no linear layer of this model.
     """
@@ -37,6 +39,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> PeftModel:
         lora_dropout=lora.dropout,
         target_modules="all-linear" if lora.targets == ["all-linear"] else lora.targets,
         task_type="CAUSAL_LM",
+        use_dora=dora,
     )
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     for name, module in peft_model.get_base_model().named_modules():
@@ -52,8 +55,8 @@ def adapter_off(model: PeftModel | PreTrainedModel) -> AbstractContextManager[No
     return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
-def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
-    """A saved PEFT adapter, ready to be trained further.
+def load_adapter(model: PreTrainedModel, folder: Path, *, train: bool = False) -> PeftModel:
+    """A saved PEFT adapter, to be trained further or not.
 
     Raises:
         UserError: not a PEFT adapter, pickled weights, or made for another model.
@@ -65,7 +68,7 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder} has no adapter_model.safetensors; pickled weights are not loaded")
     try:
-        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=True, use_safetensors=True)
+        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=train, use_safetensors=True)
     except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
         base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
         reason = " ".join(str(error).split())[:300]
@@ -73,13 +76,15 @@ def load_adapter(model: PreTrainedModel, folder: Path) -> PeftModel:
     return peft_model
 
 
-def save_adapter(model: PeftModel | PreTrainedModel, folder: Path) -> None:
-    """Write adapter_model.safetensors and adapter_config.json, all or nothing.
+def save_adapter(model: PeftModel | PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Write adapter_model.safetensors and adapter_config.json into a folder that is there.
 
+    Args:
+        model: that has the adapter.
+        tensors: the adapter's weights, whole, by the names that the model has for them.
     Raises:
         UserError: the model has no adapter.
     """
     if not isinstance(model, PeftModel):
         raise UserError("there is no adapter to save")
-    with replacing(folder) as partial:
-        model.save_pretrained(str(partial), save_embedding_layers=False)
+    model.save_pretrained(str(folder), state_dict=dict(tensors), save_embedding_layers=False)

@@ -3,9 +3,12 @@
 from pathlib import Path
 
 import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
 
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
-from bnf_core.processes import ALONE, Processes
+from bnf_core.errors import UserError
+from bnf_core.processes import Processes
 from bnf_core.protocol import Engine, Losses
 from bnf_torch import adapter as adapters
 from bnf_torch.model import devices, load_model, resolve_device, resolve_dtype
@@ -23,7 +26,9 @@ class TorchBackend:
         return devices()
 
     def processes(self) -> Processes:
-        return ALONE
+        from bnf_torch.processes import processes
+
+        return processes()
 
     def load(
         self,
@@ -40,15 +45,37 @@ class TorchBackend:
         seed: int = 0,
     ) -> Engine:
         from bnf_torch.engine import TorchEngine
+        from bnf_torch.processes import TorchProcesses, local_rank
 
-        torch.manual_seed(seed)  # dropout, where there is any
+        group = self.processes()
+        torch.manual_seed(seed + group.rank)  # dropout, where there is any
         where = resolve_device(device)
-        loaded = load_model(model, where, resolve_dtype(dtype, where))
+        if group.count > 1 and where.type == "cuda":
+            where = torch.device("cuda", local_rank())
+        computed_in = resolve_dtype(dtype, where)
+        sharded = isinstance(group, TorchProcesses) and group.sharded
+        full = fine_tune_type == "full"
+        _check(fine_tune_type, adapter, load_in_4bit, sharded, computed_in)
+        loaded = load_model(
+            model,
+            torch.device("cpu") if sharded else where,  # FSDP takes each process's shards from there
+            torch.float32 if full else computed_in,
+            load_in_4bit=load_in_4bit,
+        )
+        trained: PreTrainedModel | PeftModel = loaded.requires_grad_(full)
         if adapter is not None:
-            return TorchEngine(adapters.load_adapter(loaded, adapter), optimizer)
-        if fine_tune_type == "lora" and lora is not None:
-            return TorchEngine(adapters.add_lora(loaded, lora, seed), optimizer)
-        return TorchEngine(loaded, optimizer)
+            trained = adapters.load_adapter(loaded, adapter, train=fine_tune_type is not None)
+        elif not full and fine_tune_type is not None and lora is not None:
+            trained = adapters.add_lora(loaded, lora, seed, dora=fine_tune_type == "dora")
+        return TorchEngine(
+            trained,
+            optimizer,
+            processes=group,
+            device=where,
+            dtype=computed_in,
+            source=model,
+            gradient_checkpointing=gradient_checkpointing,
+        )
 
     def describe(self) -> dict[str, str]:
         import peft
@@ -64,3 +91,17 @@ class TorchBackend:
             properties = torch.cuda.get_device_properties(i)
             facts[f"cuda:{i}"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
         return facts
+
+
+def _check(
+    fine_tune_type: FineTuneType | None, adapter: Path | None, load_in_4bit: bool, sharded: bool, dtype: torch.dtype
+) -> None:
+    """Raises UserError where settings do not go together."""
+    if fine_tune_type == "full" and load_in_4bit:
+        raise UserError("4-bit weights cannot be trained: use fine_tune_type lora, or leave out hardware.load_in_4bit")
+    if fine_tune_type == "full" and adapter is not None:
+        raise UserError(f"full fine-tuning starts from a model, and {adapter} is an adapter: merge it into one first")
+    if fine_tune_type == "full" and dtype == torch.float16:
+        raise UserError("full fine-tuning in float16 would need loss scaling: use --dtype bfloat16 or float32")
+    if load_in_4bit and sharded:
+        raise UserError("4-bit weights are not sharded: use DDP (recipes/configs/accelerate/ddp.yaml)")

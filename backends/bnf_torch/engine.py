@@ -2,110 +2,95 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import GenerationConfig, PreTrainedModel
 
 from bnf_core.batching import Batch
 from bnf_core.config import OptimizerConfig
-from bnf_core.pieces import require_same_shapes, under
+from bnf_core.errors import UserError
+from bnf_core.files import replacing
+from bnf_core.pieces import Piece, require_same_shapes, under
 from bnf_core.processes import ALONE, Processes
 from bnf_core.protocol import Array, Done, Step, TokenStats
 from bnf_torch import adapter
-from bnf_torch.linear import linear_bnf_loss
-from bnf_torch.losses import bnf_token_loss, token_log_odds
-from bnf_torch.model import completion_hidden, completion_logits, head_is_linear, head_weight
-from bnf_torch.optimizer import Optimizer
+from bnf_torch.model import ScoredModel, head_weight, save_model
+from bnf_torch.optimizer import Optimizer, adamw
+from bnf_torch.processes import gradients_wait, like, lost_processes, piece, spread, whole
 
 
 class TorchEngine:
-    processes: Processes = ALONE
+    """
+    Args:
+        model: with an adapter or without; what requires a gradient is trained.
+        optimizer: None: nothing will be trained.
+        device: what computes; by default where the model is.
+        dtype: what all weights are computed in where they are trained, and are float32; None: as they are.
+        source: the folder that the model is from, for the files that `save` leaves as they are.
+    """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, optimizer: OptimizerConfig | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        optimizer: OptimizerConfig | None = None,
+        *,
+        processes: Processes = ALONE,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        source: Path | None = None,
+        gradient_checkpointing: bool = False,
+    ):
         self.model = model
         self.base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-        self.device: torch.device = self.base.device
-        self.dtype = str(self.base.dtype).removeprefix("torch.")
-        self.fused = head_is_linear(self.base)
+        self.processes = processes
+        self.device = device or self.base.device
+        self.full = not isinstance(model, PeftModel) and any(p.requires_grad for p in model.parameters())
+        self.dtype = str(dtype or self.base.dtype).removeprefix("torch.")
+        self.source = source
+        self.steps_taken = False
+        if gradient_checkpointing:
+            checkpoint_activations(self.base)
+        autocast = dtype if self.full and dtype != torch.float32 else None
+        sharded = getattr(processes, "sharded", False)
+        self.scored = ScoredModel(self.base, None if sharded else autocast)
+        self.to_train = spread(self.scored, processes, autocast)
+        for method in ("probe", "generate"):
+            register_fsdp_forward_method(self.scored, method)
+        self.scored.eval()
+        self.scored.probe()
+        self._reshard()
+        self.vocabulary = len(head_weight(self.base))
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = Optimizer(self.trainable, optimizer) if optimizer and self.trainable else None
+        self.optimizer: Optimizer | None = None
+        if optimizer and self.trainable:
+            self.optimizer = Optimizer(self.trainable, adamw(self.trainable, optimizer))
+
+    # Scoring
 
     def reference_log_odds(self, batch: Batch) -> Array:
+        if self.full and self.steps_taken:
+            raise RuntimeError("all weights are trained and no longer those of the reference: compute it beforehand")
         with adapter.adapter_off(self.model):
             return self.evaluate(batch, np.zeros(len(batch.targets), np.float32)).log_odds
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenStats:
-        self.model.eval()
-        return _to_numpy(self._loss(batch, ref_log_odds)[1])
-
-    def fit(self, steps: Iterator[Step], done: Done, max_grad_norm: float | None) -> None:
-        if self.optimizer is None:
-            raise RuntimeError("this engine was loaded without anything to train and an optimizer")
-        for step in steps:
-            self.model.train()
-            stats, loss = [], 0.0
-            for batch, ref_log_odds in step.batches:
-                micro_loss, micro_stats = self._loss(batch, ref_log_odds)
-                micro_loss.backward()
-                loss += float(micro_loss.detach())
-                stats.append(_to_numpy(micro_stats))
-            norm = self.optimizer.update(step.learning_rate, max_grad_norm) if math.isfinite(loss) else math.nan
-            done(step, stats, norm)
-
-    def state(self) -> dict[str, Array]:
-        state = {f"weights/{name}": p.detach() for name, p in self.trainable.items()}
-        if self.optimizer is not None:
-            state |= {f"optimizer/{name}": value for name, value in self.optimizer.state().items()}
-        state["random/cpu"] = torch.get_rng_state()
-        if self.device.type in ("cuda", "mps"):
-            state["random/device"] = getattr(torch, self.device.type).get_rng_state(*self._cuda_index())
-        return {name: value.cpu().numpy().copy() for name, value in state.items()}
-
-    @torch.no_grad()
-    def load_state(self, state: Mapping[str, Array]) -> None:
-        weights = under("weights", state)
-        require_same_shapes(weights, {name: tuple(p.shape) for name, p in self.trainable.items()})
-        for name, p in self.trainable.items():
-            p.copy_(torch.tensor(weights[name]))
-        if self.optimizer is not None:
-            self.optimizer.load_state({name: torch.tensor(a) for name, a in under("optimizer", state).items()})
-        torch.set_rng_state(torch.tensor(state["random/cpu"]))
-        if "random/device" in state and self.device.type in ("cuda", "mps"):
-            generator = torch.tensor(state["random/device"])
-            getattr(torch, self.device.type).set_rng_state(generator, *self._cuda_index())
-
-    def _cuda_index(self) -> tuple[torch.device, ...]:
-        """Which of several GPUs; MPS has one and takes no argument."""
-        return (self.device,) if self.device.type == "cuda" else ()
-
-    def _loss(self, batch: Batch, ref_log_odds: Array) -> tuple[Tensor, TokenStats]:
-        """Σ coefficients · ℓ of the batch, and its token statistics."""
-        ids, positions, targets = (
-            self._tensor(batch.input_ids),
-            self._tensor(batch.positions),
-            self._tensor(batch.targets),
-        )
-        reference, coefficients = self._tensor(ref_log_odds), self._tensor(batch.coefficients)
-        if self.fused:
-            hidden = completion_hidden(self.base, ids, positions)  # (N, D)
-            return linear_bnf_loss(hidden, head_weight(self.base), targets, reference, coefficients)
-        log_odds, entropy = token_log_odds(completion_logits(self.base, ids, positions), targets)
-        token_loss = bnf_token_loss(log_odds, entropy, reference)
-        return torch.dot(coefficients, token_loss), TokenStats(log_odds.detach(), entropy, token_loss.detach())
-
-    def _tensor(self, array: Array) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return (tensor.long() if tensor.dtype == torch.int32 else tensor).to(self.device)
+        self.scored.eval()
+        with lost_processes():
+            _, stats = self.scored(**self._inputs(batch, ref_log_odds))
+        self._reshard()
+        return _to_numpy(stats)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
-        self.model.eval()
+        self.scored.eval()
         width = max(len(p) for p in prompts)
         ids = torch.zeros(len(prompts), width, dtype=torch.long)  # padded on the left, so that all end together
         mask = torch.zeros_like(ids)
@@ -115,13 +100,159 @@ class TorchEngine:
         config = GenerationConfig(
             max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(stop_ids) or None, pad_token_id=0
         )
-        output = cast(Any, self.base).generate(
-            ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config
-        )
+        autocast = self.scored.autocast
+        with torch.autocast(self.device.type, autocast) if autocast else nullcontext():
+            output = self.scored.generate(
+                ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config
+            )
+        self._reshard()
         return [_until(row[width:].tolist(), stop_ids) for row in output]
 
+    def _inputs(self, batch: Batch, ref_log_odds: Array) -> dict[str, Tensor]:
+        """What ScoredModel's forward takes, on its device."""
+        largest = max((int(ids.max()) for ids in (batch.input_ids, batch.targets) if ids.size), default=0)
+        if largest >= self.vocabulary:
+            raise UserError(
+                f"the data holds token id {largest}, and the model knows ids below {self.vocabulary}: the tokenizer is "
+                "of another model. Give the model's own tokenizer"
+            )
+        arrays = {
+            "input_ids": batch.input_ids,
+            "positions": batch.positions,
+            "targets": batch.targets,
+            "ref_log_odds": ref_log_odds,
+            "coefficients": batch.coefficients,
+        }
+        if batch.packed:
+            arrays["position_ids"] = batch.position_ids
+        if batch.packed and not self.scored.packs:
+            raise UserError(
+                f"packing: {type(self.base).__name__} lets sequences in one row see each other. Set packing to false"
+            )
+        return {name: self._tensor(array) for name, array in arrays.items()}
+
+    def _tensor(self, array: Array) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return (tensor.long() if tensor.dtype == torch.int32 else tensor).to(self.device)
+
+    def _reshard(self) -> None:
+        """FSDP keeps embeddings and head gathered after a forward pass, and would not see new weights in the shards."""
+        if isinstance(self.scored, FSDPModule):
+            self.scored.reshard()
+
+    # Training
+
+    def fit(self, steps: Iterator[Step], done: Done, max_grad_norm: float | None) -> None:
+        from bnf_torch.trainer import fit  # transformers' Trainer takes a second to import
+
+        if self.optimizer is None:
+            raise RuntimeError("this engine was loaded without anything to train and an optimizer")
+        fit(self, steps, done, max_grad_norm)
+
+    def accumulate(self, step: Step, max_grad_norm: float | None) -> tuple[float, list[TokenStats], float]:
+        """Gradients of one step over all its micro-batches and processes, clipped.
+
+        Returns:
+            the loss of the global batch, the token statistics of this process's micro-batches, and the norm of the
+            gradient before clipping. Where either number is not finite the norm is not, and there is no gradient.
+        """
+        assert self.optimizer is not None
+        self.scored.train()
+        stats, loss = [], 0.0
+        with lost_processes():
+            for i, (batch, ref_log_odds) in enumerate(step.batches):
+                with nullcontext() if self._syncs(i, len(step.batches)) else gradients_wait(self.to_train):
+                    micro_loss, micro_stats = self.to_train(**self._inputs(batch, ref_log_odds))
+                    (micro_loss * self.processes.count).backward()  # of which DDP and FSDP take the mean
+                loss += float(micro_loss.detach())
+                stats.append(_to_numpy(micro_stats))
+            loss = float(self.processes.sum(np.array([loss]))[0])
+            norm = self.optimizer.clip(max_grad_norm)
+        if not math.isfinite(loss):
+            self.optimizer.torch.zero_grad(set_to_none=True)
+            norm = math.nan
+        self.steps_taken = self.steps_taken or math.isfinite(norm)
+        return loss, stats, norm
+
+    def _syncs(self, i: int, count: int) -> bool:
+        """Gradients are summed over the processes with the last micro-batch; but all weights' unsharded gradients
+        would take the memory that sharding saves."""
+        return i == count - 1 or (self.full and isinstance(self.scored, FSDPModule))
+
+    # What training changes
+
+    def state(self) -> dict[str, Array | Piece]:
+        parts = {f"weights/{name}": p for name, p in self.trainable.items()}
+        if self.optimizer is not None:
+            parts |= {f"optimizer/{name}": value for name, value in self.optimizer.state()}
+        taken = {name: piece(tensor) for name, tensor in parts.items()}
+        if self.processes.rank > 0:  # what all have alike the first one gives
+            taken = {name: value for name, value in taken.items() if isinstance(value, Piece)}
+        return taken | self._random_state()
+
+    @torch.no_grad()
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        self._reshard()
+        self.load_weights(state)
+        if self.optimizer is not None:
+            self.optimizer.load_state(under("optimizer", state))
+        self.load_random_state(state)
+        self.steps_taken = True
+
+    @torch.no_grad()
+    def load_weights(self, state: Mapping[str, Array]) -> None:
+        weights = under("weights", state)
+        require_same_shapes(weights, {name: tuple(p.shape) for name, p in self.trainable.items()})
+        for name, p in self.trainable.items():
+            p.copy_(like(weights[name], p))
+
+    def _random_state(self) -> dict[str, Array | Piece]:
+        """Each process has generators of its own: a row of an array."""
+        states = {"random/cpu": torch.get_rng_state()}
+        if self.device.type in ("cuda", "mps"):
+            states["random/device"] = getattr(torch, self.device.type).get_rng_state(*self._cuda_index()).cpu()
+        rank, count = self.processes.rank, self.processes.count
+        return {name: Piece(s.numpy().copy()[None], rank, (count, len(s))) for name, s in states.items()}
+
+    def load_random_state(self, state: Mapping[str, Array]) -> None:
+        """This process's generators; one that has no part in the state keeps its own."""
+        cpu, rank = torch.tensor(state["random/cpu"]), self.processes.rank
+        if rank < len(cpu):
+            torch.set_rng_state(cpu[rank])
+        if "random/device" in state and self.device.type in ("cuda", "mps"):
+            device = torch.tensor(state["random/device"])
+            if rank < len(device):
+                getattr(torch, self.device.type).set_rng_state(device[rank], *self._cuda_index())
+
+    def _cuda_index(self) -> tuple[torch.device, ...]:
+        """Which of several GPUs; MPS has one and takes no argument."""
+        return (self.device,) if self.device.type == "cuda" else ()
+
+    # Saving
+
     def save(self, folder: Path) -> None:
-        adapter.save_adapter(self.model, folder)
+        with replacing(folder, self.processes) as partial:
+            self.write(partial)
+
+    @torch.no_grad()
+    def write(self, folder: Path) -> None:
+        """What was trained, into a folder that is there, beside whatever else is in it."""
+        first = self.processes.rank == 0
+        gathered: dict[str, Tensor] = {}
+        for name, p in self.base.named_parameters() if self.full else self.trainable.items():
+            tensor = whole(p.detach())  # one at a time: only the first process keeps them
+            if first:
+                gathered[name] = tensor.to("cpu", getattr(torch, self.dtype) if self.full else tensor.dtype)
+        if first and self.full:
+            save_model(self.base, gathered, folder, self.source)
+        elif first:
+            adapter.save_adapter(self.model, gathered, folder)
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only each layer's input for the backward pass and compute the rest again (arXiv 1604.06174)."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _to_numpy(stats: TokenStats) -> TokenStats:

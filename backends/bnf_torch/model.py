@@ -1,6 +1,10 @@
-"""Loading a causal language model, and splitting it into a body that gives hidden states and a head."""
+"""Loading a causal language model; its hidden states, its head, and the loss as the end of its forward pass."""
 
+import json
 import logging
+import shutil
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from bnf_core.errors import UserError
+from bnf_core.families import normalised_config
+from bnf_core.protocol import TokenStats
+from bnf_torch.linear import linear_bnf_loss
+from bnf_torch.losses import bnf_token_loss, token_log_odds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -42,16 +50,22 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(
+    folder: Path, device: torch.device, dtype: torch.dtype, *, load_in_4bit: bool = False
+) -> PreTrainedModel:
     """A frozen model in evaluation mode; safetensors only, no code from the checkpoint.
 
+    Args:
+        dtype: of the weights, or with `load_in_4bit` of what is computed with them.
+        load_in_4bit: quantise the linear layers to NF4 (arXiv 2305.14314) while loading.
     Raises:
-        UserError: transformers cannot read it, or tensors are missing.
+        UserError: transformers cannot read it, tensors are missing, or 4-bit weights without CUDA and bitsandbytes.
     """
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    options = _in_4bit(device, dtype) if load_in_4bit else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(f"{folder}: transformers cannot load this model: {error}") from error
@@ -62,7 +76,46 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTra
             "download or convert it again"
         )
     model.requires_grad_(False)
-    return model.to(device).eval()
+    return (model if load_in_4bit else model.to(device)).eval()
+
+
+def _in_4bit(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    if device.type != "cuda":
+        raise UserError(f"hardware.load_in_4bit needs a CUDA device, and this run is on {device.type}: leave it out")
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UserError("hardware.load_in_4bit needs bitsandbytes: pip install bitsandbytes") from error
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": quantization, "device_map": {"": device}}
+
+
+def save_model(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path, source: Path | None) -> None:
+    """Write a model folder: safetensors under the names of the family's own checkpoints, and what goes with them.
+
+    Args:
+        model: whose weights these are.
+        tensors: by the names that the model has for them.
+        source: the folder it is from, whose tokenizer and configuration stay as they are, but for keys that mlx-lm
+            reads and transformers 5 leaves out.
+    """
+    persistent = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
+    model.save_pretrained(folder, state_dict=buffers | dict(tensors))
+    for path in sorted(source.iterdir()) if source else []:
+        if path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, folder / path.name)
+    config = normalised_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    config.pop("torch_dtype", None)
+    config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:
@@ -70,18 +123,25 @@ def head_weight(model: PreTrainedModel) -> Tensor:
     return model.get_output_embeddings().weight
 
 
-def completion_hidden(model: PreTrainedModel, input_ids: Tensor, positions: Tensor) -> Tensor:
+def completion_hidden(
+    model: PreTrainedModel, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
     """The states before the head, (N, D), at flat positions of the (B, T) grid of token ids.
 
-    Rows are padded on the right and the model is causal, so no attention mask is needed.
+    Rows are padded on the right and the model is causal, so no attention mask is needed. From `position_ids` that
+    begin anew transformers' masks tell packed sequences apart.
     """
-    hidden = _body(model)(input_ids=input_ids, use_cache=False).last_hidden_state  # (B, T, D)
+    options = {} if position_ids is None else {"position_ids": position_ids}
+    hidden = _body(model)(input_ids=input_ids, use_cache=False, **options).last_hidden_state  # (B, T, D)
     return hidden.flatten(0, 1)[positions]
 
 
-def completion_logits(model: PreTrainedModel, input_ids: Tensor, positions: Tensor) -> Tensor:
+def completion_logits(
+    model: PreTrainedModel, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None
+) -> Tensor:
     """The model's own logits, (N, V), at flat positions: for heads that are more than a matrix."""
-    return model(input_ids=input_ids, use_cache=False).logits.flatten(0, 1)[positions]
+    options = {} if position_ids is None else {"position_ids": position_ids}
+    return model(input_ids=input_ids, use_cache=False, **options).logits.flatten(0, 1)[positions]
 
 
 @torch.no_grad()
@@ -98,6 +158,79 @@ def head_is_linear(model: PreTrainedModel) -> bool:
         return False
     tolerance = 1e-5 if logits.dtype == torch.float32 else 2e-2
     return bool((logits.float() - linear.float()).abs().max() <= tolerance * logits.float().abs().max())
+
+
+@torch.no_grad()
+def keeps_packed_apart(model: PreTrainedModel) -> bool:
+    """Whether two sequences in one row give the states that they give in rows of their own. Recurrent layers and
+    attention code of a family's own may not heed `position_ids`; comparing is surer than a list."""
+    head = head_weight(model)
+    every = torch.arange(8, device=head.device)
+    ids, restarting = every % len(head), every.unsqueeze(0) % 4
+    try:
+        packed = completion_hidden(model, ids.unsqueeze(0), every, restarting).float()
+    except (TypeError, ValueError):  # it takes no position_ids
+        return False
+    apart = completion_hidden(model, ids.view(2, 4), every).float()
+    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    return bool((packed - apart).abs().max() <= tolerance * apart.abs().max())
+
+
+class ScoredModel(nn.Module):
+    """A causal language model whose forward pass ends in the loss: what DDP and FSDP wrap. Outside of the forward
+    pass a sharded head is not there to compute a loss with.
+
+    Args:
+        model: with its adapter's layers, if any, inside.
+        autocast: compute in this precision, whatever the weights'; None: in theirs.
+    """
+
+    def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None = None):
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+        self.fused = self.packs = False
+
+    def probe(self) -> None:
+        """Find out what the model's code does. To be called once, before everything else."""
+        self.fused = head_is_linear(self.model)
+        self.packs = keeps_packed_apart(self.model)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        ref_log_odds: Tensor,
+        coefficients: Tensor,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, TokenStats]:
+        """Σ coefficients · ℓ, and the statistics of each token.
+
+        Args:
+            input_ids: (B, T) int64.
+            positions: (N,) int64, into the flattened grid.
+            targets: (N,) int64.
+            ref_log_odds: (N,) float32.
+            coefficients: (N,) float32.
+            position_ids: (B, T) int64, for packed sequences only.
+        """
+        with torch.autocast(input_ids.device.type, self.autocast) if self.autocast else nullcontext():
+            if self.fused:
+                hidden = completion_hidden(self.model, input_ids, positions, position_ids)  # (N, D)
+            else:
+                logits = completion_logits(self.model, input_ids, positions, position_ids)  # (N, V)
+        if self.fused:
+            dtype = self.autocast or hidden.dtype
+            return linear_bnf_loss(
+                hidden.to(dtype), head_weight(self.model).to(dtype), targets, ref_log_odds, coefficients
+            )
+        log_odds, entropy = token_log_odds(logits, targets)
+        token_loss = bnf_token_loss(log_odds, entropy, ref_log_odds)
+        return torch.dot(coefficients, token_loss), TokenStats(log_odds.detach(), entropy, token_loss.detach())
+
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
 
 
 def _body(model: PreTrainedModel) -> nn.Module:

@@ -1,46 +1,65 @@
 """AdamW and gradient clipping. PyTorch's own are the standard that bnf_mlx follows."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 
 from bnf_core.config import OptimizerConfig
+from bnf_core.protocol import Array
+from bnf_torch.processes import like, whole
+
+
+def adamw(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        list(parameters.values()),
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        eps=config.epsilon,
+        weight_decay=config.weight_decay,
+    )
 
 
 class Optimizer:
-    """One step: clip, then AdamW."""
+    """An optimizer of torch that knows its parameters by name, and takes no step that is not finite."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig):
-        self.names = list(parameters)
-        self.parameters = list(parameters.values())
-        self.adamw = torch.optim.AdamW(
-            self.parameters,
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-            weight_decay=config.weight_decay,
-        )
+    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer):
+        self.torch = optimizer
+        names = {id(p): name for name, p in parameters.items()}
+        self.names = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
 
-    def update(self, learning_rate: float, max_grad_norm: float | None) -> float:
-        """Apply and clear the gradients; returns their norm before clipping. Where it is not finite the
-        parameters and the optimizer's state stay as they are."""
-        norm = float(nn.utils.clip_grad_norm_(self.parameters, math.inf if max_grad_norm is None else max_grad_norm))
-        if math.isfinite(norm):
-            self.adamw.param_groups[0]["lr"] = learning_rate
-            self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+    @property
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.torch.param_groups for p in group["params"]]
+
+    def clip(self, max_grad_norm: float | None) -> float:
+        """Clip the gradients; returns their norm before. Where it is not finite there are no gradients then, and a
+        step changes neither the parameters nor the optimizer's state."""
+        limit = math.inf if max_grad_norm is None else max_grad_norm
+        norm = float(whole(nn.utils.clip_grad_norm_(self._parameters, limit)))
+        if not math.isfinite(norm):
+            self.torch.zero_grad(set_to_none=True)
         return norm
 
-    def state(self) -> dict[str, Tensor]:
-        """Step counts and moments as `name of the parameter/step`, /exp_avg and /exp_avg_sq; none before a step."""
-        by_index = self.adamw.state_dict()["state"]
-        return {f"{self.names[i]}/{kind}": value for i, state in by_index.items() for kind, value in state.items()}
+    def set_learning_rate(self, learning_rate: float) -> None:
+        for group in self.torch.param_groups:
+            group["lr"] = learning_rate
 
-    def load_state(self, state: Mapping[str, Tensor]) -> None:
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Step counts and moments as `name of the parameter/step`, /exp_avg and /exp_avg_sq; none before a step."""
+        for i, state in self.torch.state_dict()["state"].items():
+            for kind, value in state.items():
+                yield f"{self.names[i]}/{kind}", value
+
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        """Each given whole. Moments lie, and are sharded, as their parameters do."""
         by_index: dict[int, dict[str, Tensor]] = {}
-        for name, value in state.items():
+        index = {name: i for i, name in enumerate(self.names)}
+        parameters = self._parameters
+        for name in state:
             parameter, _, kind = name.rpartition("/")
-            by_index.setdefault(self.names.index(parameter), {})[kind] = value
-        self.adamw.load_state_dict({"state": by_index, "param_groups": self.adamw.state_dict()["param_groups"]})
+            i, value = index[parameter], state[name]
+            is_moment = value.shape == tuple(parameters[i].shape) and value.ndim > 0
+            by_index.setdefault(i, {})[kind] = like(value, parameters[i]) if is_moment else torch.tensor(value)
+        self.torch.load_state_dict({"state": by_index, "param_groups": self.torch.state_dict()["param_groups"]})

@@ -1,0 +1,174 @@
+"""The processes of a run, as torchrun or accelerate launched them, and a model spread over them by DDP or FSDP2."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from bnf_core.batching import Array
+from bnf_core.errors import TrainingStopped, UserError
+from bnf_core.pieces import Piece
+from bnf_core.processes import ALONE, Processes
+from bnf_torch.model import ScoredModel
+
+# What torch.distributed says, in messages of no class of their own, when another process is gone.
+LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "imed out", "imeout", "NCCL", "ncclRemoteError")
+
+
+class TorchProcesses(Processes):
+    """Those of torch.distributed's default group."""
+
+    def __init__(self, sharded: bool):
+        self.rank = dist.get_rank()
+        self.count = dist.get_world_size()
+        self.sharded = sharded  # FSDP2 instead of DDP
+
+    def gather_bytes(self, data: bytes) -> list[bytes]:
+        with lost_processes():
+            mine = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.zeros(0, dtype=torch.uint8)
+            lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.count)]
+            dist.all_gather(lengths, torch.tensor([len(data)]))
+            longest = max(int(length) for length in lengths)
+            padded = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.count)]
+            dist.all_gather(padded, torch.cat([mine, torch.zeros(longest - len(mine), dtype=torch.uint8)]))
+        return [p[: int(length)].numpy().tobytes() for p, length in zip(padded, lengths, strict=True)]
+
+
+@cache
+def processes() -> Processes:
+    """Those that this run was launched on; joins them on the first call.
+
+    `accelerate launch` says through the environment whether to shard, as its configuration file has it. That is read
+    here and then taken from the environment: transformers and accelerate would otherwise shard on their own terms,
+    which a fused head does not meet and which differ between GPUs and CPUs.
+
+    Raises:
+        UserError: launched for something that is not supported: DeepSpeed, Megatron, FSDP1, CPU offload.
+    """
+    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if _flag(f"ACCELERATE_USE_{name}"):
+            raise UserError(f"accelerate was configured for {name}: expected DDP or FSDP2 (recipes/configs/accelerate)")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return ALONE
+    sharded = _flag("ACCELERATE_USE_FSDP")
+    if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("accelerate was configured for FSDP1: set fsdp_version: 2 (recipes/configs/accelerate)")
+    if sharded and _flag("FSDP_OFFLOAD_PARAMS"):
+        raise UserError("fsdp_offload_params is not supported: set it to false, and use more GPUs or LoRA")
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    if not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank())
+        # What the processes tell each other goes through the CPU, tensors of the model through their own device.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return TorchProcesses(sharded)
+
+
+def local_rank() -> int:
+    """Which of this machine's GPUs is this process's."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _flag(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true", "yes")
+
+
+@contextmanager
+def lost_processes() -> Iterator[None]:
+    """Turns what torch.distributed raises when another process has died into TrainingStopped."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in LOST):
+            raise
+        raise TrainingStopped(
+            "another process of this run has ended, or cannot be reached; its own message says why. Checkpoints that "
+            f"were written stay, and the run can go on from them with --resume. ({' '.join(str(error).split())[:200]})"
+        ) from error
+
+
+# The model
+
+
+def spread(scored: ScoredModel, group: Processes, dtype: torch.dtype | None) -> nn.Module:
+    """What to call for training: the model itself, alone or sharded in place, or DDP around it.
+
+    FSDP2 shards each decoder layer, and everything else with the model as a whole: embeddings and head are gathered
+    from the start of the forward to the end of the backward pass, so the fused loss finds the head whole.
+
+    Args:
+        scored: on the device that is to compute; to be sharded it may be on the CPU still.
+        dtype: gather the shards in this precision, and compute in it; None: as they are.
+    """
+    if not isinstance(group, TorchProcesses):
+        return scored
+    if not group.sharded:
+        device = next(scored.parameters()).device
+        return DistributedDataParallel(
+            scored, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+        )
+    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (group.count,))
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
+    blocks = set(getattr(scored.model, "_no_split_modules", None) or ())
+    for module in list(scored.modules()):
+        if type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+    # The inputs of the whole are token ids, and the loss's coefficients, which must stay float32.
+    whole = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, cast_forward_inputs=False)
+    fully_shard(scored, mesh=mesh, mp_policy=whole)
+    return scored
+
+
+@contextmanager
+def gradients_wait(model: nn.Module) -> Iterator[None]:
+    """Within it gradients add up where they are computed; the next backward pass outside it sums them over all
+    processes."""
+    if isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    elif isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            model.set_requires_gradient_sync(True)
+    else:
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, gathered: every process must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def piece(tensor: Tensor) -> Array | Piece:
+    """This process's part of a tensor that may be sharded, as NumPy."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().cpu().numpy().copy()
+    local = tensor.to_local().detach().cpu().numpy().copy()
+    return Piece(local, _first_row(tensor), tuple(tensor.shape))
+
+
+def like(array: Array, tensor: Tensor) -> Tensor:
+    """A whole array as a tensor that lies, and is sharded, as another does."""
+    if not isinstance(tensor, DTensor):
+        return torch.tensor(array, dtype=tensor.dtype, device=tensor.device)
+    start, rows = _first_row(tensor), len(tensor.to_local())
+    local = torch.tensor(array[start : start + rows], dtype=tensor.dtype, device=tensor.to_local().device)
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def _first_row(tensor: DTensor) -> int:
+    """FSDP2 deals out the rows as torch.chunk does: as many to each but the last."""
+    rows, mesh = tensor.shape[0], tensor.device_mesh
+    return min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
