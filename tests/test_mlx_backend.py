@@ -21,13 +21,15 @@ from bnf_core.batching import Example, collate
 from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.lora import initial_lora_a
-from bnf_mlx.adapter import adapter_off, add_lora, load_adapter, save_adapter
+from bnf_core.protocol import Step
+from bnf_mlx.adapter import adapter_off, add_adapter, load_adapter, save_adapter
 from bnf_mlx.backend import MLXBackend
 from bnf_mlx.engine import MLXEngine
 from bnf_mlx.linear import linear_bnf_loss, linear_log_odds
 from bnf_mlx.losses import accurate_sum, token_log_odds
 from bnf_mlx.model import head_is_linear, head_weight, load_model
 from bnf_mlx.optimizer import Optimizer
+from bnf_mlx.trainer import MicroStep
 
 CPU = mx.Device(mx.cpu)
 TINY = {
@@ -212,7 +214,7 @@ def test_memory_does_not_grow_with_the_number_of_tokens(mode, dtype):
     peak(512)  # anything that is allocated once
     # MLX allocates for up to ten operations ahead of the one that computes, more of them on a busy machine: the
     # least of a few runs is what the computation itself needs.
-    small, large = (min(peak(n) for _ in range(4)) for n in (512, 2048))
+    small, large = (min(peak(n) for _ in range(8)) for n in (512, 2048))
     chunk = 64 * 4096 * 4
     assert large < small + chunk, f"{small / chunk:.1f} chunks grew to {large / chunk:.1f}"
 
@@ -252,7 +254,7 @@ def test_statistics_alone_are_those_of_the_loss():
 
 
 def test_an_adapter_starts_from_the_shared_weights_in_mlx_layout(llama):
-    add_lora(llama, LoraConfig(rank=4, targets=["q_proj", "down_proj"]), seed=7)
+    add_adapter(llama, LoraConfig(rank=4, targets=["q_proj", "down_proj"]), seed=7)
     parameters = dict(tree_flatten(llama.trainable_parameters()))
     layers = {name.rpartition(".")[0] for name in parameters}
     assert layers == {f"model.layers.{i}.{m}" for i in (0, 1) for m in ("self_attn.q_proj", "mlp.down_proj")}
@@ -263,14 +265,14 @@ def test_an_adapter_starts_from_the_shared_weights_in_mlx_layout(llama):
 
 
 def test_all_linear_is_every_linear_layer_but_the_head(llama):
-    add_lora(llama, LoraConfig(rank=2), seed=0)
+    add_adapter(llama, LoraConfig(rank=2), seed=0)
     adapted = {name.split(".")[-2] for name, _ in tree_flatten(llama.trainable_parameters())}
     assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
 def test_an_unknown_target_names_what_there_is(llama):
     with pytest.raises(UserError, match=r"no linear layer is called c_attn.*down_proj, gate_proj"):
-        add_lora(llama, LoraConfig(targets=["q_proj", "c_attn"]), seed=0)
+        add_adapter(llama, LoraConfig(targets=["q_proj", "c_attn"]), seed=0)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "quantised"])
@@ -279,12 +281,7 @@ def test_without_its_adapter_the_model_is_exactly_the_one_that_was_loaded(llama,
         nn.quantize(llama, group_size=32, bits=8)
         llama.freeze()
     before = logits_of(llama)
-    if kind == "dora":
-        from mlx_lm.tuner.utils import linear_to_lora_layers
-
-        linear_to_lora_layers(llama, 2, {"rank": 2, "scale": 2.0, "dropout": 0.0}, use_dora=True)
-    else:
-        add_lora(llama, LoraConfig(rank=2), seed=0)
+    add_adapter(llama, LoraConfig(rank=2), seed=0, kind="dora" if kind == "dora" else "lora")
     randomised(llama)
     after = logits_of(llama)
     assert np.abs(after - before).max() > 0.1
@@ -296,7 +293,7 @@ def test_without_its_adapter_the_model_is_exactly_the_one_that_was_loaded(llama,
 
 def test_an_adapter_survives_saving_and_loading(checkpoint, llama, tmp_path):
     folder = tmp_path / "adapter"
-    randomised(add_lora(llama, LoraConfig(rank=4, alpha=12, dropout=0.25, targets=["v_proj"]), seed=0))
+    randomised(add_adapter(llama, LoraConfig(rank=4, alpha=12, dropout=0.25, targets=["v_proj"]), seed=0))
     save_adapter(llama, folder)
     save_adapter(llama, folder)  # over an earlier one
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"], "no partial folder is left"
@@ -313,7 +310,7 @@ def test_an_adapter_survives_saving_and_loading(checkpoint, llama, tmp_path):
 
 def test_adapters_that_do_not_fit_are_refused(checkpoint, llama, tmp_path):
     folder = tmp_path / "adapter"
-    save_adapter(add_lora(llama, LoraConfig(rank=2), seed=0), folder)
+    save_adapter(add_adapter(llama, LoraConfig(rank=2), seed=0), folder)
 
     def refused(message: str, family: str = "llama") -> None:
         with pytest.raises(UserError, match=message):
@@ -347,12 +344,12 @@ def test_mlx_lm_itself_generates_with_a_saved_adapter(checkpoint, tmp_path):
     words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2").save_pretrained(model)
 
-    engine = MLXBackend().load(model, device="cpu", lora=LoraConfig(rank=4))
+    engine = MLXBackend().load(model, device="cpu", fine_tune_type="lora", lora=LoraConfig(rank=4))
     (plain,) = engine.generate([[5, 6, 7]], 6, [2])
     randomised(engine.model)
     (adapted,) = engine.generate([[5, 6, 7]], 6, [2])
     assert plain != adapted
-    engine.save_adapter(tmp_path / "adapter")
+    engine.save(tmp_path / "adapter")
     command = [sys.executable, "-m", "mlx_lm", "generate", "--model", model, "--adapter-path", tmp_path / "adapter"]
     options = [
         "--prompt",
@@ -411,13 +408,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 
 def engine_of(folder: Path, **options) -> MLXEngine:
-    return MLXBackend().load(folder, device="cpu", lora=LoraConfig(rank=4), optimizer=OptimizerConfig(), **options)
+    settings = {"fine_tune_type": "lora", "lora": LoraConfig(rank=4), "optimizer": OptimizerConfig(warmup_steps=0)}
+    return MLXBackend().load(folder, device="cpu", **(settings | options))
 
 
 def gradients_of(engine: MLXEngine, batches) -> dict[str, np.ndarray]:
-    for batch in batches:
-        engine.accumulate(batch, np.full(len(batch.targets), -3.0, np.float32))
-    return {name: np.array(g) for name, g in engine.gradients.items()}
+    parts = [MicroStep(engine)(batch, np.full(len(batch.targets), -3.0, np.float32))[2] for batch in batches]
+    return {name: np.array(sum(part[name] for part in parts)) for name in parts[0]}
 
 
 def assert_close(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
@@ -429,16 +426,18 @@ def assert_close(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> Non
 
 
 def test_micro_batches_add_up(checkpoint):
-    whole = gradients_of(engine_of(checkpoint("llama")), [collate(EXAMPLES, [0, 1, 2], 3)])
-    parts = gradients_of(engine_of(checkpoint("llama")), [collate(EXAMPLES, [1], 3), collate(EXAMPLES, [2, 0], 3)])
+    whole = gradients_of(engine_of(checkpoint("llama")), [collate(EXAMPLES, 3)])
+    parts = gradients_of(
+        engine_of(checkpoint("llama")), [collate(EXAMPLES[1:2], 3), collate([EXAMPLES[2], EXAMPLES[0]], 3)]
+    )
     assert_close(parts, whole)
 
 
 def test_the_dense_path_computes_what_the_fused_one_does(checkpoint):
-    batch = collate(EXAMPLES, [0, 1, 2], 3)
+    batch = collate(EXAMPLES, 3)
     fused, dense = engine_of(checkpoint("llama-theta")), engine_of(checkpoint("llama-theta"))
-    assert fused.head is not None
-    dense.head = None
+    assert fused.fused
+    dense.fused = False
     assert_close(gradients_of(dense, [batch]), gradients_of(fused, [batch]))
     reference = fused.reference_log_odds(batch)
     for got, want in zip(dense.evaluate(batch, reference), fused.evaluate(batch, reference), strict=True):
@@ -447,7 +446,7 @@ def test_the_dense_path_computes_what_the_fused_one_does(checkpoint):
 
 @pytest.mark.parametrize("family", ["gemma2", "cohere"])
 def test_a_head_with_extras_is_scored_and_trained_with_them(checkpoint, family):
-    engine, batch = engine_of(checkpoint(family)), collate([Example((3,), tuple(range(4, 63)), True)], [0], 1)
+    engine, batch = engine_of(checkpoint(family)), collate([Example((3,), tuple(range(4, 63)), True)], 1)
     logits = np.load(checkpoint(family) / "logits.npy")[:59]
     expected, _ = token_log_odds(mx.array(logits), mx.array(batch.targets))
     np.testing.assert_allclose(engine.reference_log_odds(batch), np.array(expected), atol=1e-4)
@@ -455,12 +454,14 @@ def test_a_head_with_extras_is_scored_and_trained_with_them(checkpoint, family):
 
 
 def test_training_moves_the_policy_and_not_the_reference(checkpoint):
-    engine, batch = engine_of(checkpoint("llama")), collate(EXAMPLES, [0, 1, 2], 3)
+    engine, batch = engine_of(checkpoint("llama")), collate(EXAMPLES, 3)
     reference = engine.reference_log_odds(batch)
-    first = engine.accumulate(batch, reference)
+    done = []
+    step = Step(0, 1e-2, [(batch, reference)], EXAMPLES, {})
+    engine.fit(iter([step]), lambda _, stats, norm: done.append((stats[0], norm)), 1.0)
+    (first, norm), second = done[0], engine.evaluate(batch, reference)
     np.testing.assert_array_equal(first.log_odds, reference)  # B is zero: p = r to the bit
-    assert engine.update(1e-2, 1.0) > 0 and not engine.gradients
-    second = engine.evaluate(batch, reference)
+    assert norm > 0
     np.testing.assert_array_equal(engine.reference_log_odds(batch), reference)
     good, bad = batch.labels[batch.rows] > 0, batch.labels[batch.rows] < 0
     assert (second.log_odds - first.log_odds)[good].mean() > 0 > (second.log_odds - first.log_odds)[bad].mean()
@@ -470,7 +471,7 @@ def test_a_quantised_head_is_scored_with_the_weights_it_stands_for(llama):
     nn.quantize(llama, group_size=32, bits=8)
     llama.freeze()
     assert head_is_linear(llama) and head_weight(llama).shape == (64, 32)
-    engine, batch = MLXEngine(add_lora(llama, LoraConfig(rank=2), 0), CPU), collate(EXAMPLES, [0], 1)
+    engine, batch = MLXEngine(add_adapter(llama, LoraConfig(rank=2), 0), CPU), collate(EXAMPLES[:1], 1)
     expected, _ = token_log_odds(
         llama(mx.array(batch.input_ids))[0][mx.array(batch.positions)], mx.array(batch.targets)
     )
