@@ -57,6 +57,7 @@ def replacing(folder: Path, processes: Processes = ALONE) -> Iterator[Path]:
             partial.mkdir(parents=True)
     try:
         yield partial
+        processes.barrier()  # all have written
         with agreed(processes):
             if first:
                 for path in partial.rglob("*"):

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from bnf_core import checkpoints, pieces
@@ -119,8 +121,9 @@ def save(folder: Path, step: int, processes: Processes = ALONE, keep: int = 2) -
 
 @pytest.mark.parametrize("writers", [1, 2, 3, 4])
 def test_any_number_of_processes_reads_what_any_number_wrote(
-    tmp_path: Path, together: Callable[..., list[Any]], writers: int
+    tmp_path: Path, together: Callable[..., list[Any]], writers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(pieces, "BLOCK", 24)  # of which a piece has several, the last one short
     assert together(writers, lambda processes: save(tmp_path, 7, processes)) == [None] * writers
     files = sorted(path.name for path in (tmp_path / "step-000007").glob("*.safetensors"))
     assert files == [f"state-{rank:05d}-of-{writers:05d}.safetensors" for rank in range(1, writers + 1)]
@@ -215,8 +218,14 @@ def test_reading_and_writing_hold_one_array_at_a_time(
         Checkpoints(tmp_path, 1).save(1, split(whole, processes), {}, processes=processes)
 
     assert peak(lambda: together(2, write)) < size / 2
-    arrays = under("weights", newest(tmp_path).arrays)
-    assert peak(lambda: [float(arrays[name][-1, -1]) for name in arrays]) < 1.2 * size
+    arrays: Mapping[str, Array] = {}
+
+    def read() -> None:
+        nonlocal arrays
+        arrays = under("weights", newest(tmp_path).arrays)
+        assert [float(arrays[name][-1, -1]) for name in sorted(arrays)] == list(range(6))
+
+    assert peak(read) < 1.2 * size
     shapes = {name.removeprefix("weights/"): array.shape for name, array in whole.items()}
     assert peak(lambda: ("0" in arrays, len(arrays), require_same_shapes(arrays, shapes))) < size / 10
 
@@ -231,31 +240,25 @@ def test_what_is_read_is_not_kept(tmp_path: Path) -> None:
 # Failures
 
 
-def failing(rank: int, error: BaseException, original: Callable[..., None]) -> Callable[..., None]:
-    """A writer that writes half of that process's file."""
-
-    def write(path: Path, arrays: State) -> None:
-        original(path, arrays)
-        if path.name.startswith(f"state-{rank + 1:05d}"):
-            os.truncate(path, path.stat().st_size // 2)
-            raise error
-
-    return write
-
-
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_full_disk_on_one_process_fails_all_and_keeps_the_last_checkpoint(
     tmp_path: Path, together: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch, rank: int
 ) -> None:
     together(3, lambda processes: save(tmp_path, 1, processes, keep=1))
+
+    def full(arrays: dict[str, Array], path: Path, **options: Any) -> None:
+        save_file(arrays, path, **options)
+        if path.name.startswith(f"state-{rank + 1:05d}"):
+            os.truncate(path, path.stat().st_size // 2)
+            raise SafetensorError("No space left on device (os error 28)")
+
     with monkeypatch.context() as patch:
-        error = OSError(28, "No space left on device")
-        patch.setattr(checkpoints, "write_state", failing(rank, error, checkpoints.write_state))
+        patch.setattr(pieces, "save_file", full)
         errors = together(3, lambda processes: save(tmp_path, 2, processes, keep=1))
-    assert errors[rank] is error
+    assert {type(error) for error in errors} == {OSError}
+    assert str(errors[rank]) == "No space left on device (os error 28)"
     for other in set(range(3)) - {rank}:
-        assert isinstance(errors[other], OSError)
-        assert str(errors[other]) == f"process {rank}: [Errno 28] No space left on device"
+        assert str(errors[other]) == f"process {rank}: No space left on device (os error 28)"
     assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
     assert_same(newest(tmp_path).arrays, state(1))
     together(3, lambda processes: save(tmp_path, 2, processes, keep=1))
@@ -311,6 +314,7 @@ def test_agreed_raises_the_own_error_where_there_is_one(together: Callable[..., 
 def test_several_processes_replace_a_folder(tmp_path: Path, together: Callable[..., list[Any]]) -> None:
     def write(processes: Processes) -> None:
         with replacing(tmp_path / "model", processes) as partial:
+            time.sleep(0.1 * processes.rank)  # the first one must wait for all
             (partial / str(processes.rank)).write_text("new")
 
     (tmp_path / "model").mkdir()
@@ -392,6 +396,15 @@ def test_only_the_first_process_reads_all_to_verify(
     monkeypatch.setattr(checkpoints, "_digest", note)
     together(2, lambda processes: newest(tmp_path, processes))
     assert sorted(read) == sorted(set(read)) and len(read) == 3
+
+
+def test_only_the_first_process_removes_old_ones(
+    tmp_path: Path, together: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(Checkpoints, "_prune", lambda self, step: calls.append(step))
+    together(3, lambda processes: save(tmp_path, 1, processes))
+    assert calls == [1]
 
 
 def test_no_checkpoint_is_none_everywhere(tmp_path: Path, together: Callable[..., list[Any]]) -> None:
