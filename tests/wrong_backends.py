@@ -6,11 +6,14 @@ Each mistake is one that implementations of preference losses have made, or that
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
+from bnf_conformance.vectors import rounded
 from bnf_core import oracle
 from bnf_core.batching import Batch
+from bnf_core.processes import Processes
 from bnf_core.protocol import Array, BatchResult, DenseResult, Engine, FusedResult, Losses
 
 
@@ -22,7 +25,7 @@ class OracleLosses:
     def dense(self, logits: Array, targets: Array, ref_log_odds: Array, weights: Array, *, dtype: str) -> DenseResult:
         loss, grad = self.token_loss(logits, targets, ref_log_odds)
         log_odds, entropy = oracle.log_odds(logits, targets), oracle.other_entropy(logits, targets)
-        return DenseResult(log_odds, entropy, loss, grad * weights[:, None])
+        return DenseResult(log_odds, entropy, loss, self.in_dtype(grad * weights[:, None], dtype))
 
     def fused(
         self,
@@ -37,10 +40,13 @@ class OracleLosses:
         chunk_tokens: int | None = None,
     ) -> FusedResult:
         h, head = hidden.astype(np.float64), head_weight.astype(np.float64)
-        r = self.dense(self.head_logits(h, head, dtype), targets, ref_log_odds, coefficients, dtype=dtype)
-        loss = float(coefficients.astype(np.float64) @ r.token_loss)
-        grad_head = r.grad_logits.T @ h if train_head else None
-        return FusedResult(loss, r.log_odds, r.other_entropy, r.token_loss, r.grad_logits @ head, grad_head)
+        logits = self.head_logits(h, head, dtype)
+        r = self.dense(logits, targets, ref_log_odds, np.ones(len(targets)), dtype=dtype)
+        c = coefficients.astype(np.float64)
+        grad = self.token_loss(logits, targets, ref_log_odds)[1] * c[:, None]
+        grad_head = self.in_dtype(grad.T @ h, dtype) if train_head else None
+        grad_hidden = self.in_dtype(grad @ head, dtype)
+        return FusedResult(float(c @ r.token_loss), r.log_odds, r.other_entropy, r.token_loss, grad_hidden, grad_head)
 
     def batch(self, micro_batches: Sequence[tuple[Array, Batch, Array]], *, dtype: str) -> BatchResult:
         loss, sequence_loss, grads = 0.0, [], []
@@ -60,6 +66,10 @@ class OracleLosses:
         return oracle.token_loss(logits, targets, np.full(len(targets), -np.inf))
 
     # What the wrong ones change.
+
+    def in_dtype(self, grad: Array, dtype: str) -> Array:
+        """Gradients come in the dtype of the inputs; float32 stays float64 here."""
+        return grad if dtype == "float32" else rounded(grad, dtype)
 
     def token_loss(self, logits: Array, targets: Array, ref_log_odds: Array) -> tuple[Array, Array]:
         """ℓ (N,) and its gradient (N, V)."""
@@ -91,13 +101,14 @@ class PromptTokensCounted(OracleLosses):
     """The tokens of the prompt are scored with those of the completion."""
 
     def scored(self, batch: Batch, ref_log_odds: Array, num_micro_batches: int) -> tuple[Batch, Array]:
-        width = batch.input_ids.shape[1]
-        grid = [(row, at) for row, length in enumerate(batch.lengths) for at in range(length - 1)]
-        rows, ats = np.asarray(grid).T
-        positions = rows * width + ats
+        ends = np.cumsum(np.bincount(batch.rows))  # the last token of a sequence is predicted at positions[end − 1]
+        spans = [
+            np.arange(last - n + 2, last + 1) for last, n in zip(batch.positions[ends - 1], batch.lengths, strict=True)
+        ]
+        positions, rows = np.concatenate(spans), np.repeat(np.arange(len(spans)), [len(span) for span in spans])
         reference = np.zeros(len(positions), np.float32)
         reference[np.isin(positions, batch.positions)] = ref_log_odds
-        return _rescored(batch, positions, batch.input_ids[rows, ats + 1], rows), reference
+        return _rescored(batch, positions, batch.input_ids.ravel()[positions + 1], rows), reference
 
 
 class EosDropped(OracleLosses):
@@ -188,12 +199,137 @@ class RoundedLogits(OracleLosses):
 
     def head_logits(self, hidden: Array, head: Array, dtype: str) -> Array:
         logits = hidden @ head.T
-        if dtype == "float16":
-            return logits.astype(np.float16).astype(np.float64)
-        if dtype == "bfloat16":  # 8 significant bits
-            mantissa, exponent = np.frexp(logits)
-            return np.ldexp(np.round(mantissa * 256) / 256, exponent)
-        return logits
+        return logits if dtype == "float32" else rounded(logits, dtype)
+
+
+class IgnoredDtype(OracleLosses):
+    """Computes in float32 whatever dtype is asked for."""
+
+    def in_dtype(self, grad: Array, dtype: str) -> Array:
+        return grad
+
+
+class GridRowsAsSequences(OracleLosses):
+    """Every row of the grid is one sequence, though several may be packed into it."""
+
+    def scored(self, batch: Batch, ref_log_odds: Array, num_micro_batches: int) -> tuple[Batch, Array]:
+        grid_rows = batch.positions // batch.input_ids.shape[1]
+        weight = np.bincount(batch.rows, weights=batch.coefficients)[batch.rows] / np.bincount(grid_rows)[grid_rows]
+        return replace(batch, coefficients=weight.astype(np.float32)), ref_log_odds
+
+
+class LastChunkDropped(OracleLosses):
+    """Chunks of tokens that leave a remainder leave it out."""
+
+    def fused(self, *args: Array, chunk_tokens: int | None = None, **kwargs: Any) -> FusedResult:
+        result = super().fused(*args, chunk_tokens=chunk_tokens, **kwargs)
+        n = len(args[0])
+        if chunk_tokens is not None and n > chunk_tokens and n % chunk_tokens:
+            result.grad_hidden[n - n % chunk_tokens :] = 0.0
+        return result
+
+
+class TrainsFrozenHead(OracleLosses):
+    """A gradient nobody asked for."""
+
+    def fused(self, *args: Array, **kwargs: Any) -> FusedResult:
+        return super().fused(*args, **{**kwargs, "train_head": True})
+
+
+class NeverTheSame(OracleLosses):
+    """Sums in an order that changes from call to call."""
+
+    calls = 0
+
+    def in_dtype(self, grad: Array, dtype: str) -> Array:
+        self.calls += 1
+        return super().in_dtype(grad * (1 + 1e-9 * (self.calls % 7)), dtype)
+
+
+class AnswersAnything(OracleLosses):
+    """Numbers for input that has no meaning."""
+
+    def dense(self, *args: Array, **kwargs: Any) -> DenseResult:
+        try:
+            return super().dense(*args, **kwargs)
+        except ValueError:
+            return DenseResult(*(np.zeros(len(args[0]), np.float32) for _ in range(3)), np.zeros_like(args[0]))
+
+    def fused(self, *args: Array, **kwargs: Any) -> FusedResult:
+        try:
+            return super().fused(*args, **kwargs)
+        except ValueError:
+            return FusedResult(0.0, *(np.zeros(len(args[0]), np.float32) for _ in range(3)), args[0], None)
+
+
+class ShortFactors(OracleLosses):
+    """Products whose float32 factors are cut off after so many bits of their mantissa: TF32 keeps 10."""
+
+    bits = 10
+
+    def cut(self, x: Array) -> Array:
+        mantissa, exponent = np.frexp(x)
+        return np.ldexp(np.trunc(mantissa * 2 ** (self.bits + 1)) / 2 ** (self.bits + 1), exponent)
+
+    def head_logits(self, hidden: Array, head: Array, dtype: str) -> Array:
+        return self.cut(hidden) @ self.cut(head).T if dtype == "float32" else hidden @ head.T
+
+
+class BFloat16Factors(ShortFactors):
+    """Float32 multiplied as bfloat16, which keeps 7."""
+
+    bits = 7
+
+
+# Mistakes that fixed vectors need not show, but that change of input does.
+
+
+class NoShift(OracleLosses):
+    """A log-sum of exponentials that overflow, or vanish, away from 0."""
+
+    def token_loss(self, logits: Array, targets: Array, ref_log_odds: Array) -> tuple[Array, Array]:
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            total = np.log(np.exp(logits.astype(np.float32)).sum(1))
+        loss, grad = oracle.token_loss(logits, targets, ref_log_odds)
+        return np.where(np.isfinite(total), loss, np.nan), grad
+
+
+class TokenZeroIsPadding(OracleLosses):
+    """Token 0 of the vocabulary is taken for padding, and costs nothing."""
+
+    def token_loss(self, logits: Array, targets: Array, ref_log_odds: Array) -> tuple[Array, Array]:
+        loss, grad = oracle.token_loss(logits, targets, ref_log_odds)
+        return loss * (targets != 0), grad * (targets != 0)[:, None]
+
+
+class SquaredWeights(OracleLosses):
+    """A token's weight is applied twice: right for ±1."""
+
+    def dense(self, logits: Array, targets: Array, ref_log_odds: Array, weights: Array, *, dtype: str) -> DenseResult:
+        return super().dense(logits, targets, ref_log_odds, weights * np.abs(weights), dtype=dtype)
+
+
+class Normalised(OracleLosses):
+    """Divides by the number of tokens, which the weights have seen to already."""
+
+    def dense(self, logits: Array, targets: Array, ref_log_odds: Array, weights: Array, *, dtype: str) -> DenseResult:
+        return super().dense(logits, targets, ref_log_odds, weights / len(weights), dtype=dtype)
+
+
+class NoFusedHead(OracleLosses):
+    """Right, but without the fused loss or a cross-entropy to compare with, and it says so."""
+
+    lacks = ("fused", "cross_entropy")
+
+
+class FrozenHeadOnly(OracleLosses):
+    """Right, but the head cannot be trained, and it says so."""
+
+    lacks = ("train_head",)
+
+    def fused(self, *args: Array, **kwargs: Any) -> FusedResult:
+        assert not kwargs["train_head"], "not to be asked for"
+        return super().fused(*args, **kwargs)
 
 
 class Float32Only(OracleLosses):
@@ -242,6 +378,9 @@ class NumpyBackend:
 
     def devices(self) -> list[str]:
         return ["cpu"]
+
+    def processes(self) -> Processes:
+        raise NotImplementedError
 
     def load(self, *_: object, **__: object) -> Engine:
         raise NotImplementedError

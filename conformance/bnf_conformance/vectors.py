@@ -8,6 +8,7 @@ loses nothing. They are integers, drawn from the raw bits of PCG64, times powers
 every machine and with every NumPy.
 """
 
+import hashlib
 import json
 import sys
 import zlib
@@ -22,10 +23,16 @@ from safetensors.numpy import load_file, save
 
 from bnf_core import oracle
 from bnf_core.batching import Batch, Example, collate
+from bnf_core.errors import UserError
 
 Array = NDArray[Any]
 
-VERSION = 1
+VERSION = 2
+# Of the stored files, by version. A changed vector is a new version with a new line here; old lines stay.
+DIGESTS = {
+    1: "sha256:9e24e4ee6ee35a431a2de750f572ac868a900351dd256e992bd1747ad1a9debb",
+    2: "sha256:e5aafd7b037c0447ad8d322329602ea00d6207d034c067b22891586aad8311aa",
+}
 FOLDER = Path(__file__).parent / "vectors"
 FLOAT32 = ("float32",)
 ALL = ("float32", "bfloat16", "float16")
@@ -47,8 +54,9 @@ DESCRIPTIONS = {
         "token_ids": "input int32, each sequence's prompt and completion, one sequence after the other",
         "labels": "input (S,) int32, +1 preferred, −1 dispreferred",
         "ref_log_odds": "input (N,) float32 of all completion tokens, one sequence after the other",
-        "micro_batch_sizes": "input (M,) int32: the sequences, in order, are cut into micro-batches of so many rows",
-        "logits_<m>": "input (rows, T, V) float32 of micro-batch m, rows right-padded to its longest; "
+        "micro_batch_sizes": "input (M,) int32: the sequences, in order, are cut into micro-batches of so many",
+        "logits_<m>": "input (rows, T, V) float32 of micro-batch m, one sequence to a row, or as the field bins says: "
+        "bins[m] lists the sequences of each row, one after the other; rows are padded on the right to the longest; "
         "the logits at position i predict the token at i + 1",
         "loss": "expected () float64, mean of sequence_loss over all S sequences",
         "sequence_loss": "expected (S,) float64, label · mean of ℓ over the completion's tokens",
@@ -100,6 +108,19 @@ class Draw:
         """Float32 in ±limit, a power of two; 8 bits fit every dtype, 24 float32 alone."""
         half = 2 ** (bits - 1)
         return ((self.below(2 * half + 1, *shape) - half) * (limit / half)).astype(np.float32)
+
+
+def rounded(x: ArrayLike, dtype: str) -> Array:
+    """The nearest values of a dtype, ties to even, as float64; what overflows is infinite."""
+    with np.errstate(over="ignore"):
+        if dtype == "float16":
+            return np.asarray(x, np.float64).astype(np.float16).astype(np.float64)
+        single = np.asarray(x, np.float64).astype(np.float32)
+    if dtype == "float32":
+        return single.astype(np.float64)
+    bits = single.view(np.uint32)  # bfloat16 is the upper half of a float32
+    upper = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    return np.where(np.isnan(single), np.nan, upper.view(np.float32)).astype(np.float64)
 
 
 # L0: tokens ---------------------------------------------------------------------------------------------------
@@ -240,16 +261,18 @@ def micro_batches(case: Case) -> list[tuple[Array, Batch, Array]]:
         ids = [int(i) for i in case["token_ids"][end - prompt - completion : end]]
         examples.append(Example(tuple(ids[:prompt]), tuple(ids[prompt:]), bool(label > 0)))
     result = []
-    row = token = 0
+    first = token = 0
     for m, size in enumerate(case["micro_batch_sizes"]):
-        batch = collate(examples, range(row, row + int(size)), len(examples))
+        bins = case.fields["bins"][m] if "bins" in case.fields else None
+        local = None if bins is None else [[s - first for s in row] for row in bins]
+        batch = collate(examples[first : first + size], len(examples), bins=local)
         count = len(batch.targets)
         result.append((case[f"logits_{m}"], batch, case["ref_log_odds"][token : token + count]))
-        row, token = row + int(size), token + count
+        first, token = first + int(size), token + count
     return result
 
 
-def _batch_case(
+def batch_case(
     name: str,
     description: str,
     dtypes: tuple[str, ...],
@@ -257,7 +280,9 @@ def _batch_case(
     labels: Sequence[int],
     micro_batch_sizes: Sequence[int],
     vocab: int,
+    bins: Sequence[Sequence[Sequence[int]]] | None = None,  # the sequences of each row of each micro-batch
 ) -> Case:
+    """A case of sequences with its expected values; all else is drawn by `name`."""
     draw, bits = Draw(name), 24 if dtypes == FLOAT32 else 8
     prompts, completions = np.asarray(lengths, np.int32).T
     arrays: dict[str, Array] = {
@@ -268,48 +293,54 @@ def _batch_case(
         "ref_log_odds": draw.values(8.0, int(completions.sum()), bits=bits),
         "micro_batch_sizes": np.asarray(micro_batch_sizes, np.int32),
     }
+    ends = np.cumsum(micro_batch_sizes)
+    layout = bins or [[[s] for s in range(end - size, end)] for end, size in zip(ends, micro_batch_sizes, strict=True)]
     # The expected values walk sequence by sequence and token by token, sharing nothing with `collate`.
     sequence_loss = np.zeros(len(labels))
     end = np.cumsum(prompts + completions)
     seen = np.cumsum(completions) - completions
-    row = 0
-    for m, size in enumerate(micro_batch_sizes):
-        width = int((prompts + completions)[row : row + size].max())
-        logits = draw.values(4.0, size, width, vocab, bits=bits)  # padding and prompts have logits too
+    for m, rows in enumerate(layout):
+        width = max(sum(int(prompts[s] + completions[s]) for s in row) for row in rows)
+        logits = draw.values(4.0, len(rows), width, vocab, bits=bits)  # padding and prompts have logits too
         grad = np.zeros(logits.shape)
-        for s in range(row, row + size):
-            ids = arrays["token_ids"][end[s] - prompts[s] - completions[s] : end[s]]
-            for k in range(completions[s]):
-                at = prompts[s] + k
-                reference = arrays["ref_log_odds"][seen[s] + k]
-                loss, slope = oracle.token_loss(logits[s - row, at - 1][None], [ids[at]], [reference])
-                sequence_loss[s] += labels[s] * loss[0] / completions[s]
-                grad[s - row, at - 1] = slope[0] * labels[s] / (completions[s] * len(labels))
+        for b, row in enumerate(rows):
+            start = 0
+            for s in row:
+                ids = arrays["token_ids"][end[s] - prompts[s] - completions[s] : end[s]]
+                for k in range(completions[s]):
+                    at = prompts[s] + k
+                    reference = arrays["ref_log_odds"][seen[s] + k]
+                    loss, slope = oracle.token_loss(logits[b, start + at - 1][None], [ids[at]], [reference])
+                    sequence_loss[s] += labels[s] * loss[0] / completions[s]
+                    grad[b, start + at - 1] = slope[0] * labels[s] / (completions[s] * len(labels))
+                start += len(ids)
         arrays |= {f"logits_{m}": logits, f"grad_logits_{m}": grad}
-        row += size
     arrays |= {"sequence_loss": sequence_loss, "loss": np.asarray(sequence_loss.mean())}
-    return Case(name, "L1", description, dtypes, arrays)
+    return Case(name, "L1", description, dtypes, arrays, {} if bins is None else {"bins": bins})
 
 
 def _batch_cases() -> Iterator[Case]:
     uneven = [(3, 4), (1, 1), (5, 7), (2, 12), (4, 2), (6, 5), (1, 3)]
     mixed = [1, -1, -1, 1, -1, -1, 1]
     for suffix, dtypes in (("", ALL), ("_float32", FLOAT32)):
-        yield _batch_case(
+        yield batch_case(
             "mixed" + suffix, "both labels, uneven micro-batches, padded rows", dtypes, uneven, mixed, [3, 1, 3], 11
         )
-    yield _batch_case("all_good", "preferred rows only", ALL, uneven[:5], [1] * 5, [1, 4], 11)
-    yield _batch_case("all_bad", "dispreferred rows only", ALL, uneven[:5], [-1] * 5, [4, 1], 11)
-    yield _batch_case("one_row", "one sequence of one completion token, V = 2", ALL, [(1, 1)], [-1], [1], 2)
-    yield _batch_case("one_micro_batch", "a batch in one piece", ALL, uneven, mixed, [7], 33)
+    yield batch_case("all_good", "preferred rows only", ALL, uneven[:5], [1] * 5, [1, 4], 11)
+    yield batch_case("all_bad", "dispreferred rows only", ALL, uneven[:5], [-1] * 5, [4, 1], 11)
+    yield batch_case("one_row", "one sequence of one completion token, V = 2", ALL, [(1, 1)], [-1], [1], 2)
+    yield batch_case("one_micro_batch", "a batch in one piece", ALL, uneven, mixed, [7], 33)
+    packed = [[[0, 1, 2], [3]], [[4, 5], [6]]]
+    yield batch_case("packed", "several sequences in a row", ALL, uneven, mixed, [4, 3], 11, packed)
 
 
 # L2: hidden states and head -----------------------------------------------------------------------------------
 
 
-def _head_case(
+def head_case(
     name: str, description: str, dtypes: tuple[str, ...], n: int, vocab: int, dim: int, hidden: float, head: float
 ) -> Case:
+    """A case of hidden states (N, D) in ±hidden and a head (V, D) in ±head, drawn by `name`."""
     draw, bits = Draw(name), 24 if dtypes == FLOAT32 else 8
     inputs = {
         "hidden": draw.values(hidden, n, dim, bits=bits),
@@ -339,11 +370,11 @@ def _head_case(
 
 def _head_cases() -> Iterator[Case]:
     for suffix, dtypes in (("", ALL), ("_float32", FLOAT32)):
-        yield _head_case("head_v257" + suffix, "logits of about ±5", dtypes, 33, 257, 24, 1.0, 2.0)
-        yield _head_case("head_v3001" + suffix, "a larger vocabulary", dtypes, 17, 3001, 8, 1.0, 4.0)
-    yield _head_case("head_wide", "many hidden dimensions", ALL, 7, 61, 512, 1.0, 0.25)
-    yield _head_case("head_saturated", "logits of about ±100", ALL, 33, 129, 16, 8.0, 8.0)
-    yield _head_case("head_one", "one token, V = 2", ALL, 1, 2, 5, 1.0, 1.0)
+        yield head_case("head_v257" + suffix, "logits of about ±5", dtypes, 33, 257, 24, 1.0, 2.0)
+        yield head_case("head_v3001" + suffix, "a larger vocabulary", dtypes, 17, 3001, 8, 1.0, 4.0)
+    yield head_case("head_wide", "many hidden dimensions", ALL, 7, 61, 512, 1.0, 0.25)
+    yield head_case("head_saturated", "logits of about ±100", ALL, 33, 129, 16, 8.0, 8.0)
+    yield head_case("head_one", "one token, V = 2", ALL, 1, 2, 5, 1.0, 1.0)
 
 
 # Files --------------------------------------------------------------------------------------------------------
@@ -390,15 +421,29 @@ def write(folder: Path = FOLDER) -> None:
         (folder / f"{level}.safetensors").write_bytes(save(tensors))
 
 
+def digest(folder: Path = FOLDER) -> str:
+    """SHA-256 of all files of vectors, names included."""
+    whole = hashlib.sha256()
+    for name in ("manifest.json", *(f"{level}.safetensors" for level in DESCRIPTIONS)):
+        content = (folder / name).read_bytes()
+        whole.update(f"{name} {len(content)}\n".encode() + content)
+    return f"sha256:{whole.hexdigest()}"
+
+
 def load(folder: Path = FOLDER) -> list[Case]:
     """The stored cases, their arrays read-only.
 
     Raises:
-        ValueError: the files are of another version.
+        UserError: the files are of another version, or not those that this version has.
     """
     manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
     if manifest["version"] != VERSION:
-        raise ValueError(f"{folder}: vectors of version {manifest['version']}, this suite reads version {VERSION}")
+        raise UserError(f"{folder}: vectors of version {manifest['version']}, this suite reads version {VERSION}")
+    if digest(folder) != DIGESTS[VERSION]:
+        raise UserError(
+            f"{folder}: the files are not those of version {VERSION}: reinstall bnf-align, or, if they were changed "
+            "on purpose, raise VERSION and record the new digest in bnf_conformance/vectors.py"
+        )
     tensors = {level: load_file(folder / f"{level}.safetensors") for level in DESCRIPTIONS}
     for arrays in tensors.values():
         for array in arrays.values():
@@ -418,4 +463,6 @@ def load(folder: Path = FOLDER) -> list[Case]:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
+    target = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER
+    write(target)
+    print(f"version {VERSION}: {digest(target)}")

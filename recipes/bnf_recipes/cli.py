@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -124,21 +124,16 @@ def doctor(argv: Sequence[str]) -> int:
     return run(console)
 
 
-@dataclass
-class ConformanceConfig:
-    """Check a backend's losses and gradients against the float64 oracle."""
-
-    hardware: HardwareConfig = field(default_factory=HardwareConfig)
-    report: str | None = None
-    """Write every result to this JSON file."""
-
-
 def conformance(argv: Sequence[str]) -> int:
-    config = parse(ConformanceConfig, "conformance", argv)
-    _prepare(config.hardware)
+    from bnf_recipes.conformance import ConformanceConfig
     from bnf_recipes.conformance import conformance as run
 
-    return run(config.hardware, config.report, console)
+    config = parse(ConformanceConfig, "conformance", argv)
+    if config.all and not registry.missing("mlx"):
+        preload_openblas("mlx")
+    _prepare(config.hardware)
+
+    return run(config, console)
 
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
