@@ -182,7 +182,7 @@ class TorchEngine:
     # What training changes
 
     def state(self) -> dict[str, Array | Piece]:
-        parts = {f"weights/{name}": p for name, p in self.trainable.items()}
+        parts: dict[str, Tensor] = {f"weights/{name}": p for name, p in self.trainable.items()}
         if self.optimizer is not None:
             parts |= {f"optimizer/{name}": value for name, value in self.optimizer.state()}
         taken = {name: piece(tensor) for name, tensor in parts.items()}

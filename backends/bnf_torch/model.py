@@ -3,14 +3,15 @@
 import json
 import logging
 import shutil
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as progress
 
 from bnf_core.errors import UserError
 from bnf_core.families import normalised_config
@@ -61,7 +62,8 @@ def load_model(
     Raises:
         UserError: transformers cannot read it, tensors are missing, or 4-bit weights without CUDA and bitsandbytes.
     """
-    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    for chatty in ("transformers.modeling_utils", "transformers.distributed"):
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     options = _in_4bit(device, dtype) if load_in_4bit else {}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -108,7 +110,8 @@ def save_model(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Pa
     """
     persistent = model.state_dict().keys()
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    model.save_pretrained(folder, state_dict=buffers | dict(tensors))
+    with _no_progress_bar():
+        model.save_pretrained(folder, state_dict=buffers | dict(tensors))
     for path in sorted(source.iterdir()) if source else []:
         if path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
@@ -116,6 +119,18 @@ def save_model(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Pa
     config.pop("torch_dtype", None)
     config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """transformers' own bar would be drawn into the one of the run."""
+    enabled = progress.is_progress_bar_enabled()
+    progress.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            progress.enable_progress_bar()
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:

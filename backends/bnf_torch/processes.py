@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from transformers.utils.logging import disable_progress_bar
 
 from bnf_core.batching import Array
 from bnf_core.errors import TrainingStopped, UserError
@@ -69,6 +70,8 @@ def processes() -> Processes:
             torch.cuda.set_device(local_rank())
         # What the processes tell each other goes through the CPU, tensors of the model through their own device.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    if dist.get_rank() > 0:
+        disable_progress_bar()
     return TorchProcesses(sharded)
 
 
@@ -112,9 +115,7 @@ def spread(scored: ScoredModel, group: Processes, dtype: torch.dtype | None) -> 
         return scored
     if not group.sharded:
         device = next(scored.parameters()).device
-        return DistributedDataParallel(
-            scored, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
-        )
+        return DistributedDataParallel(scored, device_ids=[device.index] if device.type == "cuda" else None)
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (group.count,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
     blocks = set(getattr(scored.model, "_no_split_modules", None) or ())
