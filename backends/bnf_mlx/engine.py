@@ -83,6 +83,7 @@ class MLXEngine:
             self.trains_head = any(p is head for p in trainable.values())
             kept = head is not None and all(p is not head for p in flat(model.parameters()).values())
             self.dequantised = head if kept else None  # once, not for every batch
+            mx.eval(self.dequantised)
             self.optimizer = Optimizer(model, optimizer, self.compiled) if optimizer and trainable else None
             self.vocabulary = completion_logits(model, mx.arange(2)[None], mx.arange(1)).shape[-1]
 
