@@ -221,14 +221,15 @@ def files_digest(paths: Sequence[Path]) -> str:
     Raises:
         OSError: one cannot be read.
     """
-    digest = hashlib.sha256()
+    digest, total = hashlib.sha256(), 0
     for path in paths:
         with path.open("rb") as file:
             size = path.stat().st_size
             digest.update(json.dumps([path.name, size]).encode())
             for block in _some_blocks(file, 0, size):
                 digest.update(block)
-    return f"{len(paths):,} files, SHA-256 {digest.hexdigest()[:16]}"
+            total += size
+    return f"{len(paths):,} files of {total:,} bytes, SHA-256 {digest.hexdigest()[:16]}"
 
 
 def model_digest(folder: Path) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bnf_core.checkpoints import files_digest
 from bnf_core.errors import UserError
 from bnf_core.readers import READERS, RawRow, number_rows
 from bnf_core.records import Feedback, RowError, Text
@@ -181,9 +182,8 @@ def source_of(rows: Iterable[Any], split: str) -> Source:
     return Source(name, partial(number_rows, rows, name))
 
 
-def digest(path_or_name: str, split: str, blocks: int = 16, block: int = 4096) -> str:
-    """Of the names and sizes of a split's files and some blocks of each, or of the name alone of a Hub data set:
-    reading terabytes would delay the start of every run.
+def digest(path_or_name: str, split: str) -> str:
+    """Of the files of a split, as `files_digest`, or the name alone of a Hub data set.
 
     Raises:
         UserError: as `find_source`, or a file that cannot be read.
@@ -191,19 +191,10 @@ def digest(path_or_name: str, split: str, blocks: int = 16, block: int = 4096) -
     source = find_source(path_or_name, split, streaming=True)
     if not source.files:
         return source.name
-    digest, total = hashlib.sha256(), 0
-    for path in source.files:
-        try:
-            with path.open("rb") as file:
-                size = path.stat().st_size
-                digest.update(repr((path.name, size)).encode())
-                for at in range(0, size, max(block, size // blocks)):
-                    file.seek(at)
-                    digest.update(file.read(block))
-        except OSError as error:
-            raise _unreadable(path, error) from error
-        total += size
-    return f"{len(source.files):,} files of {total:,} bytes, SHA-256 {digest.hexdigest()[:16]}"
+    try:
+        return files_digest(source.files)
+    except OSError as error:
+        raise _unreadable(Path(error.filename or path_or_name), error) from error
 
 
 def _split_names(split: str) -> tuple[str, ...]:

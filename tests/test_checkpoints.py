@@ -556,7 +556,7 @@ def test_digests_tell_rows_and_files_apart(tmp_path: Path) -> None:
     a.write_bytes(bytes(300_000))
     b.write_text("b")
     before = files_digest([a, b])
-    assert before.startswith("2 files, SHA-256 ")
+    assert before.startswith("2 files of 300,001 bytes, SHA-256 ")
     (tmp_path / "moved").mkdir()
     assert files_digest([Path(shutil.copy(path, tmp_path / "moved")) for path in (a, b)]) == before
     renamed = Path(shutil.copy(a, tmp_path / "c.jsonl"))
