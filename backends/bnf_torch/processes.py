@@ -114,6 +114,8 @@ def spread(scored: ScoredModel, group: Processes, dtype: torch.dtype | None) -> 
     if not isinstance(group, TorchProcesses):
         return scored
     if not group.sharded:
+        if not any(p.requires_grad for p in scored.parameters()):  # which DDP refuses
+            return scored
         device = next(scored.parameters()).device
         return DistributedDataParallel(scored, device_ids=[device.index] if device.type == "cuda" else None)
     mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (group.count,))
