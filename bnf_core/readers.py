@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from bnf_core.errors import UserError
 from bnf_core.records import Feedback, RowError, parse_row
 
-PARQUET_ROWS = 1024  # decoded at a time: pyarrow's own 65,536 can be gigabytes of conversations
+PARQUET_ROWS = 256  # decoded at a time: pyarrow's own 65,536 can be gigabytes of conversations
 PARQUET_BYTES = 1 << 20  # read ahead in each column, instead of the column's whole part of a row group
 
 

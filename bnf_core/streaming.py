@@ -25,7 +25,7 @@ Row = TypeVar("Row")
 class FeedbackStream:
     """Batches of rows that are read as they are needed.
 
-    In memory are `shuffle_buffer` rows as they stand in the file and one batch of tokens; of parquet also a thousand
+    In memory are `shuffle_buffer` rows as they stand in the file and one batch of tokens; of parquet also some hundred
     decoded rows, and a .json file is read whole.
 
     Args:
