@@ -1,33 +1,32 @@
 """The report as one HTML file: no network, no script, light and dark as the reader's screen is."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from html import escape
 
 from bnf_conformance import tolerances, vectors
-from bnf_conformance.report import Group, Report, Result, number, plain
+from bnf_conformance.report import Group, Report, Result, Verdict, number, plain
 
 STYLE = """
 :root { color-scheme: light dark; --line: light-dark(#d8dce2, #3a4048); --dim: light-dark(#5c6570, #9aa4b0);
   --good: light-dark(#0f6b34, #5fd08a); --bad: light-dark(#b3181c, #ff8a80); --some: light-dark(#8a5a00, #f0c060);
   --ground: light-dark(#ffffff, #14171b); --raised: light-dark(#f5f7f9, #1c2026); --ink: light-dark(#16191d, #e8ebef) }
-body { margin: 0 auto; max-width: 78rem; padding: 2rem 1.25rem 4rem; background: var(--ground); color: var(--ink);
+body { margin: 0 auto; max-width: 76rem; padding: 2rem 1.25rem 4rem; background: var(--ground); color: var(--ink);
   font: 15px/1.5 system-ui, sans-serif }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem } h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem }
-p { max-width: 60rem; margin: .5rem 0 } .dim { color: var(--dim) }
+h3 { font-size: 1rem; margin: 1.5rem 0 .35rem } p { max-width: 60rem; margin: .5rem 0 } .dim { color: var(--dim) }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .87rem }
 th, td { padding: .28rem .6rem; text-align: left; border-bottom: 1px solid var(--line); vertical-align: top }
-thead th { background: var(--raised); position: sticky; top: 0; white-space: nowrap }
-tbody th { font-weight: 600; white-space: nowrap }
-.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+th { white-space: nowrap } thead th { background: var(--raised) } summary { cursor: pointer; margin: .75rem 0 }
+.n, thead th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 .pass { color: var(--good) } .fail { color: var(--bad); font-weight: 600 } .part, .known { color: var(--some) }
-.not { color: var(--dim); font-style: italic } .first td, .first th { border-top: 2px solid var(--line) }
-.left { border-left: 2px solid var(--line) } summary { cursor: pointer; margin: .75rem 0 }
+.not { color: var(--dim); font-style: italic } .pass, .fail, .part, .known, .not { white-space: nowrap }
 """
 
-READ = """<p>One line for each check, quantity and dtype, with the worst of its cases. <b>ULPs</b> are units in the last
-place of the quantity's dtype, <b>error</b> is relative; both count from the quantity's scale. <b>CE</b> is the error of
-the framework's own cross-entropy on the same inputs, measured in the same way, where it has such a quantity. The
+READ = """
+<p>One line for each quantity, dtype and backend, with the worst of its cases. <b>ULPs</b> are units in the last place
+of the quantity's dtype, <b>error</b> is relative; both count from the quantity's scale. <b>CE</b> is the error of the
+framework's own cross-entropy on the same inputs, measured in the same way, where it has such a quantity. The
 <b>limit</b> is the tolerance of the error.</p>"""
 
 
@@ -54,7 +53,7 @@ def to_html(reports: Sequence[Report], absent: dict[str, str]) -> str:
         _list([(r, x) for r in reports for x in r.failures], "Nothing failed."),
         "<h2>Worst errors</h2>",
         READ,
-        _worst(reports),
+        *_worst(reports),
         "<h2>Not supported, known to fail</h2>",
         "<p>Neither counts as a pass.</p>",
         _list(_gaps(reports), "Nothing is missing, and no failure is excused."),
@@ -86,8 +85,8 @@ def _table(head: Sequence[str], rows: Sequence[str]) -> str:
     return f'<div class="wide"><table>{thead}\n{tbody}</table></div>'
 
 
-def _row(cells: Sequence[str], kind: str = "") -> str:
-    return f'<tr class="{kind}">{"".join(cells)}</tr>\n' if kind else f"<tr>{''.join(cells)}</tr>\n"
+def _row(cells: Sequence[str]) -> str:
+    return f"<tr>{''.join(cells)}</tr>\n"
 
 
 def _th(text: str, kind: str = "") -> str:
@@ -98,58 +97,58 @@ def _td(text: str) -> str:
     return f"<td>{escape(text)}</td>"
 
 
-def _n(text: str, kind: str = "") -> str:
-    return f'<td class="n {kind}">{escape(text)}</td>'
+def _n(text: str) -> str:
+    return f'<td class="n">{escape(text)}</td>'
 
 
 def _verdicts(reports: Sequence[Report]) -> str:
-    dtypes = list(dict.fromkeys(d for r in reports for verdicts in r.levels().values() for d in verdicts))
-    levels = list(dict.fromkeys(level for r in reports for level in r.levels()))
-    head = [
-        _th("backend"),
-        _th("verdict"),
-        *(_th(f"{level} {d}") for level in levels for d in dtypes),
-        _th("tolerances"),
-    ]
+    levels = list(dict.fromkeys(level for report in reports for level in report.levels()))
+    head = [_th(""), _th("verdict"), *map(_th, levels), _th("tolerances")]
     rows = []
     for report in reports:
-        verdicts = report.levels()
-        cells = [
-            f"<td>{_mark(v) if (v := verdicts.get(level, {}).get(d)) else ''}</td>" for level in levels for d in dtypes
-        ]
         word = _mark("pass", "conforms") if report.ok else _mark("fail", "does not conform")
-        tier = escape(tolerances.tiers()[report.tier]["about"])
-        if not report.measured:
-            tier += f" ({_mark('in part', 'never measured on such a device')})"
-        rows.append(_row([_th(_name(report)), f"<td>{word}</td>", *cells, f"<td>{escape(report.tier)}: {tier}</td>"]))
-    return _table(head, rows)
+        cells = [f"<td>{_level(report.levels().get(level, {}))}</td>" for level in levels]
+        rows.append(_row([_th(_name(report)), f"<td>{word}</td>", *cells, _td(report.tier)]))
+    about = []
+    for tier in dict.fromkeys(report.tier for report in reports):
+        entry = tolerances.tiers()[tier]
+        doubt = "" if entry["measured"] else f" {_mark('in part', 'They were never measured on such a device.')}"
+        about.append(f"<p>Tolerances <b>{escape(tier)}</b>: {escape(entry['about'])}.{doubt}</p>")
+    return _table(head, rows) + "".join(about)
 
 
-def _worst(reports: Sequence[Report]) -> str:
-    head = [_th("check"), _th("quantity"), _th("dtype"), _th("limit")]
+def _level(verdicts: dict[str, Verdict]) -> str:
+    """pass float32, bfloat16; not supported float16"""
+    kinds = dict.fromkeys(verdicts.values())
+    parts = ((kind, ", ".join(dtype for dtype, v in verdicts.items() if v == kind)) for kind in kinds)
+    return "<br>".join(f"{_mark(kind)} {escape(dtypes)}" for kind, dtypes in parts)
+
+
+def _worst(reports: Sequence[Report]) -> Iterator[str]:
+    """One table a check; the backends of one quantity and dtype stand below each other."""
+    head = [_th("quantity"), _th("dtype"), _th("backend"), _th("passed")]
+    head += [_th(name, "n") for name in ("ULPs", "error", "CE", "limit")] + [_th("worst case")]
+    tables: dict[str, dict[tuple[str, str], list[tuple[Report, Group]]]] = {}
     for report in reports:
-        head += [_th(_name(report), "left"), _th("ULPs"), _th("error"), _th("CE"), _th("worst case")]
-    found = [{(g.check, g.quantity, g.dtype): g for g in report.groups()} for report in reports]
-    keys = list(dict.fromkeys(key for groups in found for key in groups if key[1] != "all"))
-    rows, last = [], ""
-    for key in keys:
-        groups = [each.get(key) for each in found]
-        limits = {number(g.worst.tolerance) for g in groups if g is not None} - {""}
-        cells = [_td(key[0]), _td(key[1]), _td(key[2]), _n(" / ".join(sorted(limits)))]
-        for group in groups:
-            cells += _cells(group)
-        rows.append(_row(cells, "first" if key[0] != last else ""))
-        last = key[0]
-    return _table(head, rows)
+        for group in report.groups():
+            lines = tables.setdefault(group.check, {})
+            lines.setdefault((group.quantity, group.dtype), []).append((report, group))
+    for check, lines in tables.items():
+        rows = [
+            _row([_td(quantity if i == 0 else ""), _td(dtype if i == 0 else ""), _td(_name(report)), *_cells(group)])
+            for (quantity, dtype), groups in lines.items()
+            for i, (report, group) in enumerate(groups)
+        ]
+        yield f"<h3>{escape(check)}</h3>{_table(head, rows)}"
 
 
-def _cells(group: Group | None) -> list[str]:
-    if group is None or group.status == "not supported":
-        return [f'<td class="left">{_mark("not supported")}</td>', *[_td("")] * 4]
+def _cells(group: Group) -> list[str]:
+    if group.status == "not supported":
+        return [f"<td>{_mark('not supported')}</td>", *[_td("")] * 5]
     worst = group.worst
-    verdict = _mark(group.status, f"{group.passed}/{len(group.results)}" if group.status == "pass" else group.status)
-    numbers = (plain(group.largest("ulps")), number(worst.error), number(group.largest("cross_entropy")))
-    return [f'<td class="left">{verdict}</td>', *map(_n, numbers), _td(worst.case)]
+    verdict = _mark(group.status, f"{group.passed}/{len(group.results)}")
+    numbers = plain(group.largest("ulps")), number(worst.error), number(group.largest("cross_entropy"))
+    return [f"<td>{verdict}</td>", *map(_n, numbers), _n(number(worst.tolerance)), _td(worst.case)]
 
 
 def _gaps(reports: Sequence[Report]) -> list[tuple[Report, Result]]:
@@ -166,7 +165,7 @@ def _list(results: Sequence[tuple[Report, Result]], nothing: str) -> str:
     if not results:
         return f"<p>{nothing}</p>"
     head = [_th(t) for t in ("backend", "check", "case", "dtype", "quantity", "", "error", "limit", "what")]
-    return _table(head, [_row([_td(_name(report)), *_result(x)]) for report, x in results])
+    return _table(head, [_row([_th(_name(report)), *_result(x)]) for report, x in results])
 
 
 def _result(x: Result) -> list[str]:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from bnf_conformance import tolerances, vectors
 
@@ -100,12 +102,13 @@ class Report:
         return dict(Counter(result.status for result in self.results))
 
     def groups(self) -> list[Group]:
-        """Results by check, quantity and dtype, in the order of the suite."""
+        """Results by check, dtype and quantity, in the order of the suite."""
         found: dict[tuple[str, str, str], Group] = {}
         for result in self.results:
             key = (result.check, result.quantity, result.dtype)
             found.setdefault(key, Group(*key)).results.append(result)
-        return list(found.values())
+        parts = list(dict.fromkeys((group.check, group.dtype) for group in found.values()))
+        return sorted(found.values(), key=lambda group: parts.index((group.check, group.dtype)))
 
     def levels(self) -> dict[str, dict[str, Verdict]]:
         """Level → dtype → verdict; "in part" where some is not supported and the rest passes."""
@@ -131,23 +134,26 @@ class Report:
         """One line per check, quantity and dtype with its worst case, then one per failure."""
         verdict = "conforms" if self.ok else "does not conform"
         tier = f"tolerances {self.tier}" + ("" if self.measured else ", never measured on such a device")
-        table = Table(title=f"{self.backend} on {self.device} {verdict} (vectors {self.vectors_version}, {tier})")
-        numbers = ("passed", "ULPs", "worst error", "cross-entropy", "tolerance")
-        for name in ("check", "quantity", "dtype", *numbers, "worst case"):
-            table.add_column(name, justify="right" if name in numbers else "left")
+        title = f"{self.backend} on {self.device} {verdict} (vectors {self.vectors_version}, {tier})"
+        table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        table.add_column("quantity", overflow="fold", min_width=28)
+        for name in ("passed", "ULPs", "error", "CE", "limit"):
+            table.add_column(name, justify="right", no_wrap=True)
+        part = ""
         for group in self.groups():
-            cells = [group.check, group.quantity, group.dtype]
+            if (name := f"{group.check}, {group.dtype}") != part:
+                table.add_row(part := name, style="bold")
             if group.status == "not supported":
-                table.add_row(*cells, "not supported", style="dim")
+                table.add_row(f"  {group.quantity}: not supported", style="dim")
                 continue
             worst, style = group.worst, "red" if group.status == "fail" else ""
-            cells += [f"{group.passed}/{len(group.results)}", plain(group.largest("ulps")), number(worst.error)]
-            cells += [number(group.largest("cross_entropy")), number(worst.tolerance)]
-            table.add_row(*cells, worst.case, style=style)
-        for result in self.failures:
-            where = f"{result.case}: {result.message}" if result.message else result.case
-            cells = [result.check, result.quantity, result.dtype, "FAIL", plain(result.ulps), number(result.error)]
-            table.add_row(*cells, number(result.cross_entropy), number(result.tolerance), where, style="red")
+            cells = [f"  {group.quantity}", f"{group.passed}/{len(group.results)}", plain(group.largest("ulps"))]
+            cells += [number(worst.error), number(group.largest("cross_entropy")), number(worst.tolerance)]
+            table.add_row(*cells, style=style)
+        for x in self.failures:
+            where = f"FAIL {x.check}, {x.dtype}, {x.case}, {x.quantity}" + (f": {x.message}" if x.message else "")
+            numbers = (plain(x.ulps), number(x.error), number(x.cross_entropy), number(x.tolerance))
+            table.add_row(Text(where), "", *numbers, style="red")
         return table
 
 
@@ -170,7 +176,9 @@ def to_json(reports: Sequence[Report], absent: dict[str, str]) -> str:
 
 def number(value: float | None) -> str:
     """A relative error."""
-    return "" if value is None else "not finite" if not math.isfinite(value) else f"{value:.1e}"
+    if value is None or value == 0:
+        return "" if value is None else "0"
+    return f"{value:.1e}" if math.isfinite(value) else "not finite"
 
 
 def plain(value: float | None) -> str:
