@@ -96,9 +96,11 @@ def test_samples_come_step_by_step_and_are_cut_where_a_run_goes_on(
 def test_a_run_started_anew_has_no_samples_of_an_earlier_one(
     tmp_path: Path, examples: list[Example], tokenizer: Any, parrot: Any
 ) -> None:
-    make(tmp_path, examples, tokenizer).write(5, parrot)
+    samples = make(tmp_path, examples, tokenizer)
+    for step in (0, 5):
+        samples.write(step, parrot)
     make(tmp_path, examples, tokenizer)
-    assert read(tmp_path) == [] and "step 5" not in (tmp_path / "samples.md").read_text()
+    assert read(tmp_path) == [] and "step" not in (tmp_path / "samples.md").read_text()
 
 
 def test_processes_besides_the_first_complete_and_write_nothing(

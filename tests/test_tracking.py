@@ -119,8 +119,10 @@ def test_a_run_sends_what_it_writes(backend_name: str, tiny_model: Path, feedbac
 
 def read_wandb(folder: Path) -> list[Any]:
     """The records of an offline run's file: LevelDB's log format, blocks of 32 KiB, after a header of 7 bytes."""
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record
 
+    wandb.teardown()  # as at the end of a process: its service has then written everything
     (path,) = folder.glob("run-*.wandb")
     data, at, records, whole = path.read_bytes(), 7, [], b""
     while at + 7 <= len(data):
