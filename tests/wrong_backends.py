@@ -316,6 +316,14 @@ class Normalised(OracleLosses):
         return super().dense(logits, targets, ref_log_odds, weights / len(weights), dtype=dtype)
 
 
+class NormalisedHead(OracleLosses):
+    """The fused loss divides by the number of tokens too."""
+
+    def fused(self, *args: Array, **kwargs: Any) -> FusedResult:
+        *inputs, coefficients = args
+        return super().fused(*inputs, coefficients / len(coefficients), **kwargs)
+
+
 class NoFusedHead(OracleLosses):
     """Right, but without the fused loss or a cross-entropy to compare with, and it says so."""
 

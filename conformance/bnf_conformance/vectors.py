@@ -127,24 +127,31 @@ def rounded(x: ArrayLike, dtype: str) -> Array:
 
 
 def token_case(
-    name: str, description: str, dtypes: tuple[str, ...], logits: ArrayLike, targets: ArrayLike, ref_log_odds: ArrayLike
+    name: str,
+    description: str,
+    dtypes: tuple[str, ...],
+    logits: ArrayLike,
+    targets: ArrayLike,
+    ref_log_odds: ArrayLike,
+    weights: ArrayLike | None = None,
 ) -> Case:
-    """A case of single tokens with its expected values; weights of both signs, between 1/2 and 1."""
+    """A case of single tokens with its expected values; by default weights of both signs, between 1/2 and 1."""
     draw = Draw(name + " weights")
     n = np.size(targets)
-    weights = ((64 + draw.below(64, n)) / 128 * (1 - 2 * draw.below(2, n))).astype(np.float32)
+    if weights is None:
+        weights = (64 + draw.below(64, n)) / 128 * (1 - 2 * draw.below(2, n))
     inputs = {
         "logits": np.asarray(logits, np.float32),
         "targets": np.asarray(targets, np.int32),
         "ref_log_odds": np.asarray(ref_log_odds, np.float32),
-        "weights": weights,
+        "weights": np.asarray(weights, np.float32),
     }
     loss, grad = oracle.token_loss(inputs["logits"], inputs["targets"], inputs["ref_log_odds"])
     expected = {
         "log_odds": oracle.log_odds(inputs["logits"], inputs["targets"]),
         "other_entropy": oracle.other_entropy(inputs["logits"], inputs["targets"]),
         "token_loss": loss,
-        "grad_logits": grad * weights[:, None].astype(np.float64),
+        "grad_logits": grad * inputs["weights"][:, None].astype(np.float64),
     }
     return Case(name, "L0", description, dtypes, inputs | expected)
 
@@ -337,10 +344,10 @@ def _batch_cases() -> Iterator[Case]:
 # L2: hidden states and head -----------------------------------------------------------------------------------
 
 
-def head_case(
+def _drawn_head_case(
     name: str, description: str, dtypes: tuple[str, ...], n: int, vocab: int, dim: int, hidden: float, head: float
 ) -> Case:
-    """A case of hidden states (N, D) in ±hidden and a head (V, D) in ±head, drawn by `name`."""
+    """Hidden states (N, D) in ±hidden and a head (V, D) in ±head."""
     draw, bits = Draw(name), 24 if dtypes == FLOAT32 else 8
     inputs = {
         "hidden": draw.values(hidden, n, dim, bits=bits),
@@ -353,28 +360,36 @@ def head_case(
     inputs["ref_log_odds"] = np.round(policy).astype(np.float32) + draw.values(4.0, n, bits=bits)
     # Coefficients as a batch has them: both signs, about 1/N.
     inputs["coefficients"] = ((64 + draw.below(64, n)) / (128 * n) * (1 - 2 * draw.below(2, n))).astype(np.float32)
+    chunks = sorted({1, 7, n // 2 + 1})  # the last leaves a chunk of another size, or is one too large
+    return head_case(name, description, dtypes, inputs, [None, *chunks])
+
+
+def head_case(
+    name: str, description: str, dtypes: tuple[str, ...], inputs: dict[str, Array], chunk_tokens: Sequence[int | None]
+) -> Case:
+    """A case of hidden states and a head with its expected values."""
+    logits = inputs["hidden"].astype(np.float64) @ inputs["head_weight"].astype(np.float64).T
     loss, grad = oracle.token_loss(logits, inputs["targets"], inputs["ref_log_odds"])
     coefficients = inputs["coefficients"].astype(np.float64)
     grad *= coefficients[:, None]
     expected = {
         "loss": np.asarray(coefficients @ loss),
-        "log_odds": policy,
+        "log_odds": oracle.log_odds(logits, inputs["targets"]),
         "other_entropy": oracle.other_entropy(logits, inputs["targets"]),
         "token_loss": loss,
         "grad_hidden": grad @ inputs["head_weight"].astype(np.float64),
         "grad_head": grad.T @ inputs["hidden"].astype(np.float64),
     }
-    chunks = sorted({1, 7, n // 2 + 1})  # the last leaves a chunk of another size, or is one too large
-    return Case(name, "L2", description, dtypes, inputs | expected, {"chunk_tokens": [None, *chunks]})
+    return Case(name, "L2", description, dtypes, inputs | expected, {"chunk_tokens": list(chunk_tokens)})
 
 
 def _head_cases() -> Iterator[Case]:
     for suffix, dtypes in (("", ALL), ("_float32", FLOAT32)):
-        yield head_case("head_v257" + suffix, "logits of about ±5", dtypes, 33, 257, 24, 1.0, 2.0)
-        yield head_case("head_v3001" + suffix, "a larger vocabulary", dtypes, 17, 3001, 8, 1.0, 4.0)
-    yield head_case("head_wide", "many hidden dimensions", ALL, 7, 61, 512, 1.0, 0.25)
-    yield head_case("head_saturated", "logits of about ±100", ALL, 33, 129, 16, 8.0, 8.0)
-    yield head_case("head_one", "one token, V = 2", ALL, 1, 2, 5, 1.0, 1.0)
+        yield _drawn_head_case("head_v257" + suffix, "logits of about ±5", dtypes, 33, 257, 24, 1.0, 2.0)
+        yield _drawn_head_case("head_v3001" + suffix, "a larger vocabulary", dtypes, 17, 3001, 8, 1.0, 4.0)
+    yield _drawn_head_case("head_wide", "many hidden dimensions", ALL, 7, 61, 512, 1.0, 0.25)
+    yield _drawn_head_case("head_saturated", "logits of about ±100", ALL, 33, 129, 16, 8.0, 8.0)
+    yield _drawn_head_case("head_one", "one token, V = 2", ALL, 1, 2, 5, 1.0, 1.0)
 
 
 # Files --------------------------------------------------------------------------------------------------------
