@@ -66,12 +66,12 @@ def load_model(folder: Path, device: mx.Device, dtype: mx.Dtype | None) -> nn.Mo
             if dtype is not None:
                 _cast(model, dtype)
             mx.eval(model.parameters())
+        model.freeze()
     except SystemExit as error:  # what mlx-lm does after printing which package the model needs
         raise UserError(f"{folder}: this model needs another package; mlx-lm's message is above") from error
     except Exception as error:  # mlx-lm's many model files raise whatever they like
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: mlx-lm cannot load this model: {reason}") from error
-    model.freeze()
     model.eval()
     return model
 

@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -136,6 +136,32 @@ def conformance(argv: Sequence[str]) -> int:
     return run(config, console)
 
 
+@dataclass
+class CheckModelConfig:
+    """Compare one checkpoint between two backends: log-odds, loss and gradients; find the module that parts."""
+
+    model: str
+    """A folder with config.json and model*.safetensors, or a Hub id; may be given without its flag."""
+    backends: list[str] = field(default_factory=lambda: ["torch", "mlx"])
+    """The two to compare."""
+    data: str | None = None
+    """Compare on the first rows of this feedback instead of random tokens."""
+    report: str | None = None
+    """Write every result to this JSON file."""
+
+
+def check_model(argv: Sequence[str]) -> int:
+    if argv and not argv[0].startswith("-"):
+        argv = ["--model", *argv]
+    config = parse(CheckModelConfig, "check-model", argv)
+    for backend in config.backends:
+        preload_openblas(backend)
+    _quiet()
+    from bnf_recipes.check_model import check_model as run
+
+    return run(config.model, config.backends, config.data, config.report, console)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "align a model with LoRA on good and bad completions"),
     "evaluate": (evaluate, "score labelled completions under a model"),
@@ -145,6 +171,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "demo": (demo, "align a small model on word problems, show before and after"),
     "import-gguf": (import_gguf, "turn a GGUF file into safetensors"),
     "doctor": (doctor, "what is installed and what works here"),
+    "check-model": (check_model, "compare one model between two backends"),
     "conformance": (conformance, "check a backend against the float64 oracle"),
 }
 
