@@ -8,10 +8,11 @@ from typing import cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from bnf_core.config import LoraConfig
 from bnf_core.errors import UserError
@@ -27,7 +28,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int, *, dora: bool 
         UserError: a target that is no linear layer of this model.
     """
     if lora.targets != ["all-linear"]:
-        linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+        linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
         if unknown := sorted(set(lora.targets) - linear):
             raise UserError(
                 f"lora.targets: no linear layer is called {', '.join(unknown)}; "
@@ -41,12 +42,19 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int, *, dora: bool 
         task_type="CAUSAL_LM",
         use_dora=dora,
     )
+    return add_adapter(model, config, seed)
+
+
+def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
+    """A fresh adapter of any kind that PEFT has; of LoRA's default kind A is drawn as `add_lora` says."""
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
+    if getattr(config, "init_lora_weights", None) is not True:
+        return peft_model
     for name, module in peft_model.get_base_model().named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraLayer) and "default" in module.lora_A:
             a = cast(nn.Linear, module.lora_A["default"])
             with torch.no_grad():
-                a.weight.copy_(torch.from_numpy(initial_lora_a(name, lora.rank, a.in_features, seed)))
+                a.weight.copy_(torch.from_numpy(initial_lora_a(name, a.out_features, a.in_features, seed)))
     return peft_model
 
 

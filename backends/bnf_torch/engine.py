@@ -32,7 +32,7 @@ class TorchEngine:
         model: with an adapter or without; what requires a gradient is trained.
         optimizer: None: nothing will be trained.
         device: what computes; by default where the model is.
-        dtype: what all weights are computed in where they are trained, and are float32; None: as they are.
+        dtype: what is computed in, where the weights are float32; None: as they are.
         source: the folder that the model is from, for the files that `save` leaves as they are.
     """
 
@@ -57,7 +57,7 @@ class TorchEngine:
         self.steps_taken = False
         if gradient_checkpointing:
             checkpoint_activations(self.base)
-        autocast = dtype if self.full and dtype != torch.float32 else None
+        autocast = None if dtype in (None, torch.float32, self.base.dtype) else dtype
         sharded = getattr(processes, "sharded", False)
         self.scored = ScoredModel(self.base, None if sharded else autocast)
         self.to_train = spread(self.scored, processes, autocast)

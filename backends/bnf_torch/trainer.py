@@ -1,16 +1,69 @@
-"""transformers' Trainer around an engine: the loop under `bnf train`."""
+"""transformers' Trainer around an engine: the loop under `bnf train`, and BNFTrainer for Python."""
 
+import copy
+import logging
 import sys
 import tempfile
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import torch
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
+from bnf_core import plan
+from bnf_core.batching import Batch, Cut, Example, Position, Rows
+from bnf_core.checkpoints import Checkpoint, Checkpoints, Facts, rows_digest
+from bnf_core.config import DataConfig, HardwareConfig, OptimizerConfig, Template
+from bnf_core.errors import UserError
+from bnf_core.files import agreed
+from bnf_core.metrics import Meter
+from bnf_core.model_folder import resolve_model
+from bnf_core.pieces import under
+from bnf_core.processes import Processes
 from bnf_core.protocol import Done, Step, TokenStats
+from bnf_core.records import Feedback, RowError
+from bnf_core.reference import ReferenceCache, StoredReference, fingerprint, open_reference
+from bnf_core.sources import find_source, no_rows, source_of
+from bnf_core.streaming import FeedbackStream
+from bnf_core.tokenization import load_tokenizer, tokenize
+from bnf_torch import adapter
 from bnf_torch.engine import TorchEngine
+from bnf_torch.model import load_model, resolve_dtype
+from bnf_torch.optimizer import Optimizer
+from bnf_torch.processes import TorchProcesses, processes
+
+logger = logging.getLogger(__name__)
+
+Feed = str | Iterable[Mapping[str, Any]]  # rows of feedback, or the name of a file, folder or Hub data set
+
+STATE = "state"  # the folder in a checkpoint that training goes on from
+
+# Settings of TrainingArguments that would be passed over, and the values that do no harm.
+UNSUPPORTED: Mapping[str, Any] = {
+    "fp16": False,
+    "deepspeed": None,
+    "fsdp": None,
+    "parallelism_config": None,
+    "torch_compile": False,
+    "label_smoothing_factor": 0.0,
+    "auto_find_batch_size": False,
+    "dataloader_drop_last": False,
+    "use_liger_kernel": False,
+}
 
 
 class EngineTrainer(Trainer):
@@ -29,8 +82,6 @@ class EngineTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> tuple[list[Any], None]:
         step = next(epoch_iterator, None)
-        if step is None:
-            self.control.should_training_stop = True
         return [] if step is None else [step], None
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
@@ -40,16 +91,18 @@ class EngineTrainer(Trainer):
     def _clip_grad_norm(self, model: nn.Module) -> float:
         return self.norm  # of gradients that the engine has clipped
 
-    def _get_grad_norm(self, model: nn.Module, grad_norm: float | None = None) -> float:
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
         return self.norm
 
     def floating_point_ops(self, inputs: Any) -> int:
         return 0  # not counted
 
 
+# The loop under `bnf train`
+
+
 def fit(engine: TorchEngine, steps: Iterator[Step], done: Done, max_grad_norm: float | None) -> None:
     """Take steps until there are no more, each at its own learning rate, and call `done` after each."""
-    assert engine.optimizer is not None
     cuda = [engine.device] if engine.device.type == "cuda" else []
     # The trainer makes a folder and seeds the generators: neither is wanted here.
     with tempfile.TemporaryDirectory() as folder:
@@ -82,6 +135,11 @@ class _StepTrainer(EngineTrainer):
     def get_train_dataloader(self) -> Any:
         return self.steps
 
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> tuple[list[Any], None]:
+        samples, _ = super().get_batch_samples(epoch_iterator)
+        self.control.should_training_stop = not samples
+        return samples, None
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         assert self.engine.optimizer is not None
         self.step = inputs
@@ -95,3 +153,408 @@ class _Done(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         self.done(self.trainer.step, self.trainer.stats, self.trainer.norm)
+
+
+# Python
+
+
+@dataclass
+class BNFConfig(TrainingArguments):
+    """transformers' TrainingArguments, and how feedback becomes batches.
+
+    An optimizer step takes per_device_train_batch_size × gradient_accumulation_steps × processes sequences, and its
+    loss is their mean; per_device_train_batch_size is how many are on a device at a time.
+
+    Raises:
+        UserError: a setting of TrainingArguments that would have no effect.
+    """
+
+    max_length: int = 1024
+    """Longest row in tokens; a longer prompt is cut from the left."""
+    template: Template = "auto"
+    """`auto`: the chat template for messages, plain strings as they are; `chat`: for both; `plain`: never."""
+    packing: bool = False
+    """Fill the rows of a micro-batch with several sequences each, up to `max_length` tokens."""
+    group_by_length: bool = True
+    """Put sequences of similar length into one micro-batch."""
+    skip_bad_rows: bool = False
+    """Report bad rows instead of stopping at the first."""
+    shuffle_buffer: int = 10_000
+    """Rows to shuffle among at a time, of data without a length."""
+    reference: str | None = None
+    """A folder made by `bnf reference`; default: the reference is computed as rows are met."""
+
+    def __post_init__(self) -> None:
+        for name, harmless in UNSUPPORTED.items():
+            value = getattr(self, name, harmless)
+            if value and value != harmless:
+                hint = ": shard with `accelerate launch`, as docs/cluster.md says" if name == "fsdp" else ""
+                raise UserError(f"{name} is {value!r}, which BNFTrainer does not support{hint}")
+        processes()  # joined on our terms, before accelerate would on its own
+        super().__post_init__()
+
+
+class BNFTrainer(EngineTrainer):
+    """Aligns a causal language model with the BNF loss; used as TRL's trainers are.
+
+    Args:
+        model: a folder or Hub id, or a model; with an adapter on it, or `peft_config`, that alone is trained, and
+            with neither all weights are. What is trained becomes float32.
+        args: settings.
+        train_dataset: rows as in docs/data.md: a list, a `datasets.Dataset` or `IterableDataset`, or the name of a
+            file, folder or Hub data set. What has no length is streamed.
+        eval_dataset: held-out rows, or several sets of them by name.
+        processing_class: the tokenizer; default: the model's own.
+        callbacks, optimizers: as for transformers' Trainer.
+        peft_config: the adapter to add.
+    Raises:
+        UserError: a bad row, model or setting.
+    """
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        args: BNFConfig | None = None,
+        train_dataset: Feed | None = None,
+        eval_dataset: Feed | Mapping[str, Feed] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ):
+        args = copy.copy(args or BNFConfig())
+        group = processes()
+        self.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * group.count
+        args.gradient_accumulation_steps = 1  # of the loop, which takes a whole step at a time
+        args.ignore_data_skip = True  # the place in the data is in the checkpoints
+        self.cut = Cut(
+            args.per_device_train_batch_size,
+            args.max_length if args.packing else None,
+            args.group_by_length,
+            multiple_of=group.count,
+        )
+        folder = resolve_model(model) if isinstance(model, str) else Path(str(model.name_or_path))
+        tokenizer = processing_class or load_tokenizer(folder)
+        self.tokens = _Tokens(tokenizer, args)
+        self.rows = None if train_dataset is None else self.tokens.training_rows(train_dataset)
+        self.held_out: list[tuple[Feed, list[Example]]] = []  # what has been tokenised
+        self.resumed: tuple[str, Checkpoint] | None = None
+        torch.manual_seed(args.seed + group.rank)
+        self.engine = _engine(model, folder, args, peft_config, group)
+        stored = _stored_reference(args, folder, tokenizer, self.engine)
+        streamed = isinstance(self.rows, FeedbackStream)
+        if self.engine.full and streamed and stored is None:
+            raise UserError("training all weights on streamed rows needs `reference`: make it with `bnf reference`")
+        self.reference = ReferenceCache(self.engine.reference_log_odds, stored)
+        self.meter = Meter()
+        self.position: Position | None = None
+        super().__init__(
+            self.engine.model,
+            args,
+            train_dataset=cast(Any, train_dataset),
+            eval_dataset=cast(Any, eval_dataset),
+            processing_class=tokenizer,
+            callbacks=[*(callbacks or []), _Epoch(self)],
+            optimizers=optimizers,
+        )
+        torch.manual_seed(args.seed + group.rank)  # each process has dropout of its own
+
+    # Training
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        if self.engine.full and not resume_from_checkpoint and isinstance(self.rows, Rows):
+            self._with_reference(self.rows.examples)  # while the weights are the reference's still
+            for data in self._held_out_sets():
+                self._with_reference(self._held_out_rows(data))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        if self.rows is None:
+            raise UserError("there is nothing to train on: give BNFTrainer a train_dataset")
+        return _Steps(self)
+
+    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
+        return self.batch_size
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer()
+        self.engine.optimizer = Optimizer(self.engine.trainable, getattr(optimizer, "optimizer", optimizer))
+        return optimizer
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        loss = super().training_step(model, inputs)
+        for (batch, ref_log_odds), measured in zip(inputs.batches, self.stats, strict=True):
+            self.meter.add(batch, measured, ref_log_odds)
+        self.position = inputs.position
+        return loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """With what the meter saw since the last time, where it is the loss of training that is logged."""
+        if "loss" in logs:
+            logs = logs | {k: v for k, v in _gathered(self.meter, self.engine.processes).items() if k != "loss"}
+            self.meter = Meter()
+        super().log(logs, *args, **kwargs)
+
+    # Evaluation
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """This process's batches of held-out rows, with their reference log-odds."""
+        data: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(data, str) and isinstance(self.eval_dataset, Mapping) and data in self.eval_dataset:
+            data = self.eval_dataset[data]
+        if data is None:
+            raise UserError("there is nothing to evaluate: give an eval_dataset")
+        return self._with_reference(self._held_out_rows(data))
+
+    def evaluation_loop(
+        self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """Metrics by the names of `bnf_core.metrics.Meter`, over all rows and processes; no predictions."""
+        meter = Meter()
+        for batch, ref_log_odds in dataloader:
+            meter.add(batch, self.engine.evaluate(batch, ref_log_odds), ref_log_odds)
+        rows = sum(self.engine.processes.sum(torch.tensor([len(batch.labels) for batch, _ in dataloader]).numpy()))
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in _gathered(meter, self.engine.processes).items()}
+        return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=int(rows))
+
+    def _held_out_sets(self) -> list[Feed]:
+        data: Any = self.eval_dataset
+        return [] if data is None else list(data.values()) if isinstance(data, Mapping) else [data]
+
+    def _held_out_rows(self, data: Feed) -> list[Example]:
+        known = next((rows for feed, rows in self.held_out if feed is data), None)
+        if known is None:
+            known = self.tokens.examples(data, "valid")
+            self.held_out.append((data, known))
+        return known
+
+    def _with_reference(self, examples: Iterable[Example]) -> list[tuple[Batch, Any]]:
+        group = self.engine.processes
+        cut = Cut(self.args.per_device_eval_batch_size, self.cut.pack_to, multiple_of=group.count)
+        return plan.with_reference(plan.my_share(list(examples), cut, group, self.tokens.pad), self.reference, group)
+
+    # Checkpoints: safetensors and JSON
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder, group = Path(output_dir or str(self.args.output_dir)), self.engine.processes
+        with agreed(group):
+            if group.rank == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+        self.engine.write(folder)
+        if group.rank == 0:
+            self.tokens.tokenizer.save_pretrained(folder)
+            (folder / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        group = self.engine.processes
+        arrays = self.engine.state()
+        if group.rank == 0:
+            arrays |= {f"reference/{name}": array for name, array in self.reference.state().items()}
+        assert self.lr_scheduler is not None
+        facts = self._facts() | {"scheduler": self.lr_scheduler.state_dict()}
+        folder = Checkpoints(Path(output_dir) / STATE, keep=1)
+        folder.save(self.state.global_step, arrays, facts, self.position, processes=group)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """It is part of the engine's state."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """What holds of the run is checked; its weights are loaded with the optimizer's state."""
+        there = self._found(resume_from_checkpoint).facts
+        now = self._facts()
+        changed = [f"{name} (then {there.get(name)}, now {now[name]})" for name in now if there.get(name) != now[name]]
+        if changed:
+            raise UserError(f"{resume_from_checkpoint} is of another run: {'; '.join(changed)}")
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        assert self.optimizer is not None and self.lr_scheduler is not None
+        found = self._found(checkpoint)
+        self.engine.load_state(found.arrays)
+        self.reference.load_state(under("reference", found.arrays))
+        self.position = found.position
+        self.lr_scheduler.load_state_dict(found.facts["scheduler"])
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:  # once more, for the loop may have drawn since
+            self.engine.load_random_state(self._found(checkpoint).arrays)
+
+    def _load_best_model(self) -> None:
+        self.engine.load_weights(self._found(str(self.state.best_model_checkpoint)).arrays)
+
+    def _found(self, checkpoint: str) -> Checkpoint:
+        if self.resumed and self.resumed[0] == checkpoint:  # and verified
+            return self.resumed[1]
+        found, refused = Checkpoints(Path(checkpoint) / STATE, keep=1).newest(self.engine.processes)
+        if found is None:
+            reason = "; ".join(refused) or f"it has no {STATE} (save_only_model, or another trainer's)"
+            raise UserError(f"training cannot go on from {checkpoint}: {reason}")
+        self.resumed = checkpoint, found
+        return found
+
+    def _facts(self) -> Facts:
+        """What must stay the same for a run to go on."""
+        rows = rows_digest(self.rows.examples) if isinstance(self.rows, Rows) else "streamed"
+        return {"training rows": rows, "sequences per step": self.batch_size, "seed": self.args.seed}
+
+
+class _Steps:
+    """The steps of one epoch after another, as the loop asks for them."""
+
+    def __init__(self, trainer: BNFTrainer):
+        self.trainer = trainer
+        self._steps: Iterator[Step] | None = None
+
+    def __len__(self) -> int:
+        if not isinstance(self.trainer.rows, Rows):
+            raise TypeError("streamed rows have no number")
+        return self.trainer.rows.steps_per_epoch(self.trainer.batch_size)
+
+    def __iter__(self) -> Iterator[Step]:
+        trainer = self.trainer
+        assert trainer.rows is not None
+        if self._steps is None:  # by now a checkpoint, if there is one, is loaded
+            self._steps = plan.steps(
+                trainer.rows,
+                batch_size=trainer.batch_size,
+                num_steps=trainer.state.max_steps,
+                optimizer=OptimizerConfig(),  # for a learning rate that nobody reads: transformers has schedules
+                cut=trainer.cut,
+                reference=trainer.reference,
+                processes=trainer.engine.processes,
+                pad_id=trainer.tokens.pad,
+                start=trainer.state.global_step,
+                position=trainer.position,
+            )
+        per_epoch = len(self) if isinstance(trainer.rows, Rows) else None
+        for step in self._steps:
+            yield step
+            if per_epoch and (step.number + 1) % per_epoch == 0:
+                return
+
+
+class _Epoch(TrainerCallback):
+    """After a resume the loop counts the steps of the epoch from there: corrected."""
+
+    def __init__(self, trainer: BNFTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        rows = self.trainer.rows
+        steps = rows.steps_per_epoch(self.trainer.batch_size) if isinstance(rows, Rows) else state.max_steps
+        state.epoch = state.global_step / steps
+
+
+class _Tokens:
+    """Rows of feedback as tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: BNFConfig):
+        self.tokenizer, self.args = tokenizer, args
+        self.pad = int(tokenizer.pad_token_id or 0)
+
+    def training_rows(self, data: Feed) -> plan.Data:
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        if isinstance(data, str) or hasattr(data, "__len__"):
+            return Rows(self.examples(data, "train"), seed)
+        return FeedbackStream(
+            data,
+            "train",
+            self._tokenize,
+            shuffle_buffer=self.args.shuffle_buffer,
+            seed=seed,
+            skip_bad_rows=self.args.skip_bad_rows,
+        )
+
+    def examples(self, data: Feed, split: str) -> list[Example]:
+        source = find_source(data, split) if isinstance(data, str) else source_of(data, split)
+        rows: list[Feedback] = []
+        for row in source.read():
+            try:
+                rows.extend(row.feedback())
+            except RowError as error:
+                if not self.args.skip_bad_rows:
+                    raise
+                logger.warning("skipped: %s", error)
+        if not rows:
+            raise no_rows(source.name, split)
+        return self._tokenize(rows)
+
+    def _tokenize(self, rows: list[Feedback]) -> list[Example]:
+        args = self.args
+        tokens = tokenize(
+            rows, self.tokenizer, template=args.template, max_length=args.max_length, skip_bad_rows=args.skip_bad_rows
+        )
+        for message in tokens.skipped:
+            logger.warning("skipped: %s", message)
+        if tokens.prompts_cut or tokens.completions_cut:
+            logger.warning(
+                "longer than %d tokens: %d prompts cut from the left, %d completions from the right",
+                args.max_length,
+                tokens.prompts_cut,
+                tokens.completions_cut,
+            )
+        return tokens.examples
+
+
+def _engine(
+    model: str | PreTrainedModel | PeftModel,
+    folder: Path,
+    args: BNFConfig,
+    peft_config: PeftConfig | None,
+    group: Processes,
+) -> TorchEngine:
+    """The model with what is to be trained, float32, on this process's device or spread over all of them."""
+    named = isinstance(model, str)
+    sharded = isinstance(group, TorchProcesses) and group.sharded
+    where = torch.device("cpu") if sharded else args.device
+    if isinstance(model, str):
+        dtype = resolve_dtype("bfloat16" if args.bf16 else "auto", args.device)
+        base: PreTrainedModel = load_model(folder, where, torch.float32 if peft_config is None else dtype)
+        base.requires_grad_(peft_config is None)
+        model = base
+    else:
+        dtype = torch.bfloat16 if args.bf16 else model.dtype
+        if not getattr(model, "is_quantized", False):
+            cast(nn.Module, model).to(where)
+    if peft_config is not None:
+        if isinstance(model, PeftModel):
+            raise UserError("the model has an adapter already: leave out peft_config to train it on")
+        if peft_config.is_prompt_learning:
+            raise UserError(
+                f"peft_config is {type(peft_config).__name__}: expected one that adapts layers, such as LoRA"
+            )
+        model.requires_grad_(False)
+        model = adapter.add_adapter(model, peft_config, args.seed)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    checkpointing = bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
+    return TorchEngine(
+        model,
+        processes=group,
+        device=args.device,
+        dtype=dtype,
+        source=folder if named else None,
+        gradient_checkpointing=checkpointing,
+    )
+
+
+def _stored_reference(
+    args: BNFConfig, folder: Path, tokenizer: PreTrainedTokenizerBase, engine: TorchEngine
+) -> StoredReference | None:
+    if args.reference is None:
+        return None
+    if not (folder / "config.json").is_file():
+        raise UserError("reference is given, and can be checked only against a model that is given by its folder")
+    data = DataConfig(path="", template=args.template, max_length=args.max_length)
+    hardware = HardwareConfig(load_in_4bit=bool(getattr(engine.base, "is_loaded_in_4bit", False)))
+    return open_reference(args.reference, fingerprint(folder, tokenizer, data, hardware, engine.dtype))
+
+
+def _gathered(meter: Meter, group: Processes) -> dict[str, float]:
+    """Of all processes, without what there was nothing to average for."""
+    meter.gather(group)
+    return {name: value for name, value in meter.result().items() if value is not None}
