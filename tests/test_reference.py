@@ -649,6 +649,19 @@ def test_what_stops_the_job_keeps_whole_shards(
     assert len(StoredReference(tmp_path / "ref").keys) == 5
 
 
+def test_two_processes_compute_what_one_does(
+    made: Callable[[str], Path], tiny_model: Path, feedback: Path, tmp_path: Path, examples: list[Example]
+) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "bnf_recipes.cli"]
+    words = ["reference", "--model", tiny_model, "--data", feedback, "--output", tmp_path, "--backend", "torch"]
+    words += ["--device", "cpu", "--shard-rows", 5, "--micro-batch-size", 2]
+    subprocess.run(
+        [*launch, *map(str, words)], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    two, one = (ReferenceCache(None, StoredReference(path))(batch_of(examples)) for path in (tmp_path, made("torch")))
+    np.testing.assert_allclose(two, one, atol=1e-5)
+
+
 # Training with it
 
 
