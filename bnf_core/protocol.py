@@ -59,8 +59,9 @@ class BatchResult:
 
 
 class Losses(Protocol):
-    """A backend's losses as the conformance suite sees them. Inputs come as float32 holding values that
-    `dtype` can represent; the backend casts to `dtype` first."""
+    """A backend's losses as the conformance suite sees them; conformance/SPEC.md has the clauses. Inputs come as
+    float32 holding values that `dtype` can represent; the backend casts to `dtype` first. What a backend does not have
+    it names in an optional attribute `lacks`: of "dense", "fused", "train_head", "batch" and "cross_entropy"."""
 
     dtypes: Sequence[str]  # of "float32", "bfloat16", "float16"
 

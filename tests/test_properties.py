@@ -56,7 +56,9 @@ def tokens(
     draw: st.DrawFn, dtypes: st.SearchStrategy[str] = DTYPES, logits: st.SearchStrategy[float] | None = None
 ) -> Tokens:
     dtype, n, vocab = draw(dtypes), draw(st.integers(1, 5)), draw(st.integers(2, 20))
-    z = draw(arrays((n, vocab), logits or (FINE if dtype == "float32" else LOGITS)))
+    if logits is None:
+        logits = FINE if dtype == "float32" else LOGITS
+    z = draw(arrays((n, vocab), logits))
     z[np.isneginf(z).all(1), 0] = 0.0  # some token must be possible
     targets = draw(hnp.arrays(np.int32, n, elements=st.integers(0, vocab - 1)))
     return Tokens(dtype, z, targets, draw(references(oracle.log_odds(z, targets))), draw(arrays((n,), WEIGHTS)))
