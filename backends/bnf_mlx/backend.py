@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
+from bnf_core.families import require_right_on_mlx
 from bnf_core.processes import Processes
 from bnf_core.protocol import Engine, Losses
 
@@ -67,6 +68,7 @@ class MLXBackend:
         mx.random.seed(seed + (members.rank << 32))  # dropout, where there is any: each process drops its own
         where = resolve_device(device)
         loaded = load_model(model, where, resolve_dtype(dtype, where))
+        require_right_on_mlx(model)
         whole = None
         with mx.stream(where):
             if fine_tune_type == "full":

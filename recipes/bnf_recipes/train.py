@@ -17,6 +17,7 @@ from bnf_core.batching import Cut, Position, micro_batches
 from bnf_core.checkpoints import Facts, changes, run_facts
 from bnf_core.config import TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
+from bnf_core.families import mlx_notes
 from bnf_core.metrics import Meter, Metrics
 from bnf_core.model_folder import resolve_model
 from bnf_core.pieces import under
@@ -60,6 +61,8 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
     if processes.rank > 0:
         console = Console(quiet=True)
     checkpoint = resolve_model(config.model)
+    for note in mlx_notes(checkpoint) if backend.name == "mlx" else ():
+        console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
     tokenizer = load_tokenizer(checkpoint)
     data = load_training_data(config, tokenizer, console)
     if config.sample_every and not data.held_out:
