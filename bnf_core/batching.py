@@ -166,7 +166,8 @@ def _even_parts(items: Sequence[list[int]], count: int) -> Iterator[Sequence[lis
 
 
 class Rows:
-    """Examples held in memory, and the batches they give: a fresh seeded order each epoch."""
+    """Examples held in memory, and the batches they give: a fresh seeded order each epoch, in which completions of
+    one prompt stay together, so that a batch can compare them and compute the prompt once."""
 
     def __init__(self, examples: Sequence[Example], seed: int):
         self.examples = examples
@@ -183,12 +184,26 @@ class Rows:
         """
         epoch, at = (position["epoch"], position["rows"]) if position else (0, 0)
         while True:
-            order = epoch_order(len(self.examples), epoch, self.seed)
+            order = self._together(epoch_order(len(self.examples), epoch, self.seed), batch_size)
             while at < len(order):
                 chosen = [self.examples[i] for i in order[at : at + batch_size]]
                 at += len(chosen)
                 yield chosen, {"epoch": epoch, "rows": at}
             epoch, at = epoch + 1, 0
+
+    def _together(self, order: Array, most: int) -> list[int]:
+        """The order, with rows of one prompt moved up to the first of them, but never more than `most` of them."""
+        chunks: list[list[int]] = []
+        open_chunks: dict[int, list[int]] = {}
+        for i in order.tolist():
+            group = self.examples[i].group
+            if group not in open_chunks:
+                open_chunks[group] = []
+                chunks.append(open_chunks[group])
+            open_chunks[group].append(i)
+            if len(open_chunks[group]) == most:
+                del open_chunks[group]
+        return list(itertools.chain(*chunks))
 
 
 def epoch_order(num_rows: int, epoch: int, seed: int) -> Array:

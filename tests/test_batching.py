@@ -1,5 +1,6 @@
 """Batches: each scored position predicts its target, and the coefficients hold the whole normalisation."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -165,12 +166,42 @@ def test_the_order_depends_on_seed_and_epoch_alone() -> None:
     assert epoch_order(8, 0, seed=0).tolist() == [2, 4, 3, 6, 5, 0, 1, 7]
 
 
+def alone(count: int) -> list[Example]:
+    """Rows that share no prompt."""
+    return [dataclasses.replace(example(1, 1, True, i), group=i) for i in range(count)]
+
+
+def test_rows_without_company_come_in_the_seeded_order() -> None:
+    rows = alone(8)
+    (batch, _) = next(Rows(rows, seed=0).batches(8))
+    assert batch == [rows[i] for i in epoch_order(8, 0, seed=0)]
+
+
+def test_completions_of_one_prompt_come_together() -> None:
+    rows = [dataclasses.replace(example(1, 1, True, i), group=i % 10) for i in range(20)]
+    batches = [batch for batch, _ in itertools.islice(Rows(rows, seed=0).batches(4), 5)]
+    for batch in batches:
+        assert len(batch) == 4 and batch[0].group == batch[1].group and batch[2].group == batch[3].group
+    assert sorted(e.key for batch in batches for e in batch) == sorted(e.key for e in rows)
+
+
+def test_many_rows_of_one_prompt_do_not_fill_batch_after_batch() -> None:
+    """A prompt of a thousand completions is met all through the epoch; without any other prompt, all is shuffled."""
+    rows = [dataclasses.replace(example(1, 1, True, i), group=min(i, 50)) for i in range(100)]
+    batches = [batch for batch, _ in itertools.islice(Rows(rows, seed=0).batches(5), 20)]
+    full = [at for at, batch in enumerate(batches) if sum(e.group == 50 for e in batch) >= 3]
+    assert full[0] < 5 and full[-1] > 10
+    one_prompt = [example(1, 1, True, i) for i in range(50)]
+    (batch, _) = next(Rows(one_prompt, seed=0).batches(50))
+    assert batch == [one_prompt[i] for i in epoch_order(50, 0, seed=0)]
+
+
 def lengths(rows: Rows, batch_size: int, count: int) -> list[int]:
     return [len(batch) for batch, _ in itertools.islice(rows.batches(batch_size), count)]
 
 
 def test_each_epoch_visits_every_row_once_and_keeps_the_short_last_batch() -> None:
-    ten = Rows([example(1, 1, True, first) for first in range(10)], seed=0)
+    ten = Rows(alone(10), seed=0)
     assert lengths(ten, 4, 6) == [4, 4, 2, 4, 4, 2]
     taken = [[e.key for e in batch] for batch, _ in itertools.islice(ten.batches(4), 6)]
     epochs = [list(itertools.chain(*part)) for part in (taken[:3], taken[3:])]
@@ -180,7 +211,7 @@ def test_each_epoch_visits_every_row_once_and_keeps_the_short_last_batch() -> No
 
 @pytest.mark.parametrize("done", range(1, 9))
 def test_a_resumed_run_goes_on_with_the_same_batches(done: int) -> None:
-    ten = Rows([example(1, 1, True, first) for first in range(10)], seed=1)
+    ten = Rows(alone(10), seed=1)
     whole = list(itertools.islice(ten.batches(4), 9))
     assert list(itertools.islice(ten.batches(4, whole[done - 1][1]), 9 - done)) == whole[done:]
 
