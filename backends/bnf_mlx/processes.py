@@ -1,31 +1,49 @@
 """The processes that `mlx.launch` started, over whichever of ring, MPI, JACCL and NCCL it set up."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import mlx.core as mx
 import numpy as np
 
 from bnf_core.batching import Array
+from bnf_core.errors import TrainingStopped
 from bnf_core.processes import ALONE, Processes
 
 BUCKET_BYTES = 32 * 2**20  # of gradients sent at a time; mlx.nn.average_gradients has the same
 
 
 class MLXProcesses(Processes):
+    """Those of an MLX group.
+
+    When a process dies, the ring backend fails the next call, but the one under way returns whatever is in memory.
+    So everything that is gathered carries its number in order, which must arrive.
+    """
+
     def __init__(self, group: mx.distributed.Group):
         self.group = group
         self.rank, self.count = group.rank(), group.size()
+        self._number = 0
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
         # MLX gathers arrays of one shape only: the lengths first, then everything padded to the longest.
-        lengths = self._gather(np.array([len(data)], np.int64)).tolist()
+        self._number += 1
+        lengths = self._gather(np.array([len(data)], np.int64))[:, 0].tolist()
         longest = max(lengths)
         if longest == 0:
             return [b""] * self.count
-        padded = np.frombuffer(data.ljust(longest, b"\0"), np.uint8)
-        rows = self._gather(padded).reshape(self.count, longest)
+        rows = self._gather(np.frombuffer(data.ljust(longest, b"\0"), np.uint8))
         return [row[:length].tobytes() for row, length in zip(rows, lengths, strict=True)]
 
     def _gather(self, values: Array) -> Array:
-        return np.array(mx.distributed.all_gather(mx.array(values), group=self.group))
+        """1-D arrays of one length, a row for each process."""
+        number = np.array([self._number]).view(values.dtype)
+        with _lost():
+            gathered = mx.distributed.all_gather(mx.array(np.concatenate([values, number])), group=self.group)
+            rows = np.array(gathered).reshape(self.count, -1)
+            if not (rows[:, len(values) :] == number).all():
+                raise RuntimeError("what was sent did not arrive")
+        return rows[:, : len(values)]
 
 
 def processes() -> Processes:
@@ -44,12 +62,26 @@ def sum_over(members: Processes, arrays: dict[str, mx.array]) -> dict[str, mx.ar
     result: dict[str, mx.array] = {}
     for names in _buckets(arrays):
         flat = mx.concatenate([arrays[name].flatten() for name in names])
-        flat = mx.distributed.all_sum(flat, group=members.group)
-        mx.eval(flat)  # in this order on every process
+        with _lost():
+            flat = mx.distributed.all_sum(flat, group=members.group)
+            mx.eval(flat)  # in this order on every process
         ends = np.cumsum([arrays[name].size for name in names])
         parts = mx.split(flat, ends[:-1].tolist())
         result |= {name: part.reshape(arrays[name].shape) for name, part in zip(names, parts, strict=True)}
+    members.barrier()  # whoever gets this far had all the others there
     return result
+
+
+@contextmanager
+def _lost() -> Iterator[None]:
+    """Raises TrainingStopped where another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise TrainingStopped(
+            "another process of this run has ended, or cannot be reached; its own message says why. Checkpoints that "
+            f"were written stay, and the run can go on from them with --resume. ({error})"
+        ) from error
 
 
 def _buckets(arrays: dict[str, mx.array]) -> list[list[str]]:

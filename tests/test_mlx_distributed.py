@@ -1,0 +1,224 @@
+"""Data parallelism on MLX: two processes of mlx.launch, over the ring backend, do what one does."""
+
+# ruff: noqa: E402  (imports follow the check that MLX is installed)
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+mx = pytest.importorskip("mlx.core")
+pytest.importorskip("mlx_lm")
+
+from bnf_core.batching import Cut, Example, Rows
+from bnf_core.config import LoraConfig, OptimizerConfig
+from bnf_core.errors import TrainingStopped
+from bnf_core.pieces import Piece
+from bnf_core.plan import my_share, steps
+from bnf_core.processes import ALONE
+from bnf_core.protocol import Step, TokenStats
+from bnf_core.reference import ReferenceCache
+from bnf_mlx import processes as module
+from bnf_mlx.backend import MLXBackend
+
+NUM_STEPS = 6
+QUICK = {"MLX_DISABLE_COMPILE": "1"}  # or each process would call a C++ compiler for mlx-lm's fused activations
+LAUNCHER = Path(sys.executable).with_name("mlx.launch")
+
+
+def examples() -> list[Example]:
+    """Seven rows, in batches of three: the third holds one, and one of two processes has nothing to do."""
+    rng = np.random.default_rng(0)
+    draw = lambda n: tuple(rng.integers(1, 300, n).tolist())  # noqa: E731
+    return [Example(draw(p), draw(c), i % 2 == 0) for i, (p, c) in enumerate([(3, 9), (5, 2), (9, 4)] * 2 + [(2, 5)])]
+
+
+def run(model: Path, kind: Any, output: Path, die_at: int | None = None) -> None:
+    """One process of a run; leaves its norms and what it is to save in `output`, and the trained weights."""
+    settings = OptimizerConfig(learning_rate=1e-3, warmup_steps=0)
+    engine = MLXBackend().load(
+        model, device="cpu", fine_tune_type=kind, lora=LoraConfig(rank=4), optimizer=settings, seed=5
+    )
+    us = engine.processes
+    cut = Cut(2, multiple_of=us.count)
+    reference = ReferenceCache(engine.reference_log_odds)
+    reference.fill(my_share(examples(), cut, us), us)  # before the first step, for where all weights are trained
+    plan = steps(
+        Rows(examples(), 0),
+        batch_size=3,
+        num_steps=NUM_STEPS,
+        optimizer=settings,
+        cut=cut,
+        reference=reference,
+        processes=us,
+    )
+    norms, tokens = [], []
+
+    def done(step: Step, stats: list[TokenStats], norm: float) -> None:
+        norms.append(norm)
+        tokens.append(sum(len(s.token_loss) for s in stats))
+        if die_at == step.number and us.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    engine.fit(plan, done, 1.0)
+    state = {name: x.array if isinstance(x, Piece) else x for name, x in engine.state().items()}
+    np.savez(output / f"rank{us.rank}.npz", **state, norms=norms, tokens=tokens)
+    engine.model.eval()
+    np.save(output / f"logits{us.rank}.npy", np.array(engine.model(mx.arange(1, 60)[None])))
+    engine.save(output / "trained")
+
+
+def launched(model: Path, kind: str, output: Path) -> None:
+    command = [LAUNCHER, "-n", "2", "--backend", "ring", "--starting-port", free_ports(), "--", sys.executable]
+    command += [Path(__file__).resolve(), model, kind, output]
+    result = subprocess.run(
+        [*map(str, command)],
+        env=os.environ | QUICK,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0 and (output / "rank1.npz").exists(), result.stdout + result.stderr
+
+
+def free_ports() -> int:
+    """The first of two."""
+    for port in range(20000 + os.getpid() % 20000, 60000, 2):
+        try:
+            for p in (port, port + 1):
+                with socket.socket() as s:
+                    s.bind(("127.0.0.1", p))
+        except OSError:
+            continue
+        return port
+    raise AssertionError("no free ports")
+
+
+@pytest.mark.skipif(not LAUNCHER.exists(), reason="mlx.launch is not installed")
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_two_processes_take_the_steps_of_one(tiny_model, tmp_path, kind):
+    pair, alone = tmp_path / "pair", tmp_path / "alone"
+    for folder in (pair, alone):
+        folder.mkdir()
+    launched(tiny_model, kind, pair)
+    run(tiny_model, kind, alone)
+    expected, first, second = (np.load(path) for path in (alone / "rank0.npz", pair / "rank0.npz", pair / "rank1.npz"))
+    assert set(second) == {"norms", "tokens", "random/key"} and set(first) == set(expected)
+    np.testing.assert_array_equal(first["tokens"] + second["tokens"], expected["tokens"])
+    assert 0 in (*first["tokens"], *second["tokens"]), "a process with nothing to do is put to the test"
+    np.testing.assert_array_equal(first["norms"], second["norms"])
+    np.testing.assert_allclose(first["norms"], expected["norms"], rtol=1e-4)
+    assert not np.array_equal(first["random/key"], second["random/key"]), "each process drops values of its own"
+    weights = [name for name in expected if name.startswith("weights/")]
+    for name in weights:
+        difference = np.abs(first[name] - expected[name])
+        assert difference.max() < 1e-3 * NUM_STEPS / 10 and difference.mean() < 1e-3 * NUM_STEPS / 1000, name
+    logits = [np.load(pair / f"logits{rank}.npy") for rank in (0, 1)]
+    np.testing.assert_array_equal(*logits)  # what only the first saves, the second has to the bit
+    trained = {"adapter": pair / "trained"} if kind == "lora" else {}
+    engine = MLXBackend().load(tiny_model if trained else pair / "trained", device="cpu", **trained)
+    np.testing.assert_array_equal(np.array(engine.model(mx.arange(1, 60)[None])), logits[0])
+
+
+def test_when_a_process_dies_the_others_stop(tiny_model, tmp_path):
+    port = free_ports()
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in (0, 1)]))
+    command = [sys.executable, str(Path(__file__).resolve()), str(tiny_model), "lora", str(tmp_path), "2"]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env=os.environ | QUICK | {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        assert ranks[1].wait(60) == -signal.SIGKILL
+        died = time.monotonic()
+        output = ranks[0].communicate(timeout=60)[0]
+        assert "another process of this run has ended" in output and ranks[0].returncode == 1, output
+        assert time.monotonic() - died < 60, "within a minute"
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+
+
+class Group:
+    """Of two processes, this being the first."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 2
+
+
+def test_what_does_not_arrive_whole_is_not_believed(monkeypatch):
+    """MLX's ring returns what is in memory when a process dies meanwhile: nothing, or what came before."""
+    us, arrived = module.MLXProcesses(Group()), []  # type: ignore[arg-type]
+
+    def all_gather(x: mx.array, group: Any) -> mx.array:
+        arrived.append(mx.concatenate([x, x]))
+        return arrived[-1]
+
+    monkeypatch.setattr(mx.distributed, "all_gather", all_gather)
+    assert us.gather_bytes(b"abc") == [b"abc", b"abc"] and us.gather_bytes(b"") == [b"", b""]
+    lengths, data = arrived[:2]
+    for at_lengths, at_data in (
+        (mx.zeros_like(lengths), data),
+        (lengths, data),
+        (None, mx.zeros_like(data)),
+        (None, data),
+    ):
+        answers = iter([at_lengths, at_data])
+
+        def late(x: mx.array, group: Any) -> mx.array:
+            answer = next(answers)  # noqa: B023
+            return mx.concatenate([x, x]) if answer is None else answer
+
+        monkeypatch.setattr(mx.distributed, "all_gather", late)
+        with pytest.raises(TrainingStopped, match="did not arrive"):
+            us.gather_bytes(b"abc")
+
+
+def test_alone_nothing_is_sent_and_gradients_travel_in_buckets(monkeypatch):
+    assert module.processes() is ALONE
+    arrays = {
+        name: mx.arange(size, dtype=mx.float32).reshape(-1, 2) for name, size in zip("abcd", (2, 4, 6, 8), strict=True)
+    }
+    assert module.sum_over(ALONE, arrays) is arrays
+    sent = []
+
+    def all_sum(x: mx.array, group: Any) -> mx.array:
+        sent.append(x.size)
+        return x * 2
+
+    two = module.MLXProcesses(Group())  # type: ignore[arg-type]
+    monkeypatch.setattr(two, "gather_bytes", lambda data: [data, data])
+    monkeypatch.setattr(mx.distributed, "all_sum", all_sum)
+    monkeypatch.setattr(module, "BUCKET_BYTES", 24)
+    summed = module.sum_over(two, arrays)
+    assert sent == [6, 6, 8] and list(summed) == list(arrays)
+    for name, array in arrays.items():
+        assert mx.array_equal(summed[name], 2 * array)
+
+
+if __name__ == "__main__":
+    try:
+        model, kind, output, *die_at = sys.argv[1:]
+        run(Path(model), kind, Path(output), *map(int, die_at))
+    except TrainingStopped as error:
+        sys.exit(str(error))
