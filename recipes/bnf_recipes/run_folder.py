@@ -64,9 +64,9 @@ class RunFolder:
         try:
             if held:  # the metrics go last: as long as they are there, the folder counts as holding a run
                 shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
-                for name in ("adapter", "model"):
+                for name in ("adapter", "model", "tensorboard"):
                     shutil.rmtree(self.path / name, ignore_errors=True)
-                for name in ("samples.jsonl", "samples.md", "metrics.jsonl"):
+                for name in ("samples.jsonl", "samples.md", "trackers.json", "metrics.jsonl"):
                     (self.path / name).unlink(missing_ok=True)
             self.path.mkdir(parents=True, exist_ok=True)
             self._write_config()
