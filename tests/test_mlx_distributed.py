@@ -30,6 +30,7 @@ from bnf_mlx import processes as module
 from bnf_mlx.backend import MLXBackend
 
 NUM_STEPS = 6
+KINDS = ["lora", "full"]
 QUICK = {"MLX_DISABLE_COMPILE": "1"}  # or each process would call a C++ compiler for mlx-lm's fused activations
 LAUNCHER = Path(sys.executable).with_name("mlx.launch")
 
@@ -41,8 +42,10 @@ def examples() -> list[Example]:
     return [Example(draw(p), draw(c), i % 2 == 0) for i, (p, c) in enumerate([(3, 9), (5, 2), (9, 4)] * 2 + [(2, 5)])]
 
 
-def run(model: Path, kind: Any, output: Path, die_at: int | None = None) -> None:
-    """One process of a run; leaves its norms and what it is to save in `output`, and the trained weights."""
+def run(model: Path, kind: Any, output: Path, die_at: int = -1) -> None:
+    """One process of a run; leaves its norms and what it is to save in `output/kind`, and the trained weights."""
+    output = output / kind
+    output.mkdir(exist_ok=True)
     settings = OptimizerConfig(learning_rate=1e-3, warmup_steps=0)
     engine = MLXBackend().load(
         model, device="cpu", fine_tune_type=kind, lora=LoraConfig(rank=4), optimizer=settings, seed=5
@@ -76,9 +79,9 @@ def run(model: Path, kind: Any, output: Path, die_at: int | None = None) -> None
     engine.save(output / "trained")
 
 
-def launched(model: Path, kind: str, output: Path) -> None:
+def launched(model: Path, output: Path) -> None:
     command = [LAUNCHER, "-n", "2", "--backend", "ring", "--starting-port", free_ports(), "--", sys.executable]
-    command += [Path(__file__).resolve(), model, kind, output]
+    command += [Path(__file__).resolve(), model, output, *KINDS]
     result = subprocess.run(
         [*map(str, command)],
         env=os.environ | QUICK,
@@ -87,7 +90,7 @@ def launched(model: Path, kind: str, output: Path) -> None:
         text=True,
         timeout=120,
     )
-    assert result.returncode == 0 and (output / "rank1.npz").exists(), result.stdout + result.stderr
+    assert result.returncode == 0 and (output / "full" / "rank1.npz").exists(), result.stdout + result.stderr
 
 
 def free_ports() -> int:
@@ -103,14 +106,20 @@ def free_ports() -> int:
     raise AssertionError("no free ports")
 
 
-@pytest.mark.skipif(not LAUNCHER.exists(), reason="mlx.launch is not installed")
-@pytest.mark.parametrize("kind", ["lora", "full"])
-def test_two_processes_take_the_steps_of_one(tiny_model, tmp_path, kind):
-    pair, alone = tmp_path / "pair", tmp_path / "alone"
-    for folder in (pair, alone):
-        folder.mkdir()
-    launched(tiny_model, kind, pair)
-    run(tiny_model, kind, alone)
+@pytest.fixture(scope="module")
+def pairs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes leave, for each kind."""
+    if not LAUNCHER.exists():
+        pytest.skip("mlx.launch is not installed")
+    output = tmp_path_factory.mktemp("pairs")
+    launched(tiny_model, output)
+    return output
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_take_the_steps_of_one(tiny_model, pairs, tmp_path, kind):
+    pair, alone = pairs / kind, tmp_path / kind
+    run(tiny_model, kind, tmp_path)
     expected, first, second = (np.load(path) for path in (alone / "rank0.npz", pair / "rank0.npz", pair / "rank1.npz"))
     assert set(second) == {"norms", "tokens", "random/key"} and set(first) == set(expected)
     np.testing.assert_array_equal(first["tokens"] + second["tokens"], expected["tokens"])
@@ -133,11 +142,11 @@ def test_when_a_process_dies_the_others_stop(tiny_model, tmp_path):
     port = free_ports()
     hosts = tmp_path / "hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in (0, 1)]))
-    command = [sys.executable, str(Path(__file__).resolve()), str(tiny_model), "lora", str(tmp_path), "2"]
+    command = [sys.executable, str(Path(__file__).resolve()), str(tiny_model), str(tmp_path), "lora"]
     ranks = [
         subprocess.Popen(
             command,
-            env=os.environ | QUICK | {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
+            env=os.environ | QUICK | {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank), "DIE_AT": "2"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -218,7 +227,7 @@ def test_alone_nothing_is_sent_and_gradients_travel_in_buckets(monkeypatch):
 
 if __name__ == "__main__":
     try:
-        model, kind, output, *die_at = sys.argv[1:]
-        run(Path(model), kind, Path(output), *map(int, die_at))
+        for kind in sys.argv[3:]:
+            run(Path(sys.argv[1]), kind, Path(sys.argv[2]), int(os.environ.get("DIE_AT", "-1")))
     except TrainingStopped as error:
         sys.exit(str(error))

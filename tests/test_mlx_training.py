@@ -27,7 +27,7 @@ from bnf_mlx.adapter import DoRALinear, add_adapter
 from bnf_mlx.backend import MLXBackend
 from bnf_mlx.engine import MLXEngine
 from bnf_mlx.losses import bnf_token_loss, token_log_odds
-from bnf_mlx.model import Checkpoint, completion_logits, load_model
+from bnf_mlx.model import Checkpoint, completion_logits, dense_weight, load_model
 from bnf_mlx.trainer import MicroStep
 
 CPU = mx.Device(mx.cpu)
@@ -445,7 +445,7 @@ def test_dora_is_its_definition_and_starts_as_the_layer_itself(bias, bits):
     assert {name for name, _ in tree_flatten(layer.trainable_parameters())} == {"m", "lora_a", "lora_b"}
     layer.lora_b = mx.random.normal((4, 32))
     layer.m = layer.m * (1 + 0.3 * mx.random.normal((32,)))
-    weight = layer._dequantized_weight()
+    weight = dense_weight(base)
 
     def definition(p: dict[str, mx.array]) -> mx.array:
         adapted = weight + 3.0 * (p["lora_a"] @ p["lora_b"]).T

@@ -10,12 +10,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner import dora, lora
 
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
 from bnf_core.files import replacing
 from bnf_core.lora import initial_lora_a
+from bnf_mlx.model import dense_weight
 
 
 class Dropout(nn.Dropout):
@@ -33,27 +33,28 @@ class Dropout(nn.Dropout):
         return mx.where(kept, x * (1 / self._p_1), 0)
 
 
-class DoRALinear(dora.DoRALinear):
+class DoRALinear(nn.Module):
     """Weight-decomposed low-rank adaptation (DoRA, arXiv 2402.09353), in the form in which PEFT computes it.
 
         y = (m / ‖W + scale · B A‖) · (W + scale · B A) x + bias        norms of rows, without gradient (section 4.3)
 
     mlx-lm's own class computes the same from the dequantised weights, and keeps these for the backward pass. This
-    one leaves W x to the layer itself, quantised or not, and adds to it: with B = 0 the result is the layer's own to
-    the last bit, and a quantised model stays small. Dropout acts on the low-rank path alone.
+    one, of the same parameters, leaves W x to the layer itself, quantised or not, and adds to it: with B = 0 the
+    result is the layer's own to the last bit, and a quantised model stays small. Dropout acts on the low-rank path.
     """
 
-    @classmethod
-    def of(cls, other: dora.DoRALinear) -> "DoRALinear":
-        """With the weights of mlx-lm's own."""
-        mine = cls(1, 1, r=1, scale=other.scale)
-        mine.linear, mine.dropout = other.linear, other.dropout
-        mine.m, mine.lora_a, mine.lora_b = other.m, other.lora_a, other.lora_b
-        return mine
+    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float):
+        super().__init__()
+        self.linear = linear
+        self.scale = scale
+        self.dropout = Dropout(dropout)
+        weight = dense_weight(linear)
+        self.m = mx.linalg.norm(weight.astype(mx.float32), axis=1)  # (out,)
+        self.lora_a = mx.zeros((weight.shape[1], rank))
+        self.lora_b = mx.zeros((rank, weight.shape[0]))
 
     def __call__(self, x: mx.array) -> mx.array:
-        weight = self._dequantized_weight()  # (out, in)
-        adapted = weight + (self.scale * self.lora_b.T) @ self.lora_a.T
+        adapted = dense_weight(self.linear) + (self.scale * self.lora_b.T) @ self.lora_a.T  # (out, in)
         stretch = self.m / mx.stop_gradient(mx.linalg.norm(adapted, axis=1))  # (out,)
         base = self.linear(x)
         product = base - self.linear.bias if "bias" in self.linear else base
@@ -67,6 +68,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int, kind: FineTuneT
     Raises:
         UserError: a target that is no linear layer of this model's decoder layers.
     """
+    from mlx_lm.tuner.lora import LoRALinear
+
     linear = sorted({name for layer in model.layers for name, m in layer.named_modules() if _is_linear(m)})
     if config.targets == ["all-linear"]:
         keys = set(linear)
@@ -77,12 +80,17 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int, kind: FineTuneT
                 f"lora.targets: no linear layer is called {', '.join(unknown)}; "
                 f"this model has {', '.join(sorted(set(map(_last, linear))))}"
             )
-    new = dora.DoRALinear.from_base if kind == "dora" else lora.LoRALinear.from_base
+
+    def adapted(linear: Any) -> nn.Module:
+        if kind == "dora":
+            return DoRALinear(linear, config.rank, config.scale, config.dropout)
+        return LoRALinear.from_base(linear, r=config.rank, scale=config.scale, dropout=config.dropout)
+
     for layer in model.layers:
         chosen = [(name, module) for name, module in layer.named_modules() if name in keys and _is_linear(module)]
-        _put(layer, [(name, new(m, r=config.rank, scale=config.scale, dropout=config.dropout)) for name, m in chosen])
+        _put(layer, [(name, adapted(module)) for name, module in chosen])
     for name, module in _adapted(model):
-        a = initial_lora_a(name, config.rank, _in_features(_base(module)), seed)  # (r, in)
+        a = initial_lora_a(name, config.rank, dense_weight(module.linear).shape[1], seed)  # (r, in)
         module.lora_a = mx.array(a.T)  # (in, r)
     return _made_ours(model)
 
@@ -194,10 +202,15 @@ def _config(model: nn.Module, adapted: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _made_ours(model: nn.Module) -> nn.Module:
-    """With this module's dropout and DoRA in the places of mlx-lm's."""
-    for _, module in _adapted(model):
+    """With this module's dropout and DoRA in the places of mlx-lm's, and in evaluation mode."""
+    ours = []
+    for name, module in _adapted(model):
         module.dropout = Dropout(_dropout(module))
-    _put(model, [(name, DoRALinear.of(m)) for name, m in _adapted(model) if isinstance(m, dora.DoRALinear)])
+        if "m" in module and "linear" in module and not isinstance(module, DoRALinear):
+            mine = DoRALinear(module.linear, module.lora_a.shape[1], module.scale, _dropout(module))
+            mine.m, mine.lora_a, mine.lora_b = module.m, module.lora_a, module.lora_b
+            ours.append((name, mine))
+    _put(model, ours)
     model.eval()  # new modules are in training mode, and would drop inputs
     return model
 
@@ -222,11 +235,6 @@ def _put(model: nn.Module, modules: list[tuple[str, Any]]) -> None:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.QuantizedLinear)
-
-
-def _in_features(linear: Any) -> int:
-    width = linear.weight.shape[1]
-    return width * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else width
 
 
 def _last(path: str) -> str:

@@ -111,10 +111,14 @@ def head_weight(model: nn.Module) -> mx.array:
     Raises:
         AttributeError: the model keeps its head elsewhere.
     """
-    head = _head(model)
-    if not isinstance(head, nn.QuantizedLinear | nn.QuantizedEmbedding):
-        return head.weight
-    return mx.dequantize(head.weight, head.scales, head.biases, head.group_size, head.bits, mode=head.mode)
+    return dense_weight(_head(model))
+
+
+def dense_weight(layer: Any) -> mx.array:
+    """(out, in), or (V, D); of a quantised layer, the weights it stands for."""
+    if not isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        return layer.weight
+    return mx.dequantize(layer.weight, layer.scales, layer.biases, layer.group_size, layer.bits, mode=layer.mode)
 
 
 def completion_hidden(
