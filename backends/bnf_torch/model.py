@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as progress
 
 from bnf_core.errors import UserError
 from bnf_core.families import normalised_config
 from bnf_core.protocol import TokenStats
+from bnf_core.quantization import Quantization, quantization_of
 from bnf_torch.linear import linear_bnf_loss
 from bnf_torch.losses import bnf_token_loss, token_log_odds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZED = ("quantization", "quantization_config")  # keys of the config of a model that MLX quantised
 
 
 def devices() -> list[str]:
@@ -54,22 +57,34 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def load_model(
     folder: Path, device: torch.device, dtype: torch.dtype, *, load_in_4bit: bool = False
 ) -> PreTrainedModel:
-    """A frozen model in evaluation mode; safetensors only, no code from the checkpoint.
+    """A frozen model in evaluation mode; safetensors only, no code from the checkpoint. Of one that MLX quantised, the
+    weights that it stands for.
 
     Args:
         dtype: of the weights, or with `load_in_4bit` of what is computed with them.
         load_in_4bit: quantise the linear layers to NF4 (arXiv 2305.14314) while loading.
     Raises:
-        UserError: transformers cannot read it, tensors are missing, or 4-bit weights without CUDA and bitsandbytes.
+        UserError: transformers cannot read it, tensors are missing, or 4-bit weights without CUDA and bitsandbytes,
+            or of a quantised model.
     """
     for chatty in ("transformers.modeling_utils", "transformers.distributed"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     options = _in_4bit(device, dtype) if load_in_4bit else {}
+    quantization = quantization_of(folder)
+    if quantization is not None and load_in_4bit:
+        raise UserError(f"{folder} is quantised already: leave out hardware.load_in_4bit")
+    common: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        loaded: Any
+        if quantization is None:
+            loaded = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **common, **options)
+        else:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+            for key in QUANTIZED:  # transformers would look for a quantiser of its own
+                config.__dict__.pop(key, None)
+            family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+            loaded = family.from_pretrained(None, config=config, state_dict=_dequantized(quantization, dtype), **common)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise UserError(f"{folder}: transformers cannot load this model: {error}") from error
     model, info = loaded
     if absent := sorted(info["missing_keys"]):
@@ -79,6 +94,19 @@ def load_model(
         )
     model.requires_grad_(False)
     return (model if load_in_4bit else model.to(device)).eval()
+
+
+def _dequantized(quantization: Quantization, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All tensors of a checkpoint that MLX quantised."""
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(quantization.folder.glob("model*.safetensors")):
+        tensors |= load_file(path)
+    for layer in [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]:
+        packed = tensors[f"{layer}.weight"].numpy()
+        scales, biases = (tensors.pop(f"{layer}.{part}").to(dtype).float().numpy() for part in ("scales", "biases"))
+        weight = quantization.dequantize(layer, packed, scales, biases, str(dtype).removeprefix("torch."))
+        tensors[f"{layer}.weight"] = torch.from_numpy(weight).to(dtype)
+    return tensors
 
 
 def _in_4bit(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -116,7 +144,8 @@ def save_model(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Pa
         if path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json"):
             shutil.copyfile(path, folder / path.name)
     config = normalised_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    config.pop("torch_dtype", None)
+    for key in ("torch_dtype", *QUANTIZED):  # of the source: these are plain tensors
+        config.pop(key, None)
     config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
