@@ -40,6 +40,7 @@ ROWS, MAX_LENGTH = 8, 512  # of --data: enough to tell
 RANDOM_LENGTHS = (64, 41, 24, 9)
 RANK, ALPHA = 4, 0.04  # a small update: the policy stays near the reference, as in training
 SEED = 0
+HEADS = frozenset(("lm_head", "embed_out"))
 
 Trace = dict[str, tuple[Array, Array]]  # a module's input and output, by path, in the order in which they finished
 Config = dict[str, Any]
@@ -156,16 +157,16 @@ def rows(folder: Path, data: str | None, console: Console) -> Batch:
 
 
 def shared_targets(a: set[str], b: set[str]) -> list[str]:
-    """Names of linear layers that both backends have in exactly the same decoder layers; `all-linear` where that is
-    all there are.
+    """Names of linear layers that both backends have in exactly the same decoder layers; `all-linear` where these and
+    the head are all there are.
 
     Raises:
         UserError: there is none.
     """
-    a, b = ({path for path in paths if path.startswith("layers.")} for paths in (a, b))
-    if a and a == b:
+    a, b = a - HEADS, b - HEADS
+    if a and a == b and all(path.startswith("layers.") for path in a):
         return ["all-linear"]
-    names = {path.rpartition(".")[2] for path in a}
+    names = {path.rpartition(".")[2] for path in a if path.startswith("layers.")}
     shared = sorted(name for name in names if _called(name, a) == _called(name, b))
     if not shared:
         raise UserError("the backends have no linear layer of the same name in common: nothing to put an adapter on")
@@ -279,7 +280,7 @@ def diagnose(folder: Path, backends: list[str], input_ids: Array) -> Divergence 
             copy = _changed_copy(folder, Path(scratch), keys, value)
             try:
                 changed = _inspector(asked)(copy).trace(input_ids).get(module)
-            except UserError:  # the config no longer fits the weights: not this one
+            except Exception:  # a config that no longer fits, in whatever way the framework says so: not this one
                 continue
         if changed is not None and relative_error(changed[1], target) <= PARTS:
             meant = "none" if value in (None, NO_WINDOW) else value

@@ -1,0 +1,427 @@
+"""Every family of both libraries that can be had as a tiny random checkpoint, saved by transformers: the verified ones
+agree on both backends, the known differences are there, the unreadable ones stop. docs/models.md says the same."""
+
+# ruff: noqa: E402  (imports follow the check that both frameworks are installed)
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from rich.console import Console
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("mlx_lm")
+
+from bnf_core import families
+from bnf_core.errors import UserError
+from bnf_mlx.backend import MLXBackend
+from bnf_mlx.inspect import Inspector
+from bnf_recipes.check_model import Result, compare, rows, verdict
+
+DOCS = Path(__file__).parents[1] / "docs"
+Settings = dict[str, Any]
+
+BASE: Settings = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+HEAD: Settings = {"head_dim": 8}
+WINDOW: Settings = {"head_dim": 8, "sliding_window": 8, "num_hidden_layers": 4}  # rows are longer than it
+GPT2: Settings = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
+EXPERTS: Settings = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LOCAL_EXPERTS: Settings = {"num_local_experts": 4, "num_experts_per_tok": 2}
+ROUTED: Settings = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+}
+LATENT: Settings = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "num_key_value_heads": 4,
+    "rms_norm_eps": 1e-6,
+}
+DELTA: Settings = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 4,
+    "head_dim": 8,
+    "num_hidden_layers": 4,
+}
+
+
+def rope(kind: str = "default", base: float = 50_000.0, **settings: Any) -> Settings:
+    return {"rope_parameters": {"rope_type": kind, "rope_theta": base, **settings}}
+
+
+LONGROPE = rope(
+    "longrope",
+    short_factor=[1.1, 1.2, 1.3, 1.4],
+    long_factor=[2.0, 3.0, 4.0, 5.0],
+    original_max_position_embeddings=100,
+)
+YARN = {"factor": 4.0, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 32}
+MAMBA_JAMBA: Settings = {
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 4,
+    "attn_layer_offset": 1,
+    "attn_layer_period": 2,
+    "expert_layer_offset": 1,
+    "expert_layer_period": 2,
+    "use_mamba_kernels": False,
+    "num_experts": 1,
+}
+
+VERIFIED: dict[str, Settings] = {
+    "afmoe": EXPERTS | WINDOW | {"num_dense_layers": 1},
+    "apertus": {},
+    "cohere": {"logit_scale": 0.5},
+    "cohere2": WINDOW,
+    "deepseek_v2": ROUTED | LATENT | HEAD | rope("yarn", mscale=0.7, mscale_all_dim=0.7, **YARN),
+    "deepseek_v3": ROUTED | LATENT | HEAD | {"num_nextn_predict_layers": 0},
+    "dots1": ROUTED | HEAD,
+    "ernie4_5": {},
+    "exaone4": WINDOW,
+    "exaone_moe": WINDOW | EXPERTS,
+    "falcon_h1": HEAD
+    | {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1},
+    "gemma2": HEAD | {"final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0, "sliding_window": 64},
+    "gemma3_text": WINDOW | {"hidden_size": 64, "num_hidden_layers": 6},  # √64 is a bfloat16 number
+    "gemma4_text": WINDOW
+    | {"num_hidden_layers": 6, "global_head_dim": 16}
+    | {"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8},
+    "glm4": HEAD,
+    "glm4_moe": ROUTED | HEAD | {"n_group": 1},
+    "glm4_moe_lite": ROUTED | LATENT | {"n_group": 1},
+    "gpt2": GPT2,
+    "gpt_bigcode": GPT2 | {"n_inner": 64, "activation_function": "gelu"},
+    "gpt_neox": {"intermediate_size": 128, "hidden_act": "gelu_pytorch_tanh"},
+    "gptj": GPT2 | {"rotary_dim": 4},
+    "granite": {
+        "logits_scaling": 2.0,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+    },
+    "granitemoe": LOCAL_EXPERTS,
+    "granitemoehybrid": LOCAL_EXPERTS
+    | {"shared_intermediate_size": 32, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
+    | {"layer_types": ["linear_attention", "full_attention"]},
+    "helium": HEAD,
+    "hunyuan_v1_dense": HEAD,
+    "lfm2": {"block_multiple_of": 8, "layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": EXPERTS | {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
+    "llama": rope(),
+    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1},
+    "minicpm3": LATENT | HEAD | LONGROPE | {"tie_word_embeddings": False},
+    "minimax_m2": LOCAL_EXPERTS | HEAD | {"rotary_dim": 4},
+    "ministral3": HEAD,
+    "mistral": rope() | {"sliding_window": None},
+    "mixtral": LOCAL_EXPERTS | {"sliding_window": None},
+    "nemotron": {},
+    "nemotron_h": {},
+    "olmo2": {},
+    "olmo3": WINDOW,
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "phi": {},
+    "phi3": LONGROPE | {"original_max_position_embeddings": 100, "sliding_window": None},
+    "phimoe": LOCAL_EXPERTS | {"attention_bias": True, "lm_head_bias": True, "sliding_window": None},
+    "qwen2": rope(),
+    "qwen2_moe": EXPERTS | rope() | {"shared_expert_intermediate_size": 16},
+    "qwen3": HEAD | rope("yarn", **YARN),
+    "qwen3_5_text": DELTA,
+    "qwen3_moe": EXPERTS | HEAD,
+    "qwen3_next": EXPERTS | DELTA | {"shared_expert_intermediate_size": 16},
+    "seed_oss": HEAD,
+    "smollm3": rope() | {"num_hidden_layers": 4},  # every fourth layer has no positions
+    "solar_open": HEAD | {"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2},
+    "stablelm": {},
+    "starcoder2": rope() | {"hidden_act": "gelu"},
+}
+
+LINEAR = rope("linear", factor=4.0)
+# (family, settings, part of the note, part of what check-model finds)
+DIFFERENT: list[tuple[str, Settings, str, str]] = [
+    ("glm", HEAD, "a part of 0.5", "partial rotary factor: the config says 0.5, and mlx computes as if it were 1.0"),
+    (
+        "ernie4_5_moe",
+        {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_layer_start_index": 1},
+        "correction bias",
+        "layers.1.mlp",
+    ),
+    ("jamba", MAMBA_JAMBA | {"num_experts": 4, "num_experts_per_tok": 2}, "over all 4", "layers.1.feed_forward"),
+    (
+        "dbrx",
+        {
+            "d_model": 32,
+            "n_heads": 4,
+            "n_layers": 2,
+            "ffn_config": {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32},
+            "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 50_000.0},
+        },
+        "attn_config",
+        "RoPE base: the config says 10000.0, and mlx computes as if it were 50000.0",
+    ),
+    *(
+        (family, VERIFIED.get(family, HEAD) | LINEAR, "RoPE scaling", "RoPE scaling: the config says linear")
+        for family in sorted(families.UNSCALED - {"glm"})
+    ),
+    ("minicpm3", VERIFIED["minicpm3"] | {"tie_word_embeddings": True}, "tied head", "the model's output"),
+    ("gemma", HEAD, "GELU", "activation: the config says gelu_pytorch_tanh, and mlx computes as if it were gelu"),
+    ("gpt_bigcode", GPT2 | {"n_inner": 64}, "GELU", "activation"),
+    ("starcoder2", rope(), "GELU", "as if it were gelu"),
+    ("gpt_neox", {"intermediate_size": 128}, "GELU", "as if it were gelu_pytorch_tanh"),
+    ("gemma3_text", WINDOW | {"num_hidden_layers": 6}, "√32", "embed_tokens"),
+    ("falcon_mamba", {"state_size": 8}, "dt_proj", "dt_proj"),
+    ("jamba", MAMBA_JAMBA, "dt_proj", "dt_proj"),
+    ("mamba", {"state_size": 8}, "dt_proj", "dt_proj"),
+    (
+        "glm4_moe_lite",
+        VERIFIED["glm4_moe_lite"] | {"rms_norm_eps": 1e-3},
+        "epsilon is 0.001",
+        "layers.0.self_attn.q_a_layernorm",
+    ),
+    ("mistral", {"sliding_window": 8}, "more than 8 tokens", "sliding window: the config says 8"),
+    (
+        "qwen2",
+        {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 0},
+        "more than 8",
+        "as if it were none",
+    ),
+    (
+        "phi3",
+        VERIFIED["phi3"]
+        | {"original_max_position_embeddings": 32}
+        | {"rope_parameters": LONGROPE["rope_parameters"] | {"original_max_position_embeddings": 32}},
+        "more than 32 tokens",
+        "layers.0.self_attn",
+    ),
+]
+
+UNREADABLE: dict[str, Settings] = {
+    "bitnet": {},
+    "gpt_oss": LOCAL_EXPERTS | WINDOW,
+    "llama4_text": HEAD | {"intermediate_size_mlp": 64, "num_local_experts": 4},
+    "mimo_v2_flash": {},
+    "minimax": LOCAL_EXPERTS | HEAD,
+    "nanochat": {},
+    "olmo": {},
+    "olmo_hybrid": {},
+    "qwen3_5_moe_text": EXPERTS | DELTA | {"shared_expert_intermediate_size": 16},
+    "recurrent_gemma": {"num_key_value_heads": 1, "num_hidden_layers": 3, "attention_window_size": 8},
+}
+
+
+def make(folder: Path, family: str, settings: Settings) -> Path:
+    """A tiny checkpoint of the family, as transformers saves it (gpt2: under the names it was published with)."""
+    from safetensors.numpy import load_file, save_file
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    settings = copy.deepcopy(({} if family == "dbrx" else BASE) | settings)  # transformers writes into what it is given
+    config = CONFIG_MAPPING[family](**settings)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for p in model.parameters():  # initial weights give logits too flat to tell positions apart
+            p.add_(torch.randn_like(p) * (0.1 if p.ndim > 1 else 0.03))
+        for name, b in model.named_buffers():  # a router's corrections, zero at first
+            if "bias" in name and b.is_floating_point():
+                b.add_(torch.randn_like(b) * 0.1)
+    model.save_pretrained(folder)
+    if family == "gpt2":
+        weights = load_file(folder / "model.safetensors")
+        weights = {name.removeprefix("transformer."): w for name, w in weights.items()}
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def checked(folder: Path) -> Result:
+    return compare(folder, ["torch", "mlx"], rows(folder, None, Console()))
+
+
+@pytest.mark.parametrize("family", VERIFIED)
+def test_a_verified_family_agrees(family: str, tmp_path: Path) -> None:
+    result = checked(make(tmp_path, family, VERIFIED[family]))
+    assert result.agree, (result.comparisons, result.divergence)
+    assert result.gradients
+    MLXBackend().load(tmp_path, device="cpu")  # and is not refused
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "note", "found"), [pytest.param(*case, id=f"{case[0]}: {case[2]}") for case in DIFFERENT]
+)
+def test_a_known_difference_is_there_and_is_told(
+    family: str, settings: Settings, note: str, found: str, tmp_path: Path
+) -> None:
+    folder = make(tmp_path, family, settings)
+    result = checked(folder)
+    assert not result.agree
+    assert any(note in text for text in families.mlx_notes(folder))
+    told = "\n".join(line for line in verdict(result) if not line.startswith("note:"))
+    assert found in told
+    if any(note in text for text in wrong(folder)):
+        with pytest.raises(UserError, match="is not computed right on MLX"):
+            MLXBackend().load(folder, device="cpu")
+    else:
+        MLXBackend().load(folder, device="cpu")
+
+
+def wrong(folder: Path) -> list[str]:
+    try:
+        families.require_right_on_mlx(folder)
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+@pytest.mark.parametrize("family", UNREADABLE)
+def test_an_unreadable_family_stops_mlx(family: str, tmp_path: Path) -> None:
+    folder = make(tmp_path, family, UNREADABLE[family])
+    with pytest.raises(UserError, match=r"mlx-lm cannot load this model|needs another package"):
+        Inspector(folder)
+
+
+def test_everything_that_is_claimed_is_tested() -> None:
+    assert VERIFIED.keys() | {family for family, *_ in DIFFERENT} >= families.VERIFIED >= VERIFIED.keys()
+    assert UNREADABLE.keys() == families.UNREADABLE.keys()
+    assert not families.VERIFIED & families.UNREADABLE.keys()
+    notes = " ".join(note for _, _, note, _ in DIFFERENT)
+    for difference in families.DIFFERENCES:
+        fixed = [part for part in difference.what.replace("{", "}").split("}")[::2] if part]
+        assert any(word in difference.what or any(word in part for part in fixed) for word in notes.split())
+
+
+# What mlx-lm reads
+
+
+def test_rope_settings_move_to_where_mlx_lm_reads_them() -> None:
+    llama3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
+    config = {"rope_parameters": llama3 | {"partial_rotary_factor": 0.5}}
+    normalised = families.normalised_config(config)
+    assert normalised["rope_theta"] == 500000.0
+    assert normalised["partial_rotary_factor"] == 0.5
+    assert normalised["rope_scaling"]["rope_type"] == normalised["rope_scaling"]["type"] == "llama3"
+    assert normalised["rope_scaling"]["low_freq_factor"] == 1.0
+    assert list(config) == ["rope_parameters"], "the caller's dictionary is not changed"
+    by_layer = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
+    normalised = families.normalised_config({"text_config": {"rope_parameters": by_layer}})["text_config"]
+    assert (normalised["rope_theta"], normalised["rope_local_base_freq"]) == (1e6, 1e4)
+    assert normalised["rope_scaling"] is None
+    kept = families.normalised_config({"rope_theta": 7.0, "rope_parameters": {"rope_theta": 8.0}})
+    assert kept["rope_theta"] == 7.0
+
+
+def test_a_config_of_before_a_renaming_keeps_what_it_says() -> None:
+    old = {"model_type": "gpt_neox", "rotary_emb_base": 20_000, "rotary_pct": 0.5}
+    assert families.normalised_config(old).items() >= old.items()
+
+
+def test_defaults_and_renamed_keys_are_found_inside_a_text_config_too(tmp_path: Path) -> None:
+    config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "hidden_size": 48}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    text = families.mlx_config(tmp_path)["text_config"]
+    assert text["hidden_size"] == 48 and text["num_attention_heads"] == 8
+    assert (text["rope_theta"], text["rope_local_base_freq"]) == (1e6, 1e4)
+
+
+def test_infinity_is_a_number() -> None:
+    config = {"time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    assert families.normalised_config(config)["time_step_limit"] == [0.0, float("inf")]
+
+
+@pytest.mark.parametrize(
+    ("torch_name", "mlx_name", "path"),
+    [
+        ("model.layers.3.mlp", "model.layers.3.mlp", "layers.3.mlp"),
+        ("gpt_neox.layers.0", "model.h.0", "layers.0"),
+        ("model.embed_tokens", "language_model.model.embed_tokens", "embed_tokens"),
+        ("lm_head", "lm_head", "lm_head"),
+        ("", "", ""),
+    ],
+)
+def test_modules_go_by_one_path(torch_name: str, mlx_name: str, path: str) -> None:
+    assert families.module_path(torch_name) == families.module_path(mlx_name) == path
+
+
+# Training
+
+
+def test_training_a_family_that_was_not_compared_says_so(
+    tiny_model: Path,
+    feedback: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from bnf_recipes import cli
+
+    monkeypatch.setenv("LD_PRELOAD", "")
+    command = f"train --model {tiny_model} --data {feedback} --max-steps 1 --output {tmp_path}/run --backend"
+    monkeypatch.setattr(families, "VERIFIED", frozenset())
+    assert cli.run([*command.split(), "mlx"]) == 0
+    assert "llama has not been compared" in " ".join(capsys.readouterr().out.split())
+    assert cli.run([*command.split(), "torch", "--overwrite"]) == 0
+    assert "not been compared" not in capsys.readouterr().out
+
+
+def test_training_a_family_known_to_be_wrong_is_refused(
+    feedback: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bnf_recipes import cli
+
+    monkeypatch.setenv("LD_PRELOAD", "")
+    folder = make(tmp_path / "model", "glm", HEAD | {"vocab_size": 304})
+    tiny.make_tokenizer(folder)
+    command = f"train --model {folder} --data {feedback} --max-steps 1 --output {tmp_path}/run --backend mlx"
+    assert cli.run(command.split()) == 2
+    assert "--backend torch" in capsys.readouterr().err
+
+
+# docs/models.md
+
+
+def described() -> str:
+    """What the tables of bnf_core.families say, for docs/models.md."""
+    lines = ["## Verified", "", ", ".join(f"`{name}`" for name in sorted(families.VERIFIED)), ""]
+    for title, is_wrong in (("Refused on MLX", True), ("Small or conditional differences", False)):
+        lines += [f"## {title}", "", "| family | difference |", "|---|---|"]
+        for difference in families.DIFFERENCES:
+            if difference.wrong == is_wrong:
+                names = ", ".join(f"`{name}`" for name in sorted(difference.families)) or "any"
+                lines.append(f"| {names} | {difference.what.replace('{', '`').replace('}', '`')} |")
+        lines.append("")
+    lines += [
+        "## Not readable",
+        "",
+        "Not by mlx-lm, as transformers saves them.",
+        "",
+        "| family | reason |",
+        "|---|---|",
+    ]
+    lines += [f"| `{name}` | {reason} |" for name, reason in sorted(families.UNREADABLE.items())]
+    return "\n".join(lines) + "\n"
+
+
+def test_the_page_says_what_the_tables_say() -> None:
+    assert described() in (DOCS / "models.md").read_text(), f"docs/models.md should hold:\n{described()}"
