@@ -140,8 +140,21 @@ def tokens_are_the_oracles(losses: Losses, x: Tokens) -> None:
 
 
 def heads_are_the_oracles(losses: Losses, x: Heads) -> None:
-    case = vectors.head_case("drawn", "", (x.dtype,), x.inputs, [x.chunk_tokens])
-    all_pass(checks.fused_head(Subject(losses, x.dtype), case))
+    """Gradients relative to the sum of what is added up in them, which a drawn head may well cancel to nothing."""
+    subject, e = Subject(losses, x.dtype), vectors.head_case("drawn", "", (x.dtype,), x.inputs, [x.chunk_tokens])
+    hidden, head, *_, coefficients = (a.astype(np.float64) for a in x.inputs.values())
+    grad = np.abs(oracle.token_loss(hidden @ head.T, x.inputs["targets"], x.inputs["ref_log_odds"])[1])
+    grad *= np.abs(coefficients)[:, None]
+    scales = {name: np.abs(e[name]) for name in ("log_odds", "other_entropy", "token_loss")}
+    # A sum of few tokens: what each may be off by, twice the tolerance of a sum of many, of which 1 is the floor.
+    scales["loss"] = 2 * (np.abs(coefficients) * np.maximum(e["token_loss"], 1.0)).sum()
+    scales["grad_hidden"] = (grad @ np.abs(head)).max(1, keepdims=True)
+    scales["grad_head"] = (grad.T @ np.abs(hidden)).max(1, keepdims=True)
+    for train_head in (False, True):
+        inputs = x.inputs.values()
+        got = losses.fused(*inputs, dtype=x.dtype, train_head=train_head, chunk_tokens=x.chunk_tokens)
+        quantities = [name for name in scales if train_head or name != "grad_head"]
+        all_pass(subject.measure("L2", q, getattr(got, q), e[q], scales[q], note=str(train_head)) for q in quantities)
 
 
 def batches_are_the_oracles(losses: Losses, x: tuple[str, Case]) -> None:
