@@ -192,7 +192,7 @@ DIFFERENT: list[tuple[str, Settings, str, str]] = [
     ("gpt_bigcode", GPT2 | {"n_inner": 64}, "GELU", "activation"),
     ("starcoder2", rope(), "GELU", "as if it were gelu"),
     ("gpt_neox", {"intermediate_size": 128}, "GELU", "as if it were gelu_pytorch_tanh"),
-    ("gemma3_text", WINDOW | {"num_hidden_layers": 6}, "√32", "embed_tokens"),
+    ("gemma3_text", WINDOW | {"num_hidden_layers": 6}, "√32", "what goes into layers.0"),
     ("falcon_mamba", {"state_size": 8}, "dt_proj", "dt_proj"),
     ("jamba", MAMBA_JAMBA, "dt_proj", "dt_proj"),
     ("mamba", {"state_size": 8}, "dt_proj", "dt_proj"),

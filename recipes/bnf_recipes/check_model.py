@@ -33,6 +33,7 @@ from bnf_recipes.feedback import load_split
 # the smallest mistake known, another GELU, 2e-5 to 6e-5. Gradients lose more digits: 1e-6, and 8e-4 on 30 layers.
 LOG_ODDS_TOLERANCE, LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4, 2e-3
 QUIET = 1e-3  # gradients below this part of the largest are measured against that part: they are rounding
+INPUT, OUTPUT = 0, 1
 # A module parts where its output is off by this much, and by so many times what its input was.
 PARTS, JUMP = 3e-5, 30
 
@@ -60,10 +61,10 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Divergence:
-    """The first module that parts."""
+    """Where the backends part."""
 
-    module: str
-    error: float  # of its output, relative
+    where: str  # a module's path, the model's output, or what goes into the first layer
+    error: float  # relative
     cause: str
 
 
@@ -266,37 +267,44 @@ KINDS = {  # by the last part of the module's path
 def diagnose(folder: Path, backends: list[str], input_ids: Array) -> Divergence | None:
     """The first module that parts, and its likely cause; None where every module's output agrees."""
     a, b = (_inspector(name)(folder).trace(input_ids) for name in backends)
-    module = first_to_part(a, b)
-    if module is None:
+    found = first_to_part(a, b)
+    if found is None:
         return None
-    error = relative_error(a[module][1], b[module][1])
-    # The config is changed for PyTorch where it is there: transformers does what the config says.
-    asked, other = ("torch", 1 - backends.index("torch")) if "torch" in backends else (backends[0], 1)
-    target = (a, b)[other][module][1]
-    kind = next((kind for kind, last in KINDS.items() if re.fullmatch(last, module.rpartition(".")[2])), None)
+    module, side = found
+    error = relative_error(a[module][side], b[module][side])
+    # The config is changed for PyTorch: transformers does what the config says.
+    other = 1 - backends.index("torch")
+    target = (a, b)[other][module][side]
+    where = module or "the model's output"
+    if side == INPUT:
+        where, kind = f"what goes into {where}", "embedding"
+    else:
+        last = module.rpartition(".")[2]
+        kind = next((kind for kind, pattern in KINDS.items() if re.fullmatch(pattern, last)), "")
     kinds = [kind] if kind else list(CAUSES)
     for name, keys, said, value in _experiments(folder, kinds):
         with tempfile.TemporaryDirectory() as scratch:
             copy = _changed_copy(folder, Path(scratch), keys, value)
             try:
-                changed = _inspector(asked)(copy).trace(input_ids).get(module)
+                changed = _inspector("torch")(copy).trace(input_ids).get(module)
             except Exception:  # a config that no longer fits, in whatever way the framework says so: not this one
                 continue
-        if changed is not None and relative_error(changed[1], target) <= PARTS:
+        if changed is not None and relative_error(changed[side], target) <= PARTS:
             meant = "none" if value in (None, NO_WINDOW) else value
             return Divergence(
-                module, error, f"{name}: the config says {said}, and {backends[other]} computes as if it were {meant}"
+                where, error, f"{name}: the config says {said}, and {backends[other]} computes as if it were {meant}"
             )
     tried = [cause.name for kind in kinds for cause in CAUSES[kind][0]]
     rest = "; ".join(CAUSES[kind][1] for kind in kinds)
-    return Divergence(module, error, f"none of the usual ones ({', '.join(tried)}); perhaps {rest}" if tried else rest)
+    return Divergence(where, error, f"none of the usual ones ({', '.join(tried)}); perhaps {rest}" if tried else rest)
 
 
-def first_to_part(a: Trace, b: Trace) -> str | None:
-    """The path of the first module whose input agrees and whose output does not: within the first layer that parts,
-    else before the layers or after them. Modules that only one backend has are passed over."""
+def first_to_part(a: Trace, b: Trace) -> tuple[str, int] | None:
+    """The first module that parts, and which side of it: within the first layer that parts, the innermost whose input
+    agrees and whose output does not; the input of the first layer, where that differs already; else a module after
+    the layers. Modules that only one backend has are passed over."""
     errors = {
-        path: (relative_error(a[path][0], b[path][0]), relative_error(a[path][1], b[path][1]))
+        path: (relative_error(a[path][INPUT], b[path][INPUT]), relative_error(a[path][OUTPUT], b[path][OUTPUT]))
         for path in a
         if path in b and all(x.shape == y.shape for x, y in zip(a[path], b[path], strict=True))
     }
@@ -305,12 +313,14 @@ def first_to_part(a: Trace, b: Trace) -> str | None:
     }
     paths = list(errors)
     layers = [path for path in paths if re.fullmatch(r"layers\.\d+", path)]
+    # One backend may scale an embedding within its module and the other after it: what counts is what comes out.
+    if layers and not errors[layers[0]][INPUT] <= PARTS:
+        return layers[0], INPUT
     for layer in layers:
         if parts[layer]:
-            return next((path for path in paths if path.startswith(f"{layer}.") and parts[path]), layer)
-    # One backend may scale an embedding within its module and the other after it: what counts is what comes out.
-    after = paths.index(layers[-1]) + 1 if layers and errors[layers[0]][0] <= PARTS else 0
-    return next((path for path in paths[after:] if parts[path] and path not in layers), None)
+            return next((path for path in paths if path.startswith(f"{layer}.") and parts[path]), layer), OUTPUT
+    after = paths[paths.index(layers[-1]) + 1 :] if layers else paths
+    return next(((path, OUTPUT) for path in after if parts[path]), None)
 
 
 def _experiments(folder: Path, kinds: list[str]) -> Iterator[tuple[str, tuple[str, ...], Any, Any]]:
@@ -402,10 +412,9 @@ def verdict(result: Result) -> list[str]:
             f"Look at the gradients: the worst are those of {worst}.",
             *notes,
         ]
-    where = result.divergence.module or "the model's output"
     return [
         f"{pair} differ {seen}.",
-        f"The first to part is {where}: its input agrees, its output is off by {result.divergence.error:.1e}.",
+        f"The first to part is {result.divergence.where}, by {result.divergence.error:.1e}; all before it agrees.",
         f"Likely cause: {result.divergence.cause}.",
         *notes,
     ]
