@@ -1,0 +1,319 @@
+"""One run in many arrangements: the command line, what to compare, a judge, and the classical bugs to try it on.
+
+Micro-batches, packing, the order within a step, checkpointed activations and the number of processes change memory and
+speed. `complaints` says whether two runs are one trajectory up to float32 round-off. As a script this file is one
+process of a run that `launch` started.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from bnf_core import batching, plan
+from bnf_core.batching import Array, Batch
+
+# A constant, large learning rate: the weights must move, or nothing is shown. AdamW divides by √v + epsilon; with the
+# usual 1e-8 the round-off of a gradient that ought to be zero becomes a whole step, and no scale of the gradient shows
+# in what it does, so that a mean taken for a sum would pass. With 1e-2 the step follows the gradient. The clip lies in
+# the midst of the norms, so that both kinds of step are taken.
+TRAINING = "--batch-size 8 --epochs 2 --optimizer.learning_rate 2e-2 --schedule constant --warmup-steps 0".split()
+TRAINING += "--epsilon 1e-2 --max-grad-norm 1.6 --rank 4 --alpha 8 --device cpu --dtype float32".split()
+
+
+def write_rows(path: Path, shift: int = 0) -> Path:
+    """21 rows, so that of every epoch's batches of eight the last has five, which two processes cannot share evenly.
+    Lengths differ tenfold; some completions are one token. Another `shift` makes other rows."""
+    completions = ["4", "It is 4.", "No idea, sorry. "]
+    rows = []
+    for i in range(21):
+        prompt = "What is " + " plus ".join(str(j + shift) for j in range(1 + 5 * i % 11)) + "?"
+        completion = completions[i % 3] * (1 if i % 3 == 0 else 1 + i % 7)
+        rows.append({"prompt": prompt, "completion": completion, "label": i % 2 == 0})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+# What is compared
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    loss: Array  # (steps,) float64
+    grad_norm: Array  # (steps,) float64
+    tokens: Array  # (steps,) completion tokens
+    weights: dict[str, Array]  # what was trained, at the end
+
+    @classmethod
+    def read(cls, run: Path) -> "Trajectory":
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = [line for line in lines if line["kind"] == "train"]
+        weights = {
+            name: value.astype(np.float64)
+            for folder in ("adapter", "model")
+            for file in sorted((run / folder).glob("*.safetensors"))
+            for name, value in load_file(file).items()
+        }
+        return cls(*(np.array([line[key] for line in lines]) for key in ("loss", "grad_norm", "tokens")), weights)
+
+    @property
+    def flat(self) -> Array:
+        return np.concatenate([self.weights[name].ravel() for name in sorted(self.weights)])
+
+
+# Round-off. A float32 operation is off by up to eps/2 of its result, and errors of independent signs grow as the root
+# of their number: so one unit is eps · scale · √steps, where the scale is the largest loss or norm, and for weights the
+# farthest that one of them moves. Within a step sums of many terms cancel, which costs some more: how much was measured
+# by permuting the rows of each step, and by every arrangement here (docs/invariance.md has the figures). The worst were
+# 5.5, 10 and 65 units; about three times that is allowed.
+# The mean residual of all weights has a standard error of 0.05 units: so it spreads over the permutations, and so would
+# 3 units, the usual rms of a residual, over √4096. Ten times that is allowed.
+ALLOWED = {"loss": 16.0, "grad_norm": 32.0, "weights": 200.0, "mean": 0.5, "lead": 0.5}
+
+
+def residuals(base: Trajectory, other: Trajectory, start: Trajectory) -> dict[str, float]:
+    """In units of round-off: the largest differences, and the signed mean difference of the weights, as numbers
+    (`mean`) and as progress on the way from where both runs started (`lead`).
+
+    Args:
+        base, other: the runs, of the same steps and weights.
+        start: one that has the weights that both began with.
+    """
+    unit = float(np.finfo(np.float32).eps) * np.sqrt(len(base.loss))
+    way, difference = base.flat - start.flat, other.flat - base.flat
+    farthest = np.abs(way).max()
+    return {
+        "loss": np.abs(other.loss - base.loss).max() / np.abs(base.loss).max() / unit,
+        "grad_norm": np.abs(other.grad_norm - base.grad_norm).max() / base.grad_norm.max() / unit,
+        "weights": np.abs(difference).max() / farthest / unit,
+        "mean": difference.mean() / farthest / unit,
+        "lead": (difference * np.sign(way)).mean() / farthest / unit,
+    }
+
+
+def complaints(base: Trajectory, other: Trajectory, start: Trajectory) -> list[str]:
+    """What keeps two runs from being one trajectory; none if they are. Largest differences find what goes wrong in one
+    place, means what goes a little wrong everywhere."""
+    if base.weights.keys() != other.weights.keys() or len(base.loss) != len(other.loss):
+        return ["not the same steps or the same weights"]
+    found = []
+    if base.tokens.tolist() != other.tokens.tolist():
+        found.append(f"tokens of each step: {base.tokens.tolist()}, not {other.tokens.tolist()}")
+    for name, value in residuals(base, other, start).items():
+        if not abs(value) <= ALLOWED[name]:
+            found.append(f"{name}: off by {value:.3g} units of round-off, allowed {ALLOWED[name]:g}")
+    return found
+
+
+# The classical bugs, in code that both backends run or in the one line where each sums over processes
+
+Bug = Callable[[], AbstractContextManager[Any]]
+
+
+def _share(wrong: Callable[[list[Batch]], list[Batch]]) -> Bug:
+    """Change the micro-batches that a process gets of each step."""
+    right = plan.my_share
+    return lambda: patch.object(plan, "my_share", lambda *args: wrong(right(*args)))
+
+
+def _weighted(batch: Batch, factor: float) -> Batch:
+    return replace(batch, coefficients=batch.coefficients * np.float32(factor))
+
+
+def _rows(batches: Sequence[Batch]) -> int:
+    return sum(len(batch.labels) for batch in batches)
+
+
+def _mean_of_means(batches: list[Batch]) -> list[Batch]:
+    """Each micro-batch is a mean of its own, and a step the mean of them."""
+    return [_weighted(b, _rows(batches) / (max(_rows([b]), 1) * len(batches))) for b in batches]
+
+
+@contextmanager
+def per_rank_mean() -> Iterator[None]:
+    """Each process takes the mean over its own rows, and DDP the mean of those."""
+    right = plan.my_share
+
+    def wrong(examples: Any, cut: Any, processes: Any, *rest: Any) -> list[Batch]:
+        mine = right(examples, cut, processes, *rest)
+        return [_weighted(b, len(examples) / (max(_rows(mine), 1) * processes.count)) for b in mine]
+
+    with patch.object(plan, "my_share", wrong):
+        yield
+
+
+@contextmanager
+def averaged_gradients() -> Iterator[None]:
+    """Gradients are averaged over processes, of a loss that was already divided by the global count."""
+    if os.environ.get("MLX_HOSTFILE"):
+        import bnf_mlx.trainer as trainer
+
+        summed = trainer.sum_over
+        averaged = lambda us, arrays: {name: g / us.count for name, g in summed(us, arrays).items()}  # noqa: E731
+        with patch.object(trainer, "sum_over", averaged):
+            yield
+    else:
+        from bnf_torch.model import ScoredModel
+
+        forward = ScoredModel.forward
+
+        def halved(self: Any, **inputs: Any) -> Any:
+            loss, stats = forward(self, **inputs)
+            return loss / int(os.environ["WORLD_SIZE"]), stats
+
+        with patch.object(ScoredModel, "forward", halved):
+            yield
+
+
+@contextmanager
+def dropped_tail() -> Iterator[None]:
+    """An epoch's last batch is dropped where it is short."""
+    right = batching.Rows.batches
+
+    def whole_only(self: Any, batch_size: int, *rest: Any) -> Any:
+        return (step for step in right(self, batch_size, *rest) if len(step[0]) == batch_size)
+
+    with patch.object(batching.Rows, "batches", whole_only):
+        yield
+
+
+def _padded_left(batch: Batch) -> Batch:
+    """Padding stands before a row's tokens, which see it."""
+    height, width = batch.input_ids.shape
+    shift = width - batch.lengths if not batch.packed and len(batch.labels) else np.zeros(height, np.int32)
+    ids = np.stack([np.roll(row, by) for row, by in zip(batch.input_ids, shift, strict=True)])
+    return replace(batch, input_ids=ids, positions=batch.positions + shift[batch.rows])
+
+
+@contextmanager
+def padding_trained() -> Iterator[None]:
+    """The mask is one too long: the token of padding after a row's last is trained as well."""
+    right = plan.with_reference
+
+    def longer(batch: Batch, ref_log_odds: Array) -> tuple[Batch, Array]:
+        width = batch.input_ids.shape[1]
+        rows = np.flatnonzero(batch.lengths < width) if not batch.packed else np.zeros(0, int)
+        last = rows * width + batch.lengths[rows] - 1
+        weights = [batch.coefficients[batch.rows == row][0] for row in rows]
+        more = {
+            "positions": last,
+            "targets": batch.input_ids.ravel()[last + 1],
+            "rows": rows,
+            "coefficients": np.array(weights),
+        }
+        old = {name: getattr(batch, name) for name in more}
+        changed = {name: np.append(old[name], value).astype(old[name].dtype) for name, value in more.items()}
+        return replace(batch, **changed), np.append(ref_log_odds, np.zeros(len(rows), np.float32))
+
+    with patch.object(plan, "with_reference", lambda *args: [longer(*pair) for pair in right(*args)]):
+        yield
+
+
+@contextmanager
+def permuted() -> Iterator[None]:
+    """No bug: the rows of each step in another order."""
+    right = batching.Rows.batches
+
+    def reversed_rows(self: Any, *args: Any) -> Any:
+        return ((examples[::-1], position) for examples, position in right(self, *args))
+
+    with patch.object(batching.Rows, "batches", reversed_rows):
+        yield
+
+
+BUGS: dict[str, Bug] = {
+    "mean of means": _share(_mean_of_means),
+    "per-rank mean": per_rank_mean,
+    "averaged gradients": averaged_gradients,
+    "dropped tail": dropped_tail,
+    "dropped micro-batch": _share(lambda batches: batches[:-1] if len(batches) > 1 else batches),
+    "padding seen": _share(lambda batches: [_padded_left(b) for b in batches]),
+    "padding trained": padding_trained,
+    "packed rows see each other": _share(lambda batches: [replace(b, packed=False) for b in batches]),
+}
+PATCHES: dict[str, Bug] = {"": nullcontext, "permuted": permuted, **BUGS}
+
+
+# Several processes
+
+
+def launch(backend: str, program: Sequence[object], count: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
+    """Processes of one run as torchrun or mlx.launch would start them, each for the test to watch or to kill; standard
+    output and error of each go together into a pipe."""
+    ports = free_ports(count)
+    common = os.environ | {"OMP_NUM_THREADS": "1", "MLX_DISABLE_COMPILE": "1", "LD_PRELOAD": ""} | environment
+    common["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    started = []
+    for rank in range(count):
+        if backend == "mlx":
+            hosts = json.dumps([[f"127.0.0.1:{port}"] for port in ports])
+            own = {"MLX_HOSTFILE": _file(hosts), "MLX_RANK": str(rank)}
+        else:
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
+        words = [sys.executable, *(str(word) for word in program)]
+        started.append(
+            subprocess.Popen(
+                words,
+                env=common | own,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return started
+
+
+def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 300) -> list[tuple[int, str]]:
+    """Exit code and output of each; kills what does not end in time."""
+    try:
+        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for s in sockets:
+        s.bind(("127.0.0.1", 0))
+    ports = [s.getsockname()[1] for s in sockets]
+    for s in sockets:
+        s.close()
+    return ports
+
+
+def _file(content: str) -> str:
+    handle, name = tempfile.mkstemp(suffix=".json")
+    with os.fdopen(handle, "w") as file:
+        file.write(content)
+    return name
+
+
+def main() -> int:
+    """Jobs from the command line, one after another, in the processes that are there: [[patch, words], …]."""
+    from bnf_recipes import cli
+
+    for name, words in json.loads(sys.argv[1]):
+        with PATCHES[name]():
+            if code := cli.run(words):
+                return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
