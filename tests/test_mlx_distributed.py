@@ -29,7 +29,7 @@ from bnf_core.reference import ReferenceCache
 from bnf_mlx import processes as module
 from bnf_mlx.backend import MLXBackend
 
-NUM_STEPS = 6
+NUM_STEPS, RATE = 6, 1e-3
 KINDS = ["lora", "full"]
 QUICK = {"MLX_DISABLE_COMPILE": "1"}  # or each process would call a C++ compiler for mlx-lm's fused activations
 LAUNCHER = Path(sys.executable).with_name("mlx.launch")
@@ -46,12 +46,12 @@ def run(model: Path, kind: Any, output: Path, die_at: int = -1) -> None:
     """One process of a run; leaves its norms and what it is to save in `output/kind`, and the trained weights."""
     output = output / kind
     output.mkdir(exist_ok=True)
-    settings = OptimizerConfig(learning_rate=1e-3, warmup_steps=0)
+    settings = OptimizerConfig(learning_rate=RATE, warmup_steps=0)
     engine = MLXBackend().load(
         model, device="cpu", fine_tune_type=kind, lora=LoraConfig(rank=4), optimizer=settings, seed=5
     )
     us = engine.processes
-    cut = Cut(2, multiple_of=us.count)
+    cut = Cut(1, multiple_of=us.count)
     reference = ReferenceCache(engine.reference_log_odds)
     reference.fill(my_share(examples(), cut, us), us)  # before the first step, for where all weights are trained
     plan = steps(
@@ -130,7 +130,7 @@ def test_two_processes_take_the_steps_of_one(tiny_model, pairs, tmp_path, kind):
     weights = [name for name in expected if name.startswith("weights/")]
     for name in weights:
         difference = np.abs(first[name] - expected[name])
-        assert difference.max() < 1e-3 * NUM_STEPS / 10 and difference.mean() < 1e-3 * NUM_STEPS / 1000, name
+        assert difference.max() < RATE / 10 and difference.mean() < RATE / 1000, name
     logits = [np.load(pair / f"logits{rank}.npy") for rank in (0, 1)]
     np.testing.assert_array_equal(*logits)  # what only the first saves, the second has to the bit
     trained = {"adapter": pair / "trained"} if kind == "lora" else {}

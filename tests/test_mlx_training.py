@@ -228,6 +228,16 @@ def test_a_step_that_is_not_finite_is_not_taken_and_the_next_one_is(kind):
     assert math.isnan(norms[0]) and norms[1] > 0 and engine.optimizer.step == 1
 
 
+def test_a_loss_that_is_not_finite_stops_the_step_though_its_gradient_is(monkeypatch):
+    engine, batch, norms = engine_of(model_of("llama")), collate(ROWS, 7), []
+    call, before = MicroStep.__call__, weights_of(engine)
+    monkeypatch.setattr(MicroStep, "__call__", lambda *a: (math.inf, *call(*a)[1:]))
+    step = Step(0, RATE, [(batch, reference_of(batch))], ROWS, {})
+    engine.fit(iter([step]), lambda _, __, norm: norms.append(norm), 1.0)
+    assert math.isnan(norms[0])
+    assert all(np.array_equal(value, before[name]) for name, value in weights_of(engine).items())
+
+
 def test_an_unknown_token_is_named_before_anything_is_computed():
     engine = engine_of(model_of("llama"))
     batch = collate([Example((5, 64), (3,), True)], 1)
