@@ -4,9 +4,9 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 from safetensors import SafetensorError
@@ -20,11 +20,16 @@ from bnf_core.metrics import Metrics
 from bnf_core.processes import ALONE, Processes
 from bnf_core.protocol import Array, Engine
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 class RunFolder:
-    """Nothing is touched before `start` or `go_on`; once a run is on its way, whatever cannot be written raises
-    TrainingStopped, which names the checkpoint to go on from. Every process calls the same methods; the first one
-    writes."""
+    """Everything is done while the folder is `held`. Nothing that is in it is touched before `start` or `go_on`; once a
+    run is on its way, whatever cannot be written raises TrainingStopped, which names the checkpoint to go on from.
+    Every process calls the same methods; the first one writes."""
 
     def __init__(self, config: TrainConfig, processes: Processes = ALONE):
         self.path = Path(config.output)
@@ -39,8 +44,31 @@ class RunFolder:
     def how_to_go_on(self) -> str:
         return f"bnf train --config {self.path / 'config.yaml'} --resume"
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other runs out of the folder, which is made where it is not there. The system lets go of it when this
+        run ends in whatever way. A file system without locks keeps nobody out.
+
+        Raises:
+            UserError: another run has the folder, or it cannot be made.
+        """
+        lock, taken = None, False
+        if self._first:
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"output {self.path} is a file: expected a folder")
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock = (self.path / ".lock").open("w")  # it stays: a lock on a file that was removed keeps nobody out
+            except OSError as error:
+                raise UserError(f"output {self.path}: {error.strerror}") from error
+            taken = not _locked(lock)
+        with lock or nullcontext():
+            if self.processes.any(taken):
+                raise UserError(f"another run is writing to {self.path}: choose another --output, or wait for its end")
+            yield
+
     def start(self) -> None:
-        """Make the folder, without what an earlier run left.
+        """Begin a run, without what an earlier one left.
 
         Raises:
             UserError: it holds a run already, and the config says neither to overwrite nor to resume it.
@@ -48,8 +76,6 @@ class RunFolder:
         self.processes.barrier()  # nobody writes before everybody has read what is there
         if not self._first:
             return
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"output {self.path} is a file: expected a folder")
         held = self._metrics.exists() or bool(self.checkpoints.steps())
         if held:
             if self._config.resume and self.trained.exists():
@@ -68,7 +94,6 @@ class RunFolder:
                     shutil.rmtree(self.path / name, ignore_errors=True)
                 for name in ("samples.jsonl", "samples.md", "trackers.json", "metrics.jsonl"):
                     (self.path / name).unlink(missing_ok=True)
-            self.path.mkdir(parents=True, exist_ok=True)
             self._write_config()
         except OSError as error:
             raise UserError(f"output {self.path}: {error.strerror}") from error
@@ -129,3 +154,15 @@ class RunFolder:
             steps = self.checkpoints.steps()
             hint = f"when there is room, go on from step {steps[-1]}: {self.how_to_go_on}" if steps else "start anew"
             raise TrainingStopped(f"{self.path} could not be written: {error}; {hint}") from error
+
+
+def _locked(file: IO[str]) -> bool:
+    """Lock it until it is closed; False: another process has."""
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks
+            pass
+    return True

@@ -13,7 +13,7 @@ from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from bnf_core import plan, registry
-from bnf_core.batching import Cut, Position, micro_batches
+from bnf_core.batching import Position, micro_batches
 from bnf_core.checkpoints import Facts, changes, run_facts
 from bnf_core.config import TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
@@ -70,19 +70,20 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
     processes.require_same(
         "data or settings", f"{data.digest}, {data.held_out_digest}, {sorted(config.flat().items())}"
     )
-    engine = backend.load(
-        checkpoint,
-        device=config.hardware.device,
-        dtype=config.hardware.dtype,
-        load_in_4bit=config.hardware.load_in_4bit,
-        fine_tune_type=config.fine_tune_type,
-        lora=config.lora,
-        optimizer=config.optimizer,
-        gradient_checkpointing=config.gradient_checkpointing,
-        seed=config.seed,
-    )
-    facts = run_facts(config, checkpoint, data.digest, data.held_out_digest)
-    return _Training(config, engine, data, facts, checkpoint, tokenizer, console, evaluator).run()
+    with RunFolder(config, processes).held():
+        engine = backend.load(
+            checkpoint,
+            device=config.hardware.device,
+            dtype=config.hardware.dtype,
+            load_in_4bit=config.hardware.load_in_4bit,
+            fine_tune_type=config.fine_tune_type,
+            lora=config.lora,
+            optimizer=config.optimizer,
+            gradient_checkpointing=config.gradient_checkpointing,
+            seed=config.seed,
+        )
+        facts = run_facts(config, checkpoint, data.digest, data.held_out_digest)
+        return _Training(config, engine, data, facts, checkpoint, tokenizer, console, evaluator).run()
 
 
 class _Training:
@@ -107,12 +108,7 @@ class _Training:
         self.processes = engine.processes
         self.first = self.processes.rank == 0
         self.folder = RunFolder(config, self.processes)
-        self.cut = Cut(
-            config.micro_batch_size,
-            config.data.max_length if config.packing else None,
-            config.group_by_length,
-            multiple_of=self.processes.count,
-        )
+        self.cut = plan.cut_of(config, self.processes)
         rows = [*(data.examples or ()), *(data.held_out or ())]
         stored = open_reference(config, checkpoint, tokenizer, engine, rows)
         # Streamed rows that are not stored can be computed only as long as the model's own weights stay.
