@@ -23,9 +23,11 @@ from bnf_recipes import cli
 from bnf_recipes.check_model import (
     INPUT,
     OUTPUT,
+    Comparison,
     Result,
     compare,
     first_to_part,
+    gradient_errors,
     relative_error,
     rows,
     shared_targets,
@@ -221,7 +223,7 @@ def traced(*modules: tuple[str, float, float]) -> tuple[dict[str, Any], dict[str
 
 
 def test_the_first_module_that_parts_is_the_innermost_whose_input_agrees() -> None:
-    attention = [("layers.0.attn.q_proj", 0, 0), ("layers.0.attn.o_proj", 0.1, 0.1), ("layers.0.attn", 0, 0.1)]
+    attention = [("layers.0.attn.q_proj", 0, 0), ("layers.0.attn.o_proj", 0.01, 0.9), ("layers.0.attn", 0, 0.9)]
     a, b = traced(("embed", 0, 0), *attention, ("layers.0", 0, 0.1), ("lm_head", 0.1, 0.1))
     assert first_to_part(a, b) == ("layers.0.attn", OUTPUT)
     assert first_to_part(*traced(("layers.0.mlp.act", 0, 1e-6), ("layers.0", 0, 1e-6), ("", 0, 1e-6))) is None
@@ -245,7 +247,16 @@ def test_rounding_that_grows_through_layers_is_no_module_that_parts() -> None:
 
 def test_values_that_are_not_finite_part() -> None:
     assert first_to_part(*traced(("layers.0.mlp", 0, np.nan), ("layers.0", 0, np.nan))) == ("layers.0.mlp", OUTPUT)
-    assert np.isnan(relative_error(np.ones(2), np.array([1.0, np.nan])))
+    error = relative_error(np.ones(2), np.array([1.0, np.nan]))
+    assert not Comparison("log-odds", error, 1e-5).agrees and Comparison("log-odds", 1e-6, 1e-5).agrees
+
+
+def test_the_gradients_of_a_and_b_both_count_and_rounding_of_small_ones_does_not() -> None:
+    one, small = np.ones((2, 2)), np.full((2, 2), 1e-9)
+    right = {"q.lora_a": one, "q.lora_b": one, "k.lora_a": one, "k.lora_b": one, "v.lora_a": small, "v.lora_b": small}
+    wrong = right | {"q.lora_a": one * 1.5, "k.lora_b": one * 0.75, "v.lora_a": small * 2}
+    errors = gradient_errors(right, wrong)
+    assert errors == pytest.approx({"q": 0.5, "k": 0.25, "v": 1e-6})
 
 
 def test_looking_leaves_the_model_as_it_was(tiny_model: Path) -> None:
