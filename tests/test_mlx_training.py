@@ -360,8 +360,9 @@ def test_a_whole_model_is_loaded_by_mlx_lm_and_by_transformers(checkpoint, tmp_p
     from mlx_lm import utils as mlx_lm_utils
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    engine = loaded(checkpoint(**overrides), "full")
+    engine = loaded(checkpoint(**overrides), "full", dtype="bfloat16")  # of frozen weights, and there are none
     before = logits_of(engine.model)
+    np.testing.assert_array_equal(before, logits_of(load_model(checkpoint(**overrides), CPU, mx.float32)))
     fit(engine, Cut(3), steps=2)
     after = logits_of(engine.model)
     assert np.abs(after - before).max() > 0.1

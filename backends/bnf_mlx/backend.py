@@ -67,7 +67,8 @@ class MLXBackend:
         members = processes()
         mx.random.seed(seed + (members.rank << 32))  # dropout, where there is any: each process drops its own
         where = resolve_device(device)
-        loaded = load_model(model, where, resolve_dtype(dtype, where))
+        frozen_dtype = resolve_dtype(dtype, where)
+        loaded = load_model(model, where, mx.float32 if fine_tune_type == "full" else frozen_dtype)
         require_right_on_mlx(model)
         whole = None
         with mx.stream(where):

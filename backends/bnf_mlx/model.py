@@ -64,7 +64,7 @@ def load_model(folder: Path, device: mx.Device, dtype: mx.Dtype | None) -> nn.Mo
         with mx.stream(device):
             model, _ = mlx_lm_load(folder, lazy=True, model_config=mlx_config(folder))
             if dtype is not None:
-                _cast(model, dtype)
+                cast_weights(model, dtype)
             mx.eval(model.parameters())
         model.freeze()
     except SystemExit as error:  # what mlx-lm does after printing which package the model needs
@@ -77,7 +77,7 @@ def load_model(folder: Path, device: mx.Device, dtype: mx.Dtype | None) -> nn.Mo
 
 
 def unfreeze(model: nn.Module) -> None:
-    """Make all weights trainable and float32, but those that a model keeps as they are, such as a router's biases.
+    """Make all weights trainable, but those that a model keeps as they are, such as a router's biases.
 
     Raises:
         UserError: the weights are quantised.
@@ -88,21 +88,21 @@ def unfreeze(model: nn.Module) -> None:
             "or name the model that it was made from"
         )
     castable = getattr(model, "cast_predicate", lambda _: True)
-    _cast(model, mx.float32)
+    cast_weights(model, mx.float32)
     model.unfreeze()
     for name, module in model.named_modules():
         kept = [key for key in module if not castable(f"{name}.{key}".lstrip("."))]
         module.freeze(recurse=False, keys=kept)
 
 
-def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
+def cast_weights(model: nn.Module, dtype: mx.Dtype) -> None:
     """Cast the floating parameters but those which a model keeps as they are, such as a router's biases."""
     castable = getattr(model, "cast_predicate", lambda _: True)
 
-    def cast(path: str, x: mx.array) -> mx.array:
+    def cast_one(path: str, x: mx.array) -> mx.array:
         return x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) and castable(path) else x
 
-    model.update(tree_map_with_path(cast, model.parameters()))
+    model.update(tree_map_with_path(cast_one, model.parameters()))
 
 
 def head_weight(model: nn.Module) -> mx.array:
