@@ -27,7 +27,7 @@ from bnf_mlx.adapter import DoRALinear, add_adapter
 from bnf_mlx.backend import MLXBackend
 from bnf_mlx.engine import MLXEngine
 from bnf_mlx.losses import bnf_token_loss, token_log_odds
-from bnf_mlx.model import Checkpoint, completion_logits, dense_weight, load_model
+from bnf_mlx.model import Checkpoint, completion_logits, dense_weight, load_model, unfreeze
 from bnf_mlx.trainer import MicroStep
 
 CPU = mx.Device(mx.cpu)
@@ -404,6 +404,16 @@ def test_the_reference_is_the_model_before_the_first_step(checkpoint):
     assert not np.array_equal(engine.evaluate(batch, reference).log_odds, reference)
 
 
+def test_what_a_model_keeps_as_it_is_is_not_trained():
+    model = nn.Module()
+    model.layers = [nn.Linear(4, 4), nn.Linear(4, 4)]
+    model.cast_predicate = lambda path: path != "layers.1.bias"
+    model.freeze()
+    unfreeze(model)
+    trained = {name for name, _ in tree_flatten(model.trainable_parameters())}
+    assert trained == {"layers.0.weight", "layers.0.bias", "layers.1.weight"}
+
+
 def test_a_checkpoint_in_another_form_is_refused_at_the_start(tmp_path):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     weights = {name.removeprefix("layers."): w for name, w in tree_flatten(model.parameters())}
@@ -476,6 +486,11 @@ def test_dora_is_its_definition_and_starts_as_the_layer_itself(bias, bits):
     weights = mx.random.normal((5, 32))
     want, got = (mx.grad(lambda p, f=f: (weights * f(p)).sum())(parameters) for f in (definition, ours))
     assert_close({n: np.array(g) for n, g in got.items()}, {n: np.array(g) for n, g in want.items()})
+
+
+def test_an_adapter_that_mlx_lm_could_not_load_is_refused():
+    with pytest.raises(UserError, match="6-bit weights"):
+        dora_layer(bias=False, bits=6)
 
 
 def test_dora_is_pefts():

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from bnf_core.adapters import mlx_keys
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
 from bnf_core.files import replacing
@@ -66,7 +67,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int, kind: FineTuneT
     """A fresh float32 adapter, `lora` or `dora`: A as drawn by `bnf_core.lora`, B zero, m the norms of the rows.
 
     Raises:
-        UserError: a target that is no linear layer of this model's decoder layers.
+        UserError: a target that is no linear layer of this model's decoder layers; a DoRA adapter that mlx-lm could
+            not load.
     """
     from mlx_lm.tuner.lora import LoRALinear
 
@@ -83,6 +85,11 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int, kind: FineTuneT
 
     def adapted(linear: Any) -> nn.Module:
         if kind == "dora":
+            if 32 % getattr(linear, "bits", 32):  # mlx-lm takes A for another shape then
+                raise UserError(
+                    f"mlx-lm cannot load a DoRA adapter of {linear.bits}-bit weights: set fine_tune_type to lora, or "
+                    "quantise the model to 2, 4 or 8 bits"
+                )
             return DoRALinear(linear, config.rank, config.scale, config.dropout)
         return LoRALinear.from_base(linear, r=config.rank, scale=config.scale, dropout=config.dropout)
 
@@ -131,7 +138,9 @@ def load_adapter(
 
     config_file, weights_file = folder / "adapter_config.json", folder / "adapters.safetensors"
     if (folder / "adapter_model.safetensors").exists():
-        raise UserError(f"{folder} holds a PEFT adapter, and this is the mlx backend: use --backend torch")
+        raise UserError(
+            f"{folder} holds a PEFT adapter, and this is the mlx backend: use --backend torch, or `bnf convert-adapter`"
+        )
     if not config_file.is_file():
         raise UserError(f"{folder} is not an adapter: it has no adapter_config.json")
     if not weights_file.is_file():
@@ -188,15 +197,15 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
 def _config(model: nn.Module, adapted: list[tuple[str, Any]]) -> dict[str, Any]:
     """adapter_config.json: mlx-lm has one rank, scale and dropout for the whole model."""
     module = adapted[0][1]
-    in_layer = sorted({key for layer in model.layers for key, _ in _adapted(layer)})
+    keys, num_layers = mlx_keys([name for name, _ in adapted], [name for name, _ in model.named_modules()])
     return {
         "fine_tune_type": "dora" if "m" in module else "lora",
-        "num_layers": len(model.layers),
+        "num_layers": num_layers,
         "lora_parameters": {
             "rank": module.lora_b.shape[-1 if module.lora_b.ndim == 3 else 0],  # of experts: (experts, out, r)
             "scale": module.scale,
             "dropout": _dropout(module),
-            "keys": in_layer,
+            "keys": keys,
         },
     }
 

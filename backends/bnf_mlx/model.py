@@ -88,7 +88,6 @@ def unfreeze(model: nn.Module) -> None:
             "or name the model that it was made from"
         )
     castable = getattr(model, "cast_predicate", lambda _: True)
-    cast_weights(model, mx.float32)
     model.unfreeze()
     for name, module in model.named_modules():
         kept = [key for key in module if not castable(f"{name}.{key}".lstrip("."))]
