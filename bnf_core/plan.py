@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from bnf_core.batching import Array, Batch, Cut, Example, Position, micro_batches
-from bnf_core.config import OptimizerConfig
+from bnf_core.config import OptimizerConfig, TrainConfig
 from bnf_core.processes import Processes
 from bnf_core.protocol import Step
 from bnf_core.reference import ReferenceCache
@@ -17,6 +17,16 @@ class Data(Protocol):
     def batches(
         self, batch_size: int, position: Position | None = None
     ) -> Iterator[tuple[list[Example], Position]]: ...
+
+
+def cut_of(config: TrainConfig, processes: Processes) -> Cut:
+    """How a run cuts its batches."""
+    return Cut(
+        config.micro_batch_size,
+        config.data.max_length if config.packing else None,
+        config.group_by_length,
+        multiple_of=processes.count,
+    )
 
 
 def steps(
