@@ -1,94 +1,182 @@
-"""`python -m bnf_torch.benchmark`: the fused loss beside the matrix products it needs and plain cross-entropy.
+"""What `bnf bench` measures on PyTorch: losses beside each other, bare matrix products, and memory."""
 
-All are run in turn in one process and compared by the ratio of medians, because machines are noisy.
-"""
-
-import argparse
-import statistics
-import time
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from bnf_torch.linear import linear_bnf_loss
+from bnf_torch.losses import bnf_token_loss, token_log_odds
+from bnf_torch.model import resolve_device, resolve_dtype
+
+Job = Callable[[], None]  # does its work and waits until it is done
+Loss = Callable[[Tensor, Tensor], Tensor]  # of the states (N, D) and the head (V, D)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m bnf_torch.benchmark", description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048], help="N, completion tokens")
-    parser.add_argument("--hidden", type=int, default=576, help="D")
-    parser.add_argument("--vocab", type=int, default=49152, help="V")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    options = parser.parse_args()
-    print(f"torch {torch.__version__}, {options.device}, {torch.get_num_threads()} threads, {options.dtype}")
-    print(f"D={options.hidden} V={options.vocab}, frozen head, forward and backward\n")
-    print(f"{'':<24}{'N':>6}{'median s':>10}{'min s':>8}{'x matmuls':>11}{'extra MiB':>11}")
-    for n in options.tokens:
-        measure(n, options.hidden, options.vocab, options.repeats, options.device, getattr(torch, options.dtype))
+class Benchmark:
+    """
+    Args:
+        device, dtype: as `--device` and `--dtype` name them.
+    """
 
+    def __init__(self, device: str = "auto", dtype: str = "auto"):
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.cuda = self.device.type == "cuda"
+        self.memory = "allocated on the GPU" if self.cuda else "resident"
 
-def measure(n: int, d: int, vocab: int, repeats: int, device: str, dtype: torch.dtype) -> None:
-    generator = torch.Generator(device).manual_seed(0)
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
-    hidden = torch.randn(n, d, **options).requires_grad_()
-    head = torch.randn(vocab, d, **options) / d**0.5
-    targets = torch.randint(vocab, (n,), device=device, generator=generator)
-    reference = torch.randn(n, device=device, generator=generator) - 10
-    coefficients = torch.randn(n, device=device, generator=generator) / n
+    def facts(self) -> dict[str, str]:
+        """What a figure depends on, by name."""
+        device = torch.cuda.get_device_name(self.device) if self.cuda else f"{torch.get_num_threads()} threads"
+        return {
+            "device": f"{self.device.type} ({device})",
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "peft": version("peft"),
+        }
 
-    def matmuls() -> None:
-        with torch.no_grad():
-            (hidden @ head.T) @ head
+    def losses(self, n: int, d: int, vocab: int, *, train_head: bool) -> dict[str, Job | str]:
+        """Forward and backward of each loss over the same N states; of a peer that cannot run, why."""
+        generator = torch.Generator(self.device).manual_seed(0)
 
-    def fused() -> None:
-        linear_bnf_loss(hidden, head, targets, reference, coefficients)[0].backward()
+        def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.randn(*shape, device=self.device, generator=generator).to(dtype)
 
-    def cross_entropy() -> None:
-        F.cross_entropy((hidden @ head.T).float(), targets).backward()
+        hidden = normal(n, d, dtype=self.dtype).requires_grad_()
+        head = (normal(vocab, d) / d**0.5).to(self.dtype).requires_grad_(train_head)
+        targets = torch.randint(vocab, (n,), device=self.device, generator=generator)
+        reference, coefficients = normal(n) - 10, normal(n) / n
 
-    jobs = {"two bare matmuls": matmuls, "linear_bnf_loss": fused, "unfused cross-entropy": cross_entropy}
-    times: dict[str, list[float]] = {name: [] for name in jobs}
-    memory = {name: extra_mebibytes(job, device) for name, job in jobs.items()}  # also the warm-up
-    for _ in range(repeats):
-        for name, job in jobs.items():
-            hidden.grad = None
-            started = time.perf_counter()
+        def fused(h: Tensor, w: Tensor) -> Tensor:
+            return linear_bnf_loss(h, w, targets, reference, coefficients)[0]
+
+        def unfused(h: Tensor, w: Tensor) -> Tensor:
+            return coefficients @ bnf_token_loss(*token_log_odds(h @ w.T, targets), reference)
+
+        def literal(h: Tensor, w: Tensor) -> Tensor:
+            return coefficients @ dense_form((h @ w.T).float(), targets, torch.sigmoid(reference))
+
+        def cross_entropy(h: Tensor, w: Tensor) -> Tensor:
+            return F.cross_entropy((h @ w.T).float(), targets)
+
+        losses: dict[str, Loss | str] = {
+            "linear_bnf_loss": fused,
+            "unfused BNF": unfused,
+            "BNF, the author's dense form": literal,
+            "unfused cross-entropy": cross_entropy,
+            "Liger-Kernel fused cross-entropy": self._liger(targets),
+            "cut-cross-entropy": self._cut_cross_entropy(targets),
+        }
+
+        def job(loss: Loss) -> Job:
+            def run() -> None:
+                hidden.grad = head.grad = None
+                loss(hidden, head).backward()
+                self._wait()
+
+            return run
+
+        return {name: loss if isinstance(loss, str) else job(loss) for name, loss in losses.items()}
+
+    def products(self, shapes: Sequence[tuple[int, int, int]], *, train_weights: bool) -> Job:
+        """The matrix products that linear layers cannot do without, forward and backward and nothing else.
+
+        Args:
+            shapes: (tokens, inputs, outputs) of each layer.
+            train_weights: the gradient of the weights as well: three products a layer instead of two.
+        """
+        made = [
+            [torch.randn(*shape, device=self.device).to(self.dtype) for shape in ((n, i), (o, i))] for n, i, o in shapes
+        ]
+
+        @torch.no_grad()
+        def run() -> None:
+            for x, w in made:
+                y = x @ w.T
+                y @ w
+                if train_weights:
+                    y.T @ x
+            self._wait()
+
+        return run
+
+    def extra_memory(self, job: Job) -> float:
+        """Peak bytes of a job beyond what was held before; NaN where that cannot be told. On a CPU it is resident
+        memory, as Linux counts it."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
             job()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(time.perf_counter() - started)
-    floor = statistics.median(times["two bare matmuls"])
-    for name, taken in times.items():
-        middle = statistics.median(taken)
-        print(f"{name:<24}{n:>6}{middle:>10.3f}{min(taken):>8.3f}{middle / floor:>11.2f}{memory[name]:>11.0f}")
+            return float(torch.cuda.max_memory_allocated(self.device) - before)
+        try:
+            before = _status("VmRSS")
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+            job()
+            return float(_status("VmHWM") - before)
+        except OSError:  # not Linux
+            job()
+            return float("nan")
+
+    def peak_memory(self) -> float:
+        """Of this process so far, bytes."""
+        if self.cuda:
+            return float(torch.cuda.max_memory_allocated(self.device))
+        try:
+            return float(_status("VmHWM"))
+        except OSError:  # macOS: in bytes, and not inherited from the process before
+            import resource
+
+            return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+
+    def _wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize(self.device)
+
+    def _liger(self, targets: Tensor) -> Loss | str:
+        if importlib.util.find_spec("liger_kernel") is None:
+            return "not installed: pip install 'bnf-align[bench]'"
+        if not self.cuda:
+            return "runs on GPUs only"
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+        loss = LigerFusedLinearCrossEntropyLoss()
+        return lambda h, w: loss(w, h, targets)
+
+    def _cut_cross_entropy(self, targets: Tensor) -> Loss | str:
+        if importlib.util.find_spec("cut_cross_entropy") is None:
+            return "not installed: pip install 'bnf-align[bench]'"
+        if not self.cuda:
+            return "runs on GPUs only"
+        from cut_cross_entropy import linear_cross_entropy
+
+        return lambda h, w: linear_cross_entropy(h, w, targets)
 
 
-def extra_mebibytes(job: Callable[[], None], device: str) -> float:
-    """Peak memory of the job beyond what was held before; on the CPU resident memory, as Linux counts it."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        job()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    try:
-        before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        job()
-        return (_status("VmHWM") - before) / 1024
-    except OSError:  # not Linux
-        job()
-        return float("nan")
+def dense_form(logits: Tensor, targets: Tensor, reference: Tensor, epsilon: float = 1e-6) -> Tensor:
+    """The loss as its author computes it: the target distribution over all V tokens, with an epsilon against 0 / 0.
+
+    Args:
+        logits: (N, V).
+        targets: (N,) int64.
+        reference: (N,) probabilities of the targets under the reference.
+    Returns:
+        (N,) losses.
+    """
+    log_p = F.log_softmax(logits, 1)
+    with torch.no_grad():
+        p, index = log_p.exp(), targets.unsqueeze(1)
+        observed = p.gather(1, index)
+        t = (observed / (reference.unsqueeze(1) + epsilon)).clamp(max=1.0)
+        target = (p * (1 - t) / (1 - observed + epsilon)).scatter(1, index, t)
+    return -(target * log_p).sum(1)
 
 
 def _status(name: str) -> int:
+    """A line of Linux's account of this process, in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(name)).split()[1])
-
-
-if __name__ == "__main__":
-    main()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024

@@ -15,6 +15,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from bnf_core.errors import UserError
 
 T = TypeVar("T")
+LISTS = (list[str], list[int])
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -55,14 +56,14 @@ def _spell_out(argv: Sequence[str], keys: Sequence[str], parser: ArgumentParser)
     for i, word in enumerate(argv):
         match = re.fullmatch(r"--([A-Za-z][\w.-]*)(=.*)?", word, re.DOTALL)
         if match is None:
-            result.append(_bracketed(word) if types.get(name) == list[str] else word)
+            result.append(_bracketed(word) if types.get(name) in LISTS else word)
             continue
         name, value = match[1].replace("-", "_"), match[2] or ""
         name = ALIASES.get(name, name) if ALIASES.get(name) in keys else name
         if name not in keys:
             endings = [key for key in keys if key.endswith("." + name)]
             name = endings[0] if len(endings) == 1 else name
-        if value and types.get(name) == list[str]:
+        if value and types.get(name) in LISTS:
             value = "=" + _bracketed(value[1:])
         result.append(f"--{name}{value}")
         if types.get(name) is bool and not value and (i + 1 == len(argv) or argv[i + 1].startswith("--")):

@@ -162,6 +162,57 @@ def check_model(argv: Sequence[str]) -> int:
     return run(config.model, config.backends, config.data, config.report, console)
 
 
+def bench_loss(argv: Sequence[str]) -> int:
+    from bnf_recipes.bench_loss import BenchLossConfig
+    from bnf_recipes.bench_loss import bench_loss as run
+
+    config = parse(BenchLossConfig, "bench-loss", argv)
+    _prepare(config.hardware)
+    run(config, console)
+    return 0
+
+
+def bench_step(argv: Sequence[str]) -> int:
+    from bnf_recipes.bench_step import BenchStepConfig
+    from bnf_recipes.bench_step import bench_step as run
+
+    config = parse(BenchStepConfig, "bench-step", argv)
+    _prepare(config.hardware)
+    run(config, console)
+    return 0
+
+
+def bench_growth(argv: Sequence[str]) -> int:
+    from bnf_recipes.bench_growth import BenchGrowthConfig
+    from bnf_recipes.bench_growth import bench_growth as run
+
+    config = parse(BenchGrowthConfig, "bench-growth", argv)
+    _prepare(config.hardware)
+    run(config, console)
+    return 0
+
+
+@dataclass
+class CheckRunConfig:
+    """Compare two finished runs, of either backend: settings, losses and what was trained."""
+
+    run_a: str
+    """A run folder; both may be given without their flags."""
+    run_b: str
+    """Another."""
+    picture: str = "check-run.png"
+    """Draw both losses and their difference in this .png or .svg file."""
+
+
+def check_run(argv: Sequence[str]) -> int:
+    if len(argv) >= 2 and not any(word.startswith("-") for word in argv[:2]):  # `bnf check-run RUN_A RUN_B`
+        argv = ["--run-a", argv[0], "--run-b", *argv[1:]]
+    config = parse(CheckRunConfig, "check-run", argv)
+    from bnf_recipes.check_run import check_run as run
+
+    return run(Path(config.run_a), Path(config.run_b), Path(config.picture), console)
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "align a model with LoRA on good and bad completions"),
     "evaluate": (evaluate, "score labelled completions under a model"),
@@ -172,6 +223,9 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "import-gguf": (import_gguf, "turn a GGUF file into safetensors"),
     "doctor": (doctor, "what is installed and what works here"),
     "check-model": (check_model, "compare one model between two backends"),
+    "bench-loss": (bench_loss, "time the loss beside others, and measure its memory"),
+    "bench-step": (bench_step, "time a training step beside those of other trainers"),
+    "bench-growth": (bench_growth, "time a step as rows, completions and vocabulary grow"),
     "conformance": (conformance, "check a backend against the float64 oracle"),
 }
 

@@ -1,0 +1,179 @@
+"""`bnf bench-growth`: how the time and memory of a step grow with the length of rows and the number of completions of
+a prompt, and those of the loss with the vocabulary."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from bnf_core.batching import Example
+from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, TrainConfig
+from bnf_core.memory import Architecture
+from bnf_core.model_folder import resolve_model
+from bnf_recipes import bench_loss
+from bnf_recipes.bench import Case, Figures, MeasureConfig, Measurement, lines, markdown
+from bnf_recipes.bench_step import OURS, benchmark, contenders, peak_memory
+from bnf_recipes.interleaved import Work
+from bnf_recipes.pictures import AFTER, PLAIN
+
+LENGTH, COMPLETIONS, VOCABULARY = "tokens of a row", "completions of a prompt", "vocabulary"
+
+
+@dataclass
+class BenchGrowthConfig:
+    """Time a step, and measure its memory, as it grows: rows of random tokens, of several lengths, with several
+    completions of one prompt; and the loss, with several vocabularies."""
+
+    model: str
+    """A checkpoint folder or a Hub model."""
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    lengths: list[int] = field(default_factory=lambda: [128, 256, 512, 1024])
+    """Tokens of a row, half of them the prompt's; four rows a step, each of another prompt."""
+    completions: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    """Completions of one prompt, which are then the rows of a step: 64 tokens each, after 256 of the prompt."""
+    vocabularies: list[int] = field(default_factory=lambda: [8192, 16384, 32768, 65536, 131072])
+    """Vocabularies of the loss of 512 tokens."""
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("lengths", "completions", "vocabularies"):
+            if min(getattr(self, name), default=2) < (1 if name == "completions" else 2):
+                raise ValueError(f"{name} is {getattr(self, name)}: expected larger numbers")
+
+
+def bench_growth(config: BenchGrowthConfig, console: Console) -> Measurement:
+    """Measure, print, and write figures, page and picture.
+
+    Raises:
+        UserError: no such model, or the file of figures holds those of something else.
+    """
+    folder = resolve_model(config.model)
+    vocab = Architecture.of(folder).vocab
+    measures = benchmark(config.hardware)
+    facts = measures.facts() | {"model": config.model, "lora": f"r={config.lora.rank}"}
+    measurement = Measurement(config.measure, f"growth-{config.hardware.backend}", facts, console)
+    by_length = {n: [random_row(i, n // 2, n - n // 2, vocab) for i in range(4)] for n in config.lengths}
+    by_count = {k: [random_row(0, 256, 64, vocab, i) for i in range(k)] for k in config.completions}
+    whole = [
+        measurement.run(_steps(LENGTH, config, folder, by_length)),
+        measurement.run(_steps(COMPLETIONS, config, folder, by_count)),
+        measurement.run(_losses(config)),
+    ]
+    for title, figures in measurement.cases.items():
+        console.print(table(title, figures))
+    command = (
+        f"bnf bench-growth --model {config.model} --backend {config.hardware.backend} --device {config.hardware.device}"
+    )
+    measurement.finish(
+        all(whole), picture(measurement.cases), page(measurement.facts, measurement.cases, command, measures.memory)
+    )
+    return measurement
+
+
+def random_row(group: int, prompt: int, completion: int, vocab: int, number: int = 0) -> Example:
+    """Random tokens; rows of one group share the prompt."""
+    tokens = np.random.Generator(np.random.PCG64([1, group])).integers(vocab, size=prompt)
+    more = np.random.Generator(np.random.PCG64([2, group, number])).integers(vocab, size=completion)
+    return Example(tuple(tokens.tolist()), tuple(more.tolist()), label=number % 2 == 0, group=group)
+
+
+def _steps(title: str, config: BenchGrowthConfig, folder: Path, rows: Mapping[int, Sequence[Example]]) -> Case:
+    """A step of `bnf train` for each of several sets of rows."""
+    base = TrainConfig(str(folder), DataConfig(""), hardware=config.hardware, lora=config.lora)
+    settings = {str(size): replace(base, batch_size=len(part)) for size, part in rows.items()}
+    steps = config.measure.rounds + 2
+    works = {str(size): contenders(settings[str(size)], part, steps)[OURS] for size, part in rows.items()}
+    return Case(title, works, lambda size: peak_memory(settings[size], rows[int(size)], OURS))
+
+
+def _losses(config: BenchGrowthConfig) -> Case:
+    """The loss for each of several vocabularies."""
+    settings = {str(v): bench_loss.BenchLossConfig(vocab=v, hardware=config.hardware) for v in config.vocabularies}
+    times = bench_loss.case(VOCABULARY, settings[str(min(config.vocabularies))], 512, False).times
+    cases = {vocab: bench_loss.case(VOCABULARY, part, 512, False, times) for vocab, part in settings.items()}
+    works: dict[str, Work | str] = {vocab: case.contenders[bench_loss.OURS] for vocab, case in cases.items()}
+    return Case(VOCABULARY, works, lambda vocab: cases[vocab].memory(bench_loss.OURS), times=times)
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """b of the values' best fit a · sizeᵇ, by least squares of logarithms; NaN of fewer than two."""
+    if len(sizes) < 2 or min(values) <= 0:
+        return math.nan
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Points of one case, and how they grow."""
+
+    sizes: list[int]
+    seconds: list[float]
+    memory: list[float]  # bytes; NaN where it is not known
+
+    @classmethod
+    def of(cls, figures: Figures) -> "Growth":
+        found = sorted(lines(figures), key=lambda line: int(line.name))
+        return cls(
+            [int(line.name) for line in found],
+            [line.seconds for line in found],
+            [math.nan if line.memory is None else line.memory for line in found],
+        )
+
+    @property
+    def verdict(self) -> str:
+        time = exponent(self.sizes, self.seconds)
+        if len(self.sizes) < 2:
+            return ""
+        each = float(np.polyfit(self.sizes, self.memory, 1)[0]) / 2**20
+        return f"time ∝ size^{time:.2f}; memory +{each:.3g} MiB for each"
+
+
+def table(title: str, figures: Figures) -> Table:
+    growth = Growth.of(figures)
+    made = Table(title=title, title_justify="left", box=None, caption=growth.verdict, caption_justify="left")
+    for heading in (title, "seconds", "MiB"):
+        made.add_column(heading, justify="right")
+    for row in _rows(growth):
+        made.add_row(*row)
+    return made
+
+
+def page(facts: Mapping[str, str], cases: Mapping[str, Figures], command: str, memory: str) -> str:
+    """The figures as Markdown."""
+    text = [f"`{command}`\n", "; ".join(f"{name} {value}" for name, value in facts.items()) + f". Memory: {memory}.\n"]
+    for title, figures in cases.items():
+        growth = Growth.of(figures)
+        text += [*markdown((title, "seconds", "MiB"), _rows(growth)), "", f"{growth.verdict}.\n"]
+    return "\n".join(text)
+
+
+def picture(cases: Mapping[str, Figures]) -> Figure:
+    """Time and memory against size, with the fitted slope of time."""
+    figure = Figure(figsize=(4 * max(len(cases), 1), 6), layout="constrained")
+    grid = figure.subplots(2, max(len(cases), 1), squeeze=False)
+    for (time, memory), (title, figures) in zip(grid.T, cases.items(), strict=False):
+        growth = Growth.of(figures)
+        time.loglog(growth.sizes, growth.seconds, "o", color=AFTER)
+        slope = exponent(growth.sizes, growth.seconds)
+        if not math.isnan(slope):
+            middle = np.exp(np.mean(np.log(growth.seconds)) - slope * np.mean(np.log(growth.sizes)))
+            time.loglog(growth.sizes, middle * np.array(growth.sizes, float) ** slope, "--", color=PLAIN, linewidth=1)
+        time.set_title(f"{title}: time ∝ size^{slope:.2f}", fontsize=10, loc="left")
+        time.set_ylabel("seconds")
+        memory.plot(growth.sizes, np.array(growth.memory) / 2**20, "o-", color=AFTER)
+        memory.set(xlabel=title, ylabel="MiB at the peak")
+        memory.set_ylim(bottom=0)
+        for axes in (time, memory):
+            axes.grid(alpha=0.25, which="both" if axes is time else "major")
+    return figure
+
+
+def _rows(growth: Growth) -> list[tuple[str, str, str]]:
+    points = zip(growth.sizes, growth.seconds, growth.memory, strict=True)
+    return [(f"{size:,}", f"{seconds:.3g}", f"{memory / 2**20:,.0f}") for size, seconds, memory in points]

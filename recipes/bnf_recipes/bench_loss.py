@@ -1,0 +1,90 @@
+"""`bnf bench-loss`: the fused loss beside the unfused one, cross-entropy, fused or not, and the products it needs."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rich.console import Console
+
+from bnf_core.config import HardwareConfig
+from bnf_recipes.bench import FLOOR, Case, MeasureConfig, Measurement, bars, page, table
+from bnf_recipes.bench_step import benchmark
+from bnf_recipes.interleaved import ContenderFailed, Work, repeated
+
+OURS = "linear_bnf_loss"
+ENOUGH = 0.1  # seconds of a piece of work: a clock and a scheduler are not to matter
+
+
+@dataclass
+class BenchLossConfig:
+    """Time the loss, forward and backward, and measure its memory, beside other losses on the same states."""
+
+    tokens: list[int] = field(default_factory=lambda: [1024, 4096])
+    """How many completion tokens, one case each."""
+    hidden: int = 576
+    """Size of a hidden state."""
+    vocab: int = 49152
+    """Size of the vocabulary."""
+    head: Literal["both", "frozen", "trained"] = "both"
+    """Whether the gradient of the head's weights is computed as well."""
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+
+    def __post_init__(self) -> None:
+        if not self.tokens or min(self.tokens) < 1:
+            raise ValueError(f"tokens is {self.tokens}: expected numbers of at least 1")
+        if self.hidden < 1 or self.vocab < 2:
+            raise ValueError(f"hidden is {self.hidden}, vocab {self.vocab}: expected at least 1 and 2")
+
+
+def bench_loss(config: BenchLossConfig, console: Console) -> Measurement:
+    """Measure, print, and write figures, page and picture.
+
+    Raises:
+        UserError: the file of figures holds those of something else.
+    """
+    measures = benchmark(config.hardware)
+    facts = measures.facts() | {"hidden": str(config.hidden), "vocab": str(config.vocab)}
+    name = f"loss-{config.hardware.backend}"
+    measurement = Measurement(config.measure, name, facts, console)
+    whole = True
+    for trained in (False, True):
+        for n in config.tokens:
+            if config.head == ("frozen" if trained else "trained"):
+                continue
+            title = f"{n:,} tokens, head {'trained' if trained else 'frozen'}"
+            whole = measurement.run(case(title, config, n, trained)) and whole
+    for title, figures in measurement.cases.items():
+        console.print(table(title, figures))
+    command = f"bnf bench-loss --backend {config.hardware.backend} --device {config.hardware.device}"
+    measurement.finish(
+        whole,
+        bars(measurement.cases, measures.memory),
+        page(measurement.facts, measurement.cases, command, f"beyond what was held before, {measures.memory}"),
+    )
+    return measurement
+
+
+def case(title: str, config: BenchLossConfig, n: int, train_head: bool, times: int | None = None) -> Case:
+    """The losses over N states, and the products; so many times each, or as often as a clock can tell."""
+    measures = benchmark(config.hardware)
+    shape = (n, config.hidden, config.vocab)
+    jobs: dict[str, Any] = {FLOOR: measures.products([shape], train_weights=train_head)}
+    jobs |= measures.losses(*shape, train_head=train_head)
+    if times is None:
+        jobs[FLOOR]()
+        started = time.perf_counter()
+        jobs[FLOOR]()
+        times = max(1, round(ENOUGH / (time.perf_counter() - started)))
+
+    def memory(name: str) -> float:
+        try:
+            jobs[name]()  # what is made once, such as compiled kernels, does not count
+            return float(measures.extra_memory(jobs[name]))
+        except Exception as error:  # a peer may raise anything
+            raise ContenderFailed(name, f"{type(error).__name__}: {error}") from error
+
+    contenders: dict[str, Work | str] = {
+        name: job if isinstance(job, str) else repeated(job, times) for name, job in jobs.items()
+    }
+    return Case(title, contenders, memory, OURS, times)
