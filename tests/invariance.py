@@ -5,8 +5,10 @@ speed. `complaints` says whether two runs are one trajectory up to float32 round
 process of a run that `launch` started.
 """
 
+import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest import mock
 
 import numpy as np
 from safetensors.numpy import load_file
@@ -30,6 +32,7 @@ from bnf_core.batching import Array, Batch
 # the midst of the norms, so that both kinds of step are taken.
 TRAINING = "--batch-size 8 --epochs 2 --optimizer.learning_rate 2e-2 --schedule constant --warmup-steps 0".split()
 TRAINING += "--epsilon 1e-2 --max-grad-norm 1.6 --rank 4 --alpha 8 --device cpu --dtype float32".split()
+BASE = "--micro-batch-size 8"  # the arrangement that others are compared with: a step in one go, padded
 
 
 def write_rows(path: Path, shift: int = 0) -> Path:
@@ -65,7 +68,8 @@ class Trajectory:
             for file in sorted((run / folder).glob("*.safetensors"))
             for name, value in load_file(file).items()
         }
-        return cls(*(np.array([line[key] for line in lines]) for key in ("loss", "grad_norm", "tokens")), weights)
+        loss, grad_norm, tokens = (np.array([line[key] for line in lines]) for key in ("loss", "grad_norm", "tokens"))
+        return cls(loss, grad_norm, tokens, weights)
 
     @property
     def flat(self) -> Array:
@@ -124,7 +128,7 @@ Bug = Callable[[], AbstractContextManager[Any]]
 def _share(wrong: Callable[[list[Batch]], list[Batch]]) -> Bug:
     """Change the micro-batches that a process gets of each step."""
     right = plan.my_share
-    return lambda: patch.object(plan, "my_share", lambda *args: wrong(right(*args)))
+    return lambda: mock.patch.object(plan, "my_share", lambda *args: wrong(right(*args)))
 
 
 def _weighted(batch: Batch, factor: float) -> Batch:
@@ -149,7 +153,7 @@ def per_rank_mean() -> Iterator[None]:
         mine = right(examples, cut, processes, *rest)
         return [_weighted(b, len(examples) / (max(_rows(mine), 1) * processes.count)) for b in mine]
 
-    with patch.object(plan, "my_share", wrong):
+    with mock.patch.object(plan, "my_share", wrong):
         yield
 
 
@@ -161,7 +165,7 @@ def averaged_gradients() -> Iterator[None]:
 
         summed = trainer.sum_over
         averaged = lambda us, arrays: {name: g / us.count for name, g in summed(us, arrays).items()}  # noqa: E731
-        with patch.object(trainer, "sum_over", averaged):
+        with mock.patch.object(trainer, "sum_over", averaged):
             yield
     else:
         from bnf_torch.model import ScoredModel
@@ -172,7 +176,7 @@ def averaged_gradients() -> Iterator[None]:
             loss, stats = forward(self, **inputs)
             return loss / int(os.environ["WORLD_SIZE"]), stats
 
-        with patch.object(ScoredModel, "forward", halved):
+        with mock.patch.object(ScoredModel, "forward", halved):
             yield
 
 
@@ -184,7 +188,7 @@ def dropped_tail() -> Iterator[None]:
     def whole_only(self: Any, batch_size: int, *rest: Any) -> Any:
         return (step for step in right(self, batch_size, *rest) if len(step[0]) == batch_size)
 
-    with patch.object(batching.Rows, "batches", whole_only):
+    with mock.patch.object(batching.Rows, "batches", whole_only):
         yield
 
 
@@ -213,10 +217,10 @@ def padding_trained() -> Iterator[None]:
             "coefficients": np.array(weights),
         }
         old = {name: getattr(batch, name) for name in more}
-        changed = {name: np.append(old[name], value).astype(old[name].dtype) for name, value in more.items()}
+        changed: Any = {name: np.append(old[name], value).astype(old[name].dtype) for name, value in more.items()}
         return replace(batch, **changed), np.append(ref_log_odds, np.zeros(len(rows), np.float32))
 
-    with patch.object(plan, "with_reference", lambda *args: [longer(*pair) for pair in right(*args)]):
+    with mock.patch.object(plan, "with_reference", lambda *args: [longer(*pair) for pair in right(*args)]):
         yield
 
 
@@ -228,7 +232,7 @@ def permuted() -> Iterator[None]:
     def reversed_rows(self: Any, *args: Any) -> Any:
         return ((examples[::-1], position) for examples, position in right(self, *args))
 
-    with patch.object(batching.Rows, "batches", reversed_rows):
+    with mock.patch.object(batching.Rows, "batches", reversed_rows):
         yield
 
 
@@ -242,49 +246,121 @@ BUGS: dict[str, Bug] = {
     "padding trained": padding_trained,
     "packed rows see each other": _share(lambda batches: [replace(b, packed=False) for b in batches]),
 }
+
+
+# What happens to runs. The last process is hit while it prepares the fourth of the six steps.
+
+
+def _hit(number: signal.Signals) -> Bug:
+    @contextmanager
+    def hit() -> Iterator[None]:
+        right, calls = plan.my_share, itertools.count()
+
+        def wrapped(examples: Any, cut: Any, processes: Any, *rest: Any) -> list[Batch]:
+            if next(calls) == 3 and processes.rank == processes.count - 1:
+                os.kill(os.getpid(), number)
+            return right(examples, cut, processes, *rest)
+
+        with mock.patch.object(plan, "my_share", wrapped):
+            yield
+
+    return hit
+
+
 PATCHES: dict[str, Bug] = {"": nullcontext, "permuted": permuted, **BUGS}
+PATCHES |= {"ended": _hit(signal.SIGTERM), "killed": _hit(signal.SIGKILL)}
+
+
+# Runs
+
+
+class Runs:
+    """Runs of the command line in this process, each done once, all of one model and the same rows."""
+
+    def __init__(self, model: Path, folder: Path):
+        self.model, self.folder = model, folder
+        self.rows = write_rows(folder / "rows.jsonl")
+        self._count = itertools.count()
+        self._known: dict[tuple[str, ...], Trajectory] = {}
+
+    def words(self, backend: str, kind: str, flags: str) -> tuple[list[str], Path]:
+        """A command line, and the run folder it names."""
+        output = self.folder / f"run{next(self._count)}"
+        words = ["train", "--model", str(self.model), "--data", str(self.rows), "--output", str(output), *TRAINING]
+        return [*words, "--backend", backend, "--fine-tune-type", kind, *flags.split()], output
+
+    def train(self, backend: str, kind: str, flags: str = BASE, patch: str = "") -> Trajectory:
+        key = (backend, kind, flags, patch)
+        if key not in self._known:
+            words, output = self.words(backend, kind, flags)
+            assert command(words, patch) == 0
+            self._known[key] = Trajectory.read(output)
+        return self._known[key]
+
+    def start(self, backend: str, kind: str) -> Trajectory:
+        """The weights before the first step: those of a step too small to be seen."""
+        return self.train(backend, kind, f"{BASE} --max-steps 1 --optimizer.learning_rate 1e-30")
+
+    def complaints(self, backend: str, kind: str, other: Trajectory) -> list[str]:
+        """Of a run as compared with the base arrangement."""
+        return complaints(self.train(backend, kind), other, self.start(backend, kind))
+
+
+def command(words: Sequence[str], patch: str = "") -> int:
+    """Exit code of a command in this process, which it would otherwise replace where OpenBLAS is to be preloaded."""
+    from bnf_recipes import cli
+
+    with PATCHES[patch](), mock.patch.dict(os.environ, LD_PRELOAD=os.environ.get("LD_PRELOAD", "")):
+        return cli.run(words)
 
 
 # Several processes
 
+# How those of a backend share the work, and the environment that says so.
+WAYS: dict[str, tuple[str, dict[str, str]]] = {
+    "ddp": ("torch", {}),
+    "fsdp": ("torch", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
+    "mlx": ("mlx", {}),
+}
 
-def launch(backend: str, program: Sequence[object], count: int = 2, **environment: str) -> list[subprocess.Popen[str]]:
-    """Processes of one run as torchrun or mlx.launch would start them, each for the test to watch or to kill; standard
-    output and error of each go together into a pipe."""
+
+def launch(way: str, jobs: Sequence[tuple[str, list[str]]], folders: Sequence[Path]) -> list[tuple[int, str]]:
+    """Commands, each with a patch, one after another on as many processes as there are folders to run them in, started
+    as torchrun and mlx.launch do it. Once the last process has ended, the others have a minute.
+
+    Returns:
+        exit code, standard output and error of each process.
+    """
+    backend, environment = WAYS[way]
+    count = len(folders)
     ports = free_ports(count)
-    common = os.environ | {"OMP_NUM_THREADS": "1", "MLX_DISABLE_COMPILE": "1", "LD_PRELOAD": ""} | environment
-    common["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
-    started = []
-    for rank in range(count):
-        if backend == "mlx":
-            hosts = json.dumps([[f"127.0.0.1:{port}"] for port in ports])
-            own = {"MLX_HOSTFILE": _file(hosts), "MLX_RANK": str(rank)}
-        else:
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
-            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
-        words = [sys.executable, *(str(word) for word in program)]
-        started.append(
-            subprocess.Popen(
-                words,
-                env=common | own,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    return started
-
-
-def finish(processes: Sequence[subprocess.Popen[str]], timeout: float = 300) -> list[tuple[int, str]]:
-    """Exit code and output of each; kills what does not end in time."""
-    try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return [(process.returncode, output) for process, output in zip(processes, outputs, strict=True)]
+    common = os.environ | {"OMP_NUM_THREADS": "1", "MLX_DISABLE_COMPILE": "1"} | environment
+    processes: list[subprocess.Popen[bytes]] = []
+    with tempfile.TemporaryDirectory() as name:
+        hosts, outputs = Path(name, "hosts.json"), [Path(name, f"output{rank}") for rank in range(count)]
+        hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+        for rank, folder in enumerate(folders):
+            if backend == "mlx":
+                own = {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
+            else:
+                own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+                own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
+            words = [sys.executable, __file__, json.dumps(jobs)]
+            with outputs[rank].open("wb") as output:
+                started = subprocess.Popen(
+                    words, env=common | own, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output
+                )
+            processes.append(started)
+        try:
+            for process, timeout in zip(reversed(processes), [400, *[60] * (count - 1)], strict=True):
+                process.wait(timeout)
+        except subprocess.TimeoutExpired as error:
+            raise AssertionError("\n".join(output.read_text() for output in outputs)) from error
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        return [(process.returncode, output.read_text()) for process, output in zip(processes, outputs, strict=True)]
 
 
 def free_ports(count: int) -> list[int]:
@@ -297,22 +373,13 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def _file(content: str) -> str:
-    handle, name = tempfile.mkstemp(suffix=".json")
-    with os.fdopen(handle, "w") as file:
-        file.write(content)
-    return name
-
-
 def main() -> int:
-    """Jobs from the command line, one after another, in the processes that are there: [[patch, words], …]."""
-    from bnf_recipes import cli
-
+    """Commands from the command line, one after another, in the processes that are there: [[patch, words], …]."""
+    codes = []
     for name, words in json.loads(sys.argv[1]):
-        with PATCHES[name]():
-            if code := cli.run(words):
-                return code
-    return 0
+        codes.append(command(words, name))
+        print(f"\nEXIT CODE {codes[-1]}", file=sys.stderr, flush=True)
+    return max(codes)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,14 @@
 tried on the classical bugs."""
 
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import invariance
 import numpy as np
 import pytest
 from conftest import BACKENDS
-from invariance import ALLOWED, PATCHES, TRAINING, Trajectory, complaints, finish, launch
-
-from bnf_recipes import cli
+from invariance import ALLOWED, WAYS, Runs, Trajectory, complaints, launch
 
 PACKED = "--packing true --max-length 128"
 UNSORTED = "--micro-batch-size 3 --group-by-length false"
@@ -47,71 +43,21 @@ ALONE = {
 }
 # On two processes: several micro-batches each; a second process that has nothing to do; all weights.
 SEVERAL = "--micro-batch-size 2 --gradient-checkpointing true"
-SHARED = [("lora", SEVERAL), ("lora", "--packing true --max-length 1024"), ("full", UNSORTED)]
+SHARED = [("lora", SEVERAL), ("lora", "--packing true --max-length 192"), ("full", UNSORTED)]
 PAIR = ["per-rank mean", "averaged gradients"]
-# How the processes of a backend share the work, and the environment that says so.
-WAYS = {
-    "ddp": ("torch", {}),
-    "fsdp": ("torch", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
-    "mlx": ("mlx", {}),
-}
-
-Train = Callable[..., Trajectory]
-Judge = Callable[[str, str, Trajectory], list[str]]
-Pair = Callable[[str], dict[tuple[str, str, str], Trajectory]]
-Words = Callable[[str, str, str], tuple[list[str], Path]]
+Key = tuple[str, str, str]  # kind, flags, bug
+Pair = Callable[[str], dict[Key, Trajectory]]
 
 
 @pytest.fixture(scope="module")
-def words(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Words:
-    """A command line, and its run folder."""
-    rows = invariance.write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl")
-
-    def words(backend: str, kind: str, flags: str) -> tuple[list[str], Path]:
-        output = tmp_path_factory.mktemp("run") / "run"
-        line = ["train", "--model", str(tiny_model), "--data", str(rows), "--output", str(output), *TRAINING]
-        return [*line, "--backend", backend, "--fine-tune-type", kind, *flags.split()], output
-
-    return words
-
-
-@pytest.fixture(scope="module")
-def train(words: Words) -> Train:
-    """Runs in this process; each once."""
-    known: dict[tuple[str, ...], Trajectory] = {}
-
-    def train(backend: str, kind: str, flags: str, patch: str = "") -> Trajectory:
-        key = (backend, kind, flags, patch)
-        if key not in known:
-            line, output = words(backend, kind, flags)
-            with pytest.MonkeyPatch.context() as m, PATCHES[patch]():
-                m.setenv("LD_PRELOAD", "")  # or on Linux MLX's command would replace this process
-                assert cli.run(line) == 0
-            known[key] = Trajectory.read(output)
-        return known[key]
-
-    return train
-
-
-@pytest.fixture(scope="module")
-def judge(train: Train) -> Judge:
-    """Complaints of a run when compared with the base arrangement, one micro-batch of eight rows, sorted and padded."""
-
-    def judge(backend: str, kind: str, other: Trajectory) -> list[str]:
-        return complaints(train(backend, kind, "--micro-batch-size 8"), other, start(train, backend, kind))
-
-    return judge
-
-
-def start(train: Train, backend: str, kind: str) -> Trajectory:
-    """The weights before the first step: those of a step too small to be seen."""
-    return train(backend, kind, "--micro-batch-size 8 --max-steps 1 --optimizer.learning_rate 1e-30")
+def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tiny_model, tmp_path_factory.mktemp("invariance"))
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
-def test_there_is_something_to_see(train: Train, backend_name: str, kind: str) -> None:
-    base = train(backend_name, kind, "--micro-batch-size 8")
-    way = np.abs(base.flat - start(train, backend_name, kind).flat)
+def test_there_is_something_to_see(runs: Runs, backend_name: str, kind: str) -> None:
+    base = runs.train(backend_name, kind)
+    way = np.abs(base.flat - runs.start(backend_name, kind).flat)
     allowed = ALLOWED["weights"] * np.finfo(np.float32).eps * np.sqrt(len(base.loss))  # of the farthest
     assert way.max() > 0.05 and np.median(way[way > 0]) > 100 * allowed * way.max()
     assert len(set(base.tokens[:3])) == 3 and base.tokens[:3].sum() == base.tokens[3:].sum(), "two whole epochs"
@@ -120,46 +66,42 @@ def test_there_is_something_to_see(train: Train, backend_name: str, kind: str) -
 
 
 @pytest.mark.parametrize(("kind", "flags"), ARRANGEMENTS)
-def test_one_trajectory(train: Train, judge: Judge, backend_name: str, kind: str, flags: str) -> None:
-    assert judge(backend_name, kind, train(backend_name, kind, flags)) == []
+def test_one_trajectory(runs: Runs, backend_name: str, kind: str, flags: str) -> None:
+    assert runs.complaints(backend_name, kind, runs.train(backend_name, kind, flags)) == []
 
 
-def test_the_order_of_rows_within_a_step_is_nothing(train: Train, judge: Judge, backend_name: str) -> None:
-    other = train(backend_name, "lora", "--micro-batch-size 3 --group-by-length false", "permuted")
-    assert judge(backend_name, "lora", other) == []
+def test_the_order_of_rows_within_a_step_is_nothing(runs: Runs, backend_name: str) -> None:
+    other = runs.train(backend_name, "lora", "--micro-batch-size 3 --group-by-length false", "permuted")
+    assert runs.complaints(backend_name, "lora", other) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "flags"), EVERY_ARRANGEMENT)
-def test_one_trajectory_in_every_arrangement(
-    train: Train, judge: Judge, backend_name: str, kind: str, flags: str
-) -> None:
-    assert judge(backend_name, kind, train(backend_name, kind, flags)) == []
+def test_one_trajectory_in_every_arrangement(runs: Runs, backend_name: str, kind: str, flags: str) -> None:
+    assert runs.complaints(backend_name, kind, runs.train(backend_name, kind, flags)) == []
 
 
 @pytest.mark.parametrize("bug", ALONE)
-def test_a_bug_is_caught(train: Train, judge: Judge, backend_name: str, bug: str) -> None:
-    assert judge(backend_name, "lora", train(backend_name, "lora", ALONE[bug], bug))
+def test_a_bug_is_caught(runs: Runs, backend_name: str, bug: str) -> None:
+    assert runs.complaints(backend_name, "lora", runs.train(backend_name, "lora", ALONE[bug], bug))
 
 
 # Two processes
 
 
 @pytest.fixture(scope="module")
-def pair(words: Words) -> Pair:
-    """Runs on two processes by kind, flags and bug; for each way of sharing the work all in one pair of processes, of
-    which the imports are most of the time."""
-    known: dict[str, dict[tuple[str, str, str], Trajectory]] = {}
+def pair(runs: Runs) -> Pair:
+    """For each way of sharing the work, all runs in one pair of processes: most of their time goes into imports."""
+    known: dict[str, dict[Key, Trajectory]] = {}
 
-    def pair(way: str) -> dict[tuple[str, str, str], Trajectory]:
+    def pair(way: str) -> dict[Key, Trajectory]:
         if way not in known:
-            backend, environment = WAYS[way]
             keys = [(kind, flags, "") for kind, flags in SHARED] + [("lora", SEVERAL, bug) for bug in PAIR]
-            lines, outputs = zip(*(words(backend, kind, flags) for kind, flags, _ in keys), strict=True)
-            jobs = [[bug, line] for (_, _, bug), line in zip(keys, lines, strict=True)]
-            for code, output in finish(launch(backend, [invariance.__file__, json.dumps(jobs)], **environment)):
-                assert code == 0, output
-                assert "on 2 processes" in output or "run folder" not in output, "the first one says so"
+            lines, outputs = zip(*(runs.words(WAYS[way][0], kind, flags) for kind, flags, _ in keys), strict=True)
+            jobs = [(bug, line) for (_, _, bug), line in zip(keys, lines, strict=True)]
+            (code, output), (other_code, other_output) = launch(way, jobs, [runs.folder] * 2)
+            assert code == other_code == 0, output + other_output
+            assert output.count("on 2 processes") == len(jobs)
             known[way] = dict(zip(keys, map(Trajectory.read, outputs), strict=True))
         return known[way]
 
@@ -173,20 +115,14 @@ PAIRS = [
 
 @pytest.mark.parametrize("way", PAIRS)
 @pytest.mark.parametrize(("kind", "flags"), SHARED)
-def test_two_processes_take_the_same_road(
-    judge: Judge,
-    pair: Pair,
-    way: str,
-    kind: str,
-    flags: str,
-) -> None:
-    assert judge(WAYS[way][0], kind, pair(way)[kind, flags, ""]) == []
+def test_two_processes_take_the_same_road(runs: Runs, pair: Pair, way: str, kind: str, flags: str) -> None:
+    assert runs.complaints(WAYS[way][0], kind, pair(way)[kind, flags, ""]) == []
 
 
 @pytest.mark.parametrize("way", PAIRS)
 @pytest.mark.parametrize("bug", PAIR)
-def test_a_bug_of_two_processes_is_caught(judge: Judge, pair: Pair, way: str, bug: str) -> None:
-    assert judge(WAYS[way][0], "lora", pair(way)["lora", SEVERAL, bug])
+def test_a_bug_of_two_processes_is_caught(runs: Runs, pair: Pair, way: str, bug: str) -> None:
+    assert runs.complaints(WAYS[way][0], "lora", pair(way)["lora", SEVERAL, bug])
 
 
 # The judge
