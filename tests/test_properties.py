@@ -148,8 +148,10 @@ def heads_are_the_oracles(losses: Losses, x: Heads) -> None:
     scales = {name: np.abs(e[name]) for name in ("log_odds", "other_entropy", "token_loss")}
     # A sum of few tokens: what each may be off by, twice the tolerance of a sum of many, of which 1 is the floor.
     scales["loss"] = 2 * (np.abs(coefficients) * np.maximum(e["token_loss"], 1.0)).sum()
-    scales["grad_hidden"] = (grad @ np.abs(head)).max(1, keepdims=True)
-    scales["grad_head"] = (grad.T @ np.abs(hidden)).max(1, keepdims=True)
+    # What is below float32's smallest normal number may be flushed to 0 before it is multiplied.
+    flushed = 1.2e-38 / 2e-5
+    scales["grad_hidden"] = np.maximum((grad @ np.abs(head)).max(1, keepdims=True), flushed * np.abs(head).sum())
+    scales["grad_head"] = np.maximum((grad.T @ np.abs(hidden)).max(1, keepdims=True), flushed * np.abs(hidden).sum())
     for train_head in (False, True):
         inputs = x.inputs.values()
         got = losses.fused(*inputs, dtype=x.dtype, train_head=train_head, chunk_tokens=x.chunk_tokens)
