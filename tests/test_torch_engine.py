@@ -4,6 +4,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from bnf_core import plan
 from bnf_core.batching import Cut, Example, Rows, collate, micro_batches
 from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
-from bnf_core.processes import ALONE
+from bnf_core.processes import ALONE, Processes
 from bnf_core.protocol import Step, TokenStats
 from bnf_core.reference import ReferenceCache
 from bnf_torch.backend import TorchBackend
@@ -193,19 +194,32 @@ def test_half_precision_is_as_accurate_as_a_model_that_is_all_of_it(tiny_model):
     assert allowed / 10 < error < 1.5 * allowed
 
 
-def test_a_step_that_is_not_finite_is_not_taken(tiny_model):
+@pytest.mark.parametrize("what", ["loss and gradient", "loss elsewhere", "norm"])
+def test_a_step_that_is_not_finite_is_not_taken(tiny_model, what):
     """And the optimizer's moments stay: the next step is as if there had been none before."""
+
+    class Elsewhere(Processes):
+        def sum(self, values: np.ndarray) -> np.ndarray:
+            return values + np.inf
+
     engine, other = load(tiny_model), load(tiny_model)
-    step = step_of(engine, rows(), Cut(3))
-    bad = Step(0, 1e-2, [(batch, np.full_like(r, np.nan)) for batch, r in step.batches], step.examples, {})
+    good = step_of(engine, rows(), Cut(3))
+    batches = good.batches
+    if what == "loss and gradient":
+        batches = [(batch, np.full_like(r, np.nan)) for batch, r in batches]
+    if what == "norm":  # whose squares float32 cannot hold
+        batches = [(replace(batch, coefficients=batch.coefficients * 1e30), r) for batch, r in batches]
     norms: list[float] = []
 
     def done(step: Step, stats: list[TokenStats], norm: float) -> None:
         norms.append(norm)
 
-    engine.fit(iter([bad, step]), done, 1.0)
-    other.fit(iter([step]), done, 1.0)
-    assert math.isnan(norms[0]) and norms[1] == norms[2]
+    engine.processes = Elsewhere() if what == "loss elsewhere" else ALONE
+    engine.fit(iter([replace(good, batches=batches)]), done, 1.0)
+    engine.processes = ALONE
+    engine.fit(iter([good]), done, 1.0)
+    other.fit(iter([good]), done, 1.0)
+    assert not math.isfinite(norms[0]) and norms[1] == norms[2]
     for name, p in engine.trainable.items():
         assert torch.equal(p, other.trainable[name]), name
 

@@ -60,7 +60,7 @@ class TorchEngine:
         autocast = None if dtype in (None, torch.float32, self.base.dtype) else dtype
         sharded = getattr(processes, "sharded", False)
         self.scored = ScoredModel(self.base, None if sharded else autocast)
-        self.to_train = spread(self.scored, processes, autocast)
+        self.to_train = spread(self.scored, processes, self.device, autocast)
         for method in ("probe", "generate"):
             register_fsdp_forward_method(self.scored, method)
         self.scored.eval()

@@ -64,6 +64,8 @@ def processes() -> Processes:
         raise UserError("accelerate was configured for FSDP1: set fsdp_version: 2 (recipes/configs/accelerate)")
     if sharded and _flag("FSDP_OFFLOAD_PARAMS"):
         raise UserError("fsdp_offload_params is not supported: set it to false, and use more GPUs or LoRA")
+    if sharded and _flag("FSDP_ACTIVATION_CHECKPOINTING"):
+        raise UserError("fsdp_activation_checkpointing is not supported: leave it out, and use gradient checkpointing")
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     if not dist.is_initialized():
         if torch.cuda.is_available():
@@ -101,14 +103,15 @@ def lost_processes() -> Iterator[None]:
 # The model
 
 
-def spread(scored: ScoredModel, group: Processes, dtype: torch.dtype | None) -> nn.Module:
+def spread(scored: ScoredModel, group: Processes, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
     """What to call for training: the model itself, alone or sharded in place, or DDP around it.
 
     FSDP2 shards each decoder layer, and everything else with the model as a whole: embeddings and head are gathered
     from the start of the forward to the end of the backward pass, so the fused loss finds the head whole.
 
     Args:
-        scored: on the device that is to compute; to be sharded it may be on the CPU still.
+        scored: on the device; to be sharded it may be on the CPU still.
+        device: what computes.
         dtype: gather the shards in this precision, and compute in it; None: as they are.
     """
     if not isinstance(group, TorchProcesses):
@@ -116,9 +119,9 @@ def spread(scored: ScoredModel, group: Processes, dtype: torch.dtype | None) -> 
     if not group.sharded:
         if not any(p.requires_grad for p in scored.parameters()):  # which DDP refuses
             return scored
-        device = next(scored.parameters()).device
-        return DistributedDataParallel(scored, device_ids=[device.index] if device.type == "cuda" else None)
-    mesh = init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (group.count,))
+        here = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(scored, device_ids=here, gradient_as_bucket_view=True)
+    mesh = init_device_mesh(device.type, (group.count,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
     blocks = set(getattr(scored.model, "_no_split_modules", None) or ())
     for module in list(scored.modules()):
