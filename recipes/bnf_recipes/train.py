@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NoReturn
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from bnf_core import plan, registry
-from bnf_core.batching import Position, micro_batches
+from bnf_core.batching import Position, collate, micro_batches
 from bnf_core.checkpoints import Facts, changes, run_facts
 from bnf_core.config import TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
@@ -120,6 +121,7 @@ class _Training:
         self.saved_at: int | None = None
 
     def run(self) -> RunResult:
+        self._try()
         start = self._start()
         self.console.print(
             f"{self.num_steps} steps of {self.config.batch_size} rows on {self.processes.count} process"
@@ -144,6 +146,16 @@ class _Training:
             with self.folder.writing():
                 picture = run_picture(self.folder.path)
         return RunResult(self.folder.path, self.folder.trained, picture, self.evaluations.get(0), after)
+
+    def _try(self) -> None:
+        """Score the row with the highest token id, beside padding: what the model refuses it refuses now, before
+        anything that is there is touched."""
+        rows = [*(self.data.examples or ()), *(self.data.held_out or ())]
+        if rows:
+            highest = max(rows, key=lambda e: max(e.prompt_ids + e.completion_ids))
+            tried = [highest, highest, min(rows, key=len)]
+            batch = collate(tried, len(tried), self.pad, bins=[[0, 1], [2]] if self.config.packing else None)
+            self.engine.evaluate(batch, np.zeros(len(batch.targets), np.float32))
 
     def _steps(self, start: int) -> Iterator[Step]:
         return plan.steps(
