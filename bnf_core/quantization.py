@@ -32,16 +32,24 @@ class Quantization:
     bits: int
     layers: Mapping[str, Mapping[str, Any]]  # by the layer's path
 
+    def of(self, layer: str) -> tuple[int, int]:
+        """`group_size` and `bits` of one layer.
+
+        Raises:
+            UserError: it is in another mode than affine.
+        """
+        own = self.layers.get(layer, {})
+        if own.get("mode", "affine") != "affine":
+            raise _unknown_mode(self.folder, own["mode"], layer)
+        return own.get("group_size", self.group_size), own.get("bits", self.bits)
+
     def dequantize(self, layer: str, packed: Array, scales: Array, biases: Array, dtype: str) -> Array:
         """The weights of one layer; see `dequantize`.
 
         Raises:
             UserError: the tensors are not packed as the config says.
         """
-        own = self.layers.get(layer, {})
-        group_size, bits = own.get("group_size", self.group_size), own.get("bits", self.bits)
-        if own.get("mode", "affine") != "affine":
-            raise _unknown_mode(self.folder, own["mode"], layer)
+        group_size, bits = self.of(layer)
         if packed.shape[-1] * 32 != scales.shape[-1] * group_size * bits:
             raise UserError(
                 f"{self.folder}: {layer} has {packed.shape[-1]} words and {scales.shape[-1]} groups a row, which is "

@@ -8,8 +8,9 @@ from typing import cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -70,7 +71,9 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, train: bool = False) -
         UserError: not a PEFT adapter, pickled weights, or made for another model.
     """
     if (folder / "adapters.safetensors").exists():
-        raise UserError(f"{folder} holds an MLX adapter, and this is the torch backend: use --backend mlx")
+        raise UserError(
+            f"{folder} holds an MLX adapter, and this is the torch backend: use --backend mlx, or `bnf convert-adapter`"
+        )
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{folder} is not an adapter: it has no adapter_config.json")
     if not (folder / "adapter_model.safetensors").is_file():
@@ -81,6 +84,15 @@ def load_adapter(model: PreTrainedModel, folder: Path, *, train: bool = False) -
         base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: this adapter does not fit the model (it was made for {base}): {reason}") from error
+    with safe_open(folder / "adapter_model.safetensors", framework="numpy") as file:
+        saved = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118
+    expected = {name for name in get_peft_model_state_dict(peft_model, save_embedding_layers=False) if "lora_" in name}
+    if different := sorted(expected ^ saved):  # PEFT goes on without them
+        missing = "missing from it" if different[0] in expected else "not of this model"
+        raise UserError(
+            f"{folder}: this adapter does not fit the model: {len(different)} tensors do not match, the first, "
+            f"{different[0]}, is {missing}"
+        )
     return peft_model
 
 

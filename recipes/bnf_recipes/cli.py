@@ -12,6 +12,7 @@ from rich.console import Console
 from bnf_core import registry
 from bnf_core.config import (
     DataCheckConfig,
+    DType,
     EvaluateConfig,
     GenerateConfig,
     HardwareConfig,
@@ -162,6 +163,68 @@ def check_model(argv: Sequence[str]) -> int:
     return run(config.model, config.backends, config.data, config.report, console)
 
 
+@dataclass
+class ConvertAdapterConfig:
+    """Turn an adapter of PEFT into one of mlx-lm, or the other way round."""
+
+    adapter: str
+    """A folder with adapter_config.json; its layout says which way to convert."""
+    model: str
+    """The model that it is for: a checkpoint folder or a Hub model."""
+    output: str
+    """The folder to write."""
+    force: bool = False
+    """Replace an adapter that is there."""
+
+
+def convert_adapter(argv: Sequence[str]) -> int:
+    config = parse(ConvertAdapterConfig, "convert-adapter", argv)
+    _quiet()
+    from bnf_recipes.convert_adapter import convert_adapter as run
+
+    found = run(Path(config.adapter), config.model, Path(config.output), force=config.force)
+    way = "PEFT → mlx-lm" if found.layout == "peft" else "mlx-lm → PEFT"
+    console.print(
+        f"{way}  {len(found.modules)} modules of rank {found.rank}\nadapter  {config.output}", highlight=False
+    )
+    return 0
+
+
+@dataclass
+class FuseConfig:
+    """Make one model of a model and its adapter: PEFT's adapters by PyTorch, mlx-lm's by MLX."""
+
+    model: str
+    """A checkpoint folder or a Hub model."""
+    adapter: str
+    """An adapter folder."""
+    output: str
+    """The folder to write."""
+    dequantize: bool = False
+    """With MLX: write plain weights of a quantised model. PyTorch always does."""
+    dtype: DType = "auto"
+    """Of the weights written; `auto` is the checkpoint's own."""
+    force: bool = False
+    """Replace a model that is there."""
+
+
+def fuse(argv: Sequence[str]) -> int:
+    config = parse(FuseConfig, "fuse", argv)
+    _quiet()
+    from bnf_recipes.fuse import fuse as run
+
+    run(
+        config.model,
+        Path(config.adapter),
+        Path(config.output),
+        dequantize=config.dequantize,
+        dtype=config.dtype,
+        force=config.force,
+    )
+    console.print(f"model  {config.output}", highlight=False)
+    return 0
+
+
 def bench_loss(argv: Sequence[str]) -> int:
     from bnf_recipes.bench_loss import BenchLossConfig
     from bnf_recipes.bench_loss import bench_loss as run
@@ -221,11 +284,14 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "data-check": (data_check, "check every row of feedback before it is trained on"),
     "demo": (demo, "align a small model on word problems, show before and after"),
     "import-gguf": (import_gguf, "turn a GGUF file into safetensors"),
+    "convert-adapter": (convert_adapter, "turn an adapter of PEFT into one of mlx-lm, or back"),
+    "fuse": (fuse, "make one model of a model and its adapter"),
     "doctor": (doctor, "what is installed and what works here"),
     "check-model": (check_model, "compare one model between two backends"),
     "bench-loss": (bench_loss, "time the loss beside others, and measure its memory"),
     "bench-step": (bench_step, "time a training step beside those of other trainers"),
     "bench-growth": (bench_growth, "time a step as rows, completions and vocabulary grow"),
+    "check-run": (check_run, "compare two finished runs, of either backend"),
     "conformance": (conformance, "check a backend against the float64 oracle"),
 }
 
@@ -239,7 +305,7 @@ def run(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         console.print("usage: bnf COMMAND [--config FILE] [settings]   (bnf COMMAND --help)\n", markup=False)
         for name, (_, text) in COMMANDS.items():
-            console.print(f"  {name:<13}{text}", highlight=False)
+            console.print(f"  {name:<17}{text}", highlight=False)
         return 0 if argv else 2
     if "-".join(argv[:2]) in COMMANDS:  # `bnf data check` is `bnf data-check`
         argv = ["-".join(argv[:2]), *argv[2:]]

@@ -42,19 +42,19 @@ def run_figure(lines: Sequence[Line]) -> Figure:
 
     _curve(loss, train, "loss", PLAIN, "training batches")
     _curve(loss, evals, "loss", AFTER, "held-out rows", marker="o")
-    _label(loss, "Loss", "label · token loss, mean over rows")
+    label_axes(loss, "Loss", "label · token loss, mean over rows")
 
     _curve(shift, train, "log_odds_shift/good", GOOD, "good rows, training")
     _curve(shift, train, "log_odds_shift/bad", BAD, "bad rows, training", style="--")
     _curve(shift, evals, "log_odds_shift/good", GOOD, "good rows, held out", style="", marker="o")
     _curve(shift, evals, "log_odds_shift/bad", BAD, "bad rows, held out", style="", marker="s")
     shift.axhline(0, color=PLAIN, linewidth=0.8)
-    _label(shift, "How far the policy has moved from the reference", "log-odds of tokens, nats")
+    label_axes(shift, "How far the policy has moved from the reference", "log-odds of tokens, nats")
 
     _curve(weight, train, "target_weight", GOOD, "mean target weight t = min(1, p/r)")
     _curve(weight, train, "share_below_reference", BAD, "share of tokens with p < r", style="--")
     weight.set_ylim(-0.03, 1.03)
-    _label(weight, "Where tokens stand against the reference", "")
+    label_axes(weight, "Where tokens stand against the reference", "")
 
     last = max([line["step"] for line in train + evals if "step" in line], default=1)
     for axes in (loss, shift, weight):
@@ -105,7 +105,7 @@ def _curve(
         line[0].set(markerfacecolor="none", markersize=9)
 
 
-def _label(axes: Axes, title: str, quantity: str) -> None:
+def label_axes(axes: Axes, title: str, quantity: str) -> None:
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel(quantity)
