@@ -1,0 +1,213 @@
+"""What goes wrong around a run ends it early, with one message that says what, and touches nothing that is there."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from conftest import BACKENDS
+from invariance import BASE, WAYS, Runs, Trajectory, command, free_ports, launch, write_rows
+
+from bnf_core.checkpoints import Checkpoints
+from bnf_core.config import TrainConfig
+from bnf_recipes.arguments import parse
+from bnf_recipes.run_folder import RunFolder
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tiny_model, tmp_path_factory.mktemp("faults"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+Refuses = Callable[..., None]
+
+
+@pytest.fixture
+def refuses(capsys: pytest.CaptureFixture[str]) -> Refuses:
+    """That a command is refused as bad input, in one message with these words, and a folder is left as it is."""
+
+    def refuses(words: list[str], folder: Path, *expected: str) -> None:
+        before = contents(folder)
+        capsys.readouterr()
+        assert command(words) == 2
+        error = " ".join(capsys.readouterr().err.split())
+        assert error.startswith("bnf: ") and error.count("bnf: ") == 1 and "Traceback" not in error
+        assert all(re.search(word, error) for word in expected), error
+        assert contents(folder) == before
+
+    return refuses
+
+
+def changed(words: list[str], **settings: object) -> list[str]:
+    """The same command with other settings; the last of a kind wins."""
+    return words + [str(word) for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
+
+
+# One process
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_a_tokenizer_with_more_tokens_than_the_model(
+    runs: Runs, backend_name: str, kind: str, packing: str, tmp_path: Path, refuses: Refuses
+) -> None:
+    small = tiny.make_model(tmp_path / "small", vocab_size=64)
+    words, run = runs.words(backend_name, kind, f"{BASE} --max-steps 1")
+    assert command(words) == 0
+    refuses(changed(words, model=small, packing=packing, overwrite="true"), run, "tokenizer", "64", r"token.* \d+")
+
+
+def test_a_checkpoint_of_another_rank(runs: Runs, backend_name: str, refuses: Refuses) -> None:
+    words, run = runs.words(backend_name, "lora", f"{BASE} --max-steps 1")
+    assert command(words) == 0
+    again = changed(words, rank=8, resume="true")
+    refuses(again, run, "step-000001 is of another run", "lora.rank: 4 → 8", "--resume-anyway")
+    refuses(changed(again, resume_anyway="true"), run, "has rank 4 in the checkpoint and 8 here")
+
+
+def test_a_saved_adapter_of_another_rank(runs: Runs, backend_name: str, refuses: Refuses) -> None:
+    words, run = runs.words(backend_name, "lora", f"{BASE} --max-steps 1")
+    assert command(words) == 0
+    path = run / "adapter" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config.get("lora_parameters", config)["rank" if "lora_parameters" in config else "r"] = 8
+    path.write_text(json.dumps(config))
+    evaluate = ["evaluate", "--model", str(runs.model), "--adapter", str(run / "adapter"), "--data", str(runs.rows)]
+    refuses(
+        [*evaluate, "--backend", backend_name, "--device", "cpu"], run, str(run / "adapter"), "does not fit the model"
+    )
+
+
+def test_a_reference_of_another_model(runs: Runs, backend_name: str, tmp_path: Path, refuses: Refuses) -> None:
+    other, stored = tiny.make_model(tmp_path / "other", seed=1), tmp_path / "reference"
+    make = ["reference", "--model", str(other), "--data", str(runs.rows), "--output", str(stored)]
+    assert command([*make, "--backend", backend_name, "--device", "cpu", "--dtype", "float32"]) == 0
+    words, run = runs.words(backend_name, "lora", f"{BASE} --max-steps 1")
+    assert command(words) == 0
+    refuses(changed(words, reference=stored, overwrite="true"), run, str(stored), "model", "bnf reference")
+    refuses(changed(words, reference=stored, overwrite="true"), stored)
+
+
+def test_a_folder_that_another_run_writes_to(runs: Runs, refuses: Refuses) -> None:
+    pytest.importorskip("peft")
+    words, run = runs.words("torch", "lora", f"{BASE} --save-every 1")
+    endless = [sys.executable, "-m", "bnf_recipes", *changed(words, epochs=100_000)]
+    process = subprocess.Popen(endless, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for_lines(run, 1, process)
+        process.send_signal(signal.SIGSTOP)  # so that the folder stays as it is
+        for setting in ("overwrite", "resume"):
+            refuses(changed(words, **{setting: "true"}), run, f"another run is writing to {run}", "--output")
+    finally:
+        process.kill()
+        process.wait()
+    assert command(changed(words, overwrite="true", max_steps=1)) == 0, "a killed run holds nothing"
+
+
+def wait_for_lines(run: Path, count: int, process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
+    log, deadline = run / "metrics.jsonl", time.monotonic() + 200
+    while not (log.exists() and log.read_bytes().count(b"\n") >= count):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+
+
+# Two processes
+
+PAIRS = [
+    pytest.param(way, marks=mark.marks) for mark in BACKENDS for way, (name, _) in WAYS.items() if name in mark.values
+]
+
+
+@pytest.mark.parametrize("way", PAIRS)
+def test_two_processes(runs: Runs, way: str, tmp_path: Path) -> None:
+    """In one pair of processes, whose imports cost most of the time, one after another: a run that one of them is told
+    to end; one that goes on after it was ended on one process; data that differ; a folder that another run has; and a
+    run of which one process is killed."""
+    backend, _ = WAYS[way]
+    kind = "full" if way == "fsdp" else "lora"
+    folders = tmp_path / "first", tmp_path / "second"
+    for shift, folder in enumerate(folders):
+        folder.mkdir()
+        write_rows(folder / "rows.jsonl", shift)
+    ended, ended_run = runs.words(backend, "full", f"{BASE} --save-every null")
+    alone, alone_run = runs.words(backend, kind, f"{BASE} --save-every null")
+    differ, differ_run = runs.words(backend, kind, BASE)
+    taken, taken_run = runs.words(backend, kind, BASE)
+    killed, killed_run = runs.words(backend, kind, f"{BASE} --save-every 2")
+    assert command(alone, "ended") == 1
+
+    jobs = [
+        ("ended", ended),
+        ("", changed(alone, resume="true")),
+        ("", changed(differ, data="rows.jsonl")),
+        ("", taken),
+        ("killed", killed),
+    ]
+    with RunFolder(parse(TrainConfig, "train", taken[1:])).held():
+        results = launch(way, jobs, folders)
+    outputs = [output for _, output in results]
+    assert [code for code, _ in results] == [2, -signal.SIGKILL], outputs
+    assert [re.findall(r"EXIT CODE (\d)", output) for output in outputs] == [
+        ["1", "0", "2", "2", "1"],
+        ["1", "0", "2", "2"],
+    ]
+    assert not any("Traceback" in output for output in outputs), outputs
+    for output in outputs:
+        said = [" ".join(part.split()) for part in re.split(r"EXIT CODE \d", output)]
+        assert f"interrupted after step 4; what is trained so far is in {ended_run}" in said[0]
+        assert "the processes of this run see different data" in said[2] and "21 rows, SHA-256" in said[2]
+        assert f"another run is writing to {taken_run}" in said[3]
+        if output is outputs[0]:
+            assert "going on after step 4" in said[1]
+            assert "another process of this run has ended" in said[4] and "--resume" in said[4]
+
+    assert not (differ_run / "metrics.jsonl").exists() and contents(taken_run).keys() == {".lock"}
+    for words, run, step in (ended, ended_run, 4), (killed, killed_run, 2):
+        checkpoint, refused = Checkpoints(run / "checkpoints", 9).newest()
+        assert checkpoint is not None and checkpoint.step == step and refused == []
+        assert command(changed(words, resume="true")) == 0
+    for run, trained in (ended_run, "full"), (alone_run, kind), (killed_run, kind):
+        assert runs.complaints(backend, trained, Trajectory.read(run)) == []
+
+
+LAUNCHERS = {
+    "torch": "torchrun --nproc-per-node 2 --master-port PORT -m bnf_recipes",
+    "mlx": "mlx.launch -n 2 --backend ring --starting-port PORT -- PYTHON -m bnf_recipes",
+}
+
+
+def test_ctrl_c_in_a_launcher_saves(runs: Runs, backend_name: str) -> None:
+    words, run = runs.words(backend_name, "lora", f"{BASE} --save-every null")
+    port = str(free_ports(1)[0])
+    launcher = LAUNCHERS[backend_name].replace("PORT", port).replace("PYTHON", sys.executable).split()
+    launcher[0] = str(Path(sys.executable).with_name(launcher[0]))
+    process = subprocess.Popen(
+        [*launcher, *changed(words, epochs=100_000)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MLX_DISABLE_COMPILE": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for_lines(run, 2, process)
+        os.killpg(process.pid, signal.SIGINT)
+        output = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+        process.wait()
+    checkpoint, refused = Checkpoints(run / "checkpoints", 9).newest()
+    assert checkpoint is not None and checkpoint.step >= 2 and refused == [], output
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == checkpoint.step
