@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from bnf_core.batching import Array
+from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
 from bnf_core.quantization import quantization_of
 
@@ -129,6 +130,40 @@ def adapter_layout(folder: Path) -> Layout:
         UserError: it is no adapter, or has no safetensors.
     """
     return _config(folder)[1]
+
+
+def require_adapter(
+    folder: Path, layout: Layout, kind: FineTuneType | None = None, lora: LoraConfig | None = None
+) -> None:
+    """What a backend asks before it loads an adapter.
+
+    Args:
+        layout: of the backend.
+        kind, lora: what the adapter must be for training to go on with the settings given; default: anything.
+    Raises:
+        UserError: it is no adapter, of the other layout, or not of that kind, rank or scale.
+    """
+    other: Layout = "mlx" if layout == "peft" else "peft"
+    if (folder / WEIGHTS[other]).exists():
+        holds, backend = ("a PEFT adapter", "torch") if other == "peft" else ("an MLX adapter", "mlx")
+        raise UserError(f"{folder} holds {holds}: use --backend {backend}, or `bnf convert-adapter`")
+    config, _ = _config(folder)
+    if layout == "mlx":
+        scale, _ = _mlx_settings(folder, config)
+    if kind is None or lora is None:
+        return
+    if layout == "mlx":
+        was, rank = config.get("fine_tune_type", "lora"), config["lora_parameters"].get("rank")
+    else:
+        was, rank = "dora" if config.get("use_dora") else "lora", config.get("r")
+        scale, _ = _peft_numbers(folder, config)
+    if was != kind:
+        raise UserError(f"{folder} was made with fine_tune_type {was}, and this run has {kind}: set it to {was}")
+    if rank != lora.rank or not math.isclose(scale, lora.scale, rel_tol=1e-6):
+        raise UserError(
+            f"{folder} has rank {rank} and alpha {scale * rank:g}, and this run has lora.rank {lora.rank} and "
+            f"lora.alpha {lora.alpha:g}: set both to the adapter's"
+        )
 
 
 def write_adapter(adapter: Adapter, folder: Path, layout: Layout, model: str, shapes: Shapes) -> None:
@@ -260,6 +295,10 @@ def _peft_settings(folder: Path, config: Config) -> tuple[float, float]:
             f"{folder} began by changing the model's own weights (init_lora_weights: {how}): without PEFT it does not "
             "fit the model; save it as PEFT says (path_initial_model_for_weight_conversion), then convert that"
         )
+    return _peft_numbers(folder, config)
+
+
+def _peft_numbers(folder: Path, config: Config) -> tuple[float, float]:
     try:
         rank = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
         return config["lora_alpha"] / rank, float(config.get("lora_dropout") or 0.0)

@@ -131,6 +131,9 @@ class TrainConfig:
     """What is trained: low-rank adapters, the same with weight decomposition (DoRA, arXiv 2402.09353), or all
     weights."""
     lora: LoraConfig = field(default_factory=LoraConfig)
+    adapter: str | None = None
+    """A saved adapter of this `lora.rank` and `lora.alpha` to train on, instead of a fresh one; the reference is still
+    the model without it."""
     reference: str | None = None
     """A folder made by `bnf reference`; default: the reference is computed as rows are met."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

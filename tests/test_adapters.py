@@ -392,3 +392,34 @@ def test_an_adapter_of_a_quantised_model_is_evaluated_on_both_sides(
     assert abs(metrics[0]["log_odds_shift/good"]) > 0.1
     for name, value in metrics[0].items():
         assert metrics[1][name] == pytest.approx(value, rel=2e-5, abs=2e-5), name
+
+
+def test_training_goes_on_on_the_other_side(
+    quantised: Path, feedback: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Begun with MLX on a quantised model, then continued by MLX, and by PyTorch: the same steps, the same adapter."""
+
+    def train(backend: str, name: str, *more: object) -> Path:
+        command = f"train --model {quantised} --data {feedback} --output {tmp_path / name} --backend {backend}"
+        settings = "--device cpu --dtype float32 --rank 4 --alpha 12 --batch-size 4 --max-steps 3 --lr 1e-2"
+        assert cli.run([*command.split(), *settings.split(), *map(str, more)]) == 0
+        return tmp_path / name
+
+    begun = train("mlx", "begun") / "adapter"
+    there = converted(quantised, begun, tmp_path / "there")
+    on_mlx = train("mlx", "on-mlx", "--seed", 1, "--adapter", begun)
+    on_torch = train("torch", "on-torch", "--seed", 1, "--adapter", there)
+    assert cli.run(["check-run", str(on_mlx), str(on_torch), "--picture", str(tmp_path / "x.png")]) == 0
+    fresh = train("torch", "fresh", "--seed", 1)
+    assert cli.run(["check-run", str(on_mlx), str(fresh), "--picture", str(tmp_path / "x.png")]) == 1
+    back = converted(quantised, on_torch / "adapter", tmp_path / "back")
+    mlx_adapter.load_adapter(mlx_base(quantised), back)
+
+    for backend, folder in (("mlx", begun), ("torch", there)):
+        command = f"train --model {quantised} --data {feedback} --output {tmp_path / 'x'} --backend {backend}"
+        command += f" --device cpu --adapter {folder}"
+        assert "has rank 4 and alpha 12, and this run has lora.rank 8" in refusal(
+            capsys, *command.split(), "--rank", 8, "--alpha", 12
+        )
+        said = refusal(capsys, *command.split(), "--rank", 4, "--alpha", 12, "--fine-tune-type", "dora")
+        assert "was made with fine_tune_type lora, and this run has dora" in said

@@ -1,7 +1,6 @@
 """LoRA and DoRA through mlx-lm: added, switched off for the reference, saved and loaded in mlx-lm's own layout."""
 
 import json
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from bnf_core.adapters import mlx_keys
+from bnf_core.adapters import WEIGHTS, mlx_keys, require_adapter
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
 from bnf_core.files import replacing
@@ -136,20 +135,10 @@ def load_adapter(
     """
     from mlx_lm.tuner.utils import load_adapters
 
-    config_file, weights_file = folder / "adapter_config.json", folder / "adapters.safetensors"
-    if (folder / "adapter_model.safetensors").exists():
-        raise UserError(
-            f"{folder} holds a PEFT adapter, and this is the mlx backend: use --backend torch, or `bnf convert-adapter`"
-        )
-    if not config_file.is_file():
-        raise UserError(f"{folder} is not an adapter: it has no adapter_config.json")
-    if not weights_file.is_file():
-        raise UserError(f"{folder} has no adapters.safetensors; other files of weights are not loaded")
+    require_adapter(folder, "mlx", kind, config)
     try:
-        saved = json.loads(config_file.read_text())
-        _require_kind(folder, saved, kind, config)
         load_adapters(model, str(folder))
-        names = set(mx.load(str(weights_file)))
+        names = set(mx.load(str(folder / WEIGHTS["mlx"])))
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: this adapter does not fit the model: {reason}") from error
@@ -161,23 +150,6 @@ def load_adapter(
         )
     model.update(tree_unflatten([(name, x.astype(mx.float32)) for name, x in expected.items()]))
     return _made_ours(model)
-
-
-def _require_kind(folder: Path, saved: dict[str, Any], kind: FineTuneType | None, config: LoraConfig | None) -> None:
-    """Raises UserError where a saved adapter is not what the settings ask for."""
-    was = saved.get("fine_tune_type", "lora")
-    if was not in ("lora", "dora"):
-        raise UserError(f"{folder} was made with fine_tune_type {was}: expected lora or dora")
-    if kind not in (None, was):
-        raise UserError(f"{folder} was made with fine_tune_type {was}, and this run has {kind}: set it to {was}")
-    if kind is None or config is None:
-        return
-    rank, scale = saved["lora_parameters"]["rank"], saved["lora_parameters"]["scale"]
-    if (rank, True) != (config.rank, math.isclose(scale, config.scale, rel_tol=1e-6)):
-        raise UserError(
-            f"{folder} has rank {rank} and alpha {scale * rank:g}, and this run has lora.rank {config.rank} and "
-            f"lora.alpha {config.alpha:g}: set both to the adapter's"
-        )
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bnf_core.config import LoraConfig
+from bnf_core.adapters import WEIGHTS, require_adapter
+from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
 from bnf_core.lora import initial_lora_a
 
@@ -64,27 +65,24 @@ def adapter_off(model: PeftModel | PreTrainedModel) -> AbstractContextManager[No
     return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
-def load_adapter(model: PreTrainedModel, folder: Path, *, train: bool = False) -> PeftModel:
-    """A saved PEFT adapter, to be trained further or not.
+def load_adapter(
+    model: PreTrainedModel, folder: Path, kind: FineTuneType | None = None, lora: LoraConfig | None = None
+) -> PeftModel:
+    """A saved PEFT adapter.
 
+    Args:
+        kind, lora: to train it further: what it must be for the settings given; default: it stays as it is.
     Raises:
-        UserError: not a PEFT adapter, pickled weights, or made for another model.
+        UserError: not a PEFT adapter, pickled weights, made for another model, or not of that kind, rank or scale.
     """
-    if (folder / "adapters.safetensors").exists():
-        raise UserError(
-            f"{folder} holds an MLX adapter, and this is the torch backend: use --backend mlx, or `bnf convert-adapter`"
-        )
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{folder} is not an adapter: it has no adapter_config.json")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder} has no adapter_model.safetensors; pickled weights are not loaded")
+    require_adapter(folder, "peft", kind, lora)
     try:
-        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=train, use_safetensors=True)
+        peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=kind is not None, use_safetensors=True)
     except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
         base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: this adapter does not fit the model (it was made for {base}): {reason}") from error
-    with safe_open(folder / "adapter_model.safetensors", framework="numpy") as file:
+    with safe_open(folder / WEIGHTS["peft"], framework="numpy") as file:
         saved = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118
     expected = {name for name in get_peft_model_state_dict(peft_model, save_embedding_layers=False) if "lora_" in name}
     if different := sorted(expected ^ saved):  # PEFT goes on without them

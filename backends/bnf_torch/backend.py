@@ -64,7 +64,7 @@ class TorchBackend:
         )
         trained: PreTrainedModel | PeftModel = loaded.requires_grad_(full)
         if adapter is not None:
-            trained = adapters.load_adapter(loaded, adapter, train=fine_tune_type is not None)
+            trained = adapters.load_adapter(loaded, adapter, fine_tune_type, lora)
         elif not full and fine_tune_type is not None and lora is not None:
             trained = adapters.add_lora(loaded, lora, seed, dora=fine_tune_type == "dora")
         return TorchEngine(

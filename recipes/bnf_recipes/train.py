@@ -77,6 +77,7 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
             device=config.hardware.device,
             dtype=config.hardware.dtype,
             load_in_4bit=config.hardware.load_in_4bit,
+            adapter=Path(config.adapter) if config.adapter else None,
             fine_tune_type=config.fine_tune_type,
             lora=config.lora,
             optimizer=config.optimizer,
