@@ -45,14 +45,20 @@ class Batch:
     S sequences (rows of feedback) lie in a grid of B rows and T columns, one to a row or, packed, several one
     after another, padded on the right; N of their tokens are completion tokens. The hidden state (or logits) at
     `positions[i]` of the flattened (B·T) grid predicts `targets[i]`: what is not listed does not count, so
-    nothing needs to be shifted or masked. A grid that is not packed needs no attention mask in a causal model;
-    in a packed one a token sees the earlier tokens of its own segment.
+    nothing needs to be shifted or masked. A grid that is neither packed nor shared needs no attention mask in a
+    causal model; otherwise a token sees the earlier tokens of its own segment, and all of the segment that its own one
+    goes on from.
+
+    Where sequences share a prompt, it is a segment, and each completion is another that goes on from it. The last
+    token of the prompt then predicts the first of every completion, so that `positions` names it several times.
     """
 
     input_ids: Array  # (B, T) int32
     position_ids: Array  # (B, T) int32, from 0 in each sequence
     segment_ids: Array  # (B, T) int32, from 0 in each grid row; padding is a segment of its own
-    packed: bool  # whether any grid row holds more than one sequence
+    prefix_ids: Array  # (B, T) int32, the segment that a token's own goes on from: a shared prompt, or itself
+    packed: bool  # whether any grid row holds sequences of more than one prompt, or one prompt more than once
+    shared: bool  # whether any prompt is there once for several sequences
     lengths: Array  # (S,) int32, tokens of each sequence
     positions: Array  # (N,) int64
     targets: Array  # (N,) int32
@@ -64,7 +70,12 @@ class Batch:
 
 
 def collate(
-    examples: Sequence[Example], num_sequences: int, pad_id: int = 0, *, bins: Sequence[Sequence[int]] | None = None
+    examples: Sequence[Example],
+    num_sequences: int,
+    pad_id: int = 0,
+    *,
+    bins: Sequence[Sequence[int]] | None = None,
+    share_prompts: bool = False,
 ) -> Batch:
     """Batch examples.
 
@@ -73,37 +84,47 @@ def collate(
         num_sequences: sequences in the global batch, over all micro-batches and processes.
         pad_id: any token id; it is never scored and never seen by a scored token.
         bins: which examples each row of the grid holds, every one once; default: one to a row.
+        share_prompts: have neighbours of one prompt in a row of the grid share it.
     """
     bins = [[i] for i in range(len(examples))] if bins is None else bins
-    width = max((sum(len(examples[i]) for i in row) for row in bins), default=1)
+    rows_of_units = [_units(examples, row, share_prompts) for row in bins]
+    width = max((sum(_tokens(examples, unit) for unit in row) for row in rows_of_units), default=1)
     grid = (max(len(bins), 1), width)
-    input_ids, position_ids = np.full(grid, pad_id, np.int32), np.zeros(grid, np.int32)
-    segment_ids = np.zeros(grid, np.int32)
+    input_ids = np.full(grid, pad_id, np.int32)
+    position_ids, segment_ids, prefix_ids = (np.zeros(grid, np.int32) for _ in range(3))
     positions, targets, rows, coefficients = ([np.zeros(0, t)] for t in (np.int64, np.int32, np.int32, np.float32))
-    order = [i for row in bins for i in row]
-    for b, row in enumerate(bins):
-        at = 0
-        for segment, i in enumerate(row):
-            e, span = examples[i], slice(at, at + len(examples[i]))
-            input_ids[b, span] = e.prompt_ids + e.completion_ids
-            position_ids[b, span] = np.arange(len(e))
-            segment_ids[b, span] = segment
-            count = len(e.completion_ids)
-            first = b * width + at + len(e.prompt_ids) - 1  # the last prompt token predicts the first completion token
-            positions.append(np.arange(first, first + count, dtype=np.int64))
-            targets.append(np.asarray(e.completion_ids, np.int32))
-            rows.append(np.full(count, len(positions) - 2, np.int32))
-            weight = (1.0 if e.label else -1.0) / (count * num_sequences)
-            coefficients.append(np.full(count, weight, np.float32))
-            at += len(e)
+    for b, row in enumerate(rows_of_units):
+        at = segment = 0
+        for unit in row:
+            prompt, prefix = examples[unit[0]].prompt_ids, segment
+            last = at + len(prompt) - 1  # predicts the first token of every completion
+            span = slice(at, last + 1)
+            input_ids[b, span], position_ids[b, span] = prompt, np.arange(len(prompt))
+            segment_ids[b, span] = prefix_ids[b, span] = segment
+            at = last + 1
+            for i in unit:
+                completion, count = examples[i].completion_ids, len(examples[i].completion_ids)
+                segment += len(unit) > 1
+                span = slice(at, at + count)
+                input_ids[b, span], position_ids[b, span] = completion, len(prompt) + np.arange(count)
+                segment_ids[b, span], prefix_ids[b, span] = segment, prefix
+                positions.append(b * width + np.array([last, *range(at, at + count - 1)], np.int64))
+                targets.append(np.asarray(completion, np.int32))
+                rows.append(np.full(count, len(positions) - 2, np.int32))
+                weight = (1.0 if examples[i].label else -1.0) / (count * num_sequences)
+                coefficients.append(np.full(count, weight, np.float32))
+                at += count
+            segment += 1
         position_ids[b, at:] = np.arange(width - at)
-        segment_ids[b, at:] = len(row)
-    chosen = [examples[i] for i in order]
+        segment_ids[b, at:] = prefix_ids[b, at:] = segment
+    chosen = [examples[i] for row in bins for i in row]
     return Batch(
         input_ids=input_ids,
         position_ids=position_ids,
         segment_ids=segment_ids,
-        packed=any(len(row) > 1 for row in bins),
+        prefix_ids=prefix_ids,
+        packed=any(len(row) > 1 for row in rows_of_units),
+        shared=any(len(unit) > 1 for row in rows_of_units for unit in row),
         lengths=np.asarray([len(e) for e in chosen], np.int32),
         positions=np.concatenate(positions),
         targets=np.concatenate(targets),
@@ -115,46 +136,89 @@ def collate(
     )
 
 
+def _units(examples: Sequence[Example], row: Sequence[int], share_prompts: bool) -> list[list[int]]:
+    """What has a prompt of its own in a row of the grid."""
+    if not share_prompts:
+        return [[i] for i in row]
+    return [list(unit) for _, unit in itertools.groupby(row, lambda i: examples[i].prompt_ids)]
+
+
+def _tokens(examples: Sequence[Example], unit: Sequence[int]) -> int:
+    """Of one prompt and its completions."""
+    return len(examples[unit[0]].prompt_ids) + sum(len(examples[i].completion_ids) for i in unit)
+
+
 @dataclass(frozen=True)
 class Cut:
     """How a global batch is cut into micro-batches: memory and speed, never the result."""
 
-    micro_batch_size: int  # most rows of the grid at a time
+    micro_batch_size: int  # most sequences at a time, or rows of the grid if packed
     pack_to: int | None = None  # pack sequences into grid rows of up to so many tokens
     group_by_length: bool = True  # put sequences of similar length into one micro-batch: less padding
     multiple_of: int = 1  # processes: each gets the same number of micro-batches, some perhaps empty
+    share_prompts: bool = False  # have the completions of one prompt in a micro-batch share it
 
 
 def micro_batches(examples: Sequence[Example], cut: Cut, pad_id: int = 0) -> list[Batch]:
     """Cut one global batch; the losses and gradients of its parts add up to its own, whatever the cut."""
-    order = list(range(len(examples)))
+    units = _by_prompt(examples) if cut.share_prompts else [[i] for i in range(len(examples))]
     if cut.group_by_length or cut.pack_to:
-        order.sort(key=lambda i: (len(examples[i]), i))
-    bins = [[i] for i in order] if cut.pack_to is None else _pack(examples, order[::-1], cut.pack_to)
+        units = [sorted(unit, key=lambda i: (len(examples[i]), i)) for unit in units]
+        units.sort(key=lambda unit: (len(examples[unit[-1]]), unit[-1]))
+    bins = [[i] for unit in units for i in unit] if cut.pack_to is None else _pack(examples, units, cut.pack_to)
     count = -(-len(bins) // cut.micro_batch_size)
     count = -(-max(count, 1) // cut.multiple_of) * cut.multiple_of
     parts = []
     for part in _even_parts(bins, count):
-        chosen = [i for row in part for i in row]
-        place = {i: at for at, i in enumerate(chosen)}
-        local = [[place[i] for i in row] for row in part]
-        parts.append(collate([examples[i] for i in chosen], len(examples), pad_id, bins=local))
+        chosen = [examples[i] for row in part for i in row]
+        place = itertools.count()
+        local = [[next(place) for _ in row] for row in part]
+        if cut.share_prompts and cut.pack_to is None:
+            local = _rows_of_one_prompt(chosen)
+        parts.append(collate(chosen, len(examples), pad_id, bins=local, share_prompts=cut.share_prompts))
     return parts
 
 
-def _pack(examples: Sequence[Example], longest_first: Sequence[int], capacity: int) -> list[list[int]]:
-    """First-fit decreasing: at most 11/9 of the fewest possible bins (Johnson, 1973). A sequence longer than the
-    capacity has a bin of its own."""
+def _by_prompt(examples: Sequence[Example]) -> list[list[int]]:
+    """The examples of each prompt, in the order in which the prompts are met."""
+    units: dict[tuple[int, ...], list[int]] = {}
+    for i, e in enumerate(examples):
+        units.setdefault(e.prompt_ids, []).append(i)
+    return list(units.values())
+
+
+def _rows_of_one_prompt(examples: Sequence[Example]) -> list[list[int]]:
+    """Rows of a grid with as many completions of one prompt to a row as make the grid smallest: more of them compute
+    fewer prompts, but make longer rows and so more padding. One to a row is not to share at all."""
+    units = _units(examples, range(len(examples)), True)
+    candidates = [
+        [unit[at : at + most] for unit in units for at in range(0, len(unit), most)]
+        for most in range(1, 1 + max(map(len, units), default=1))
+    ]
+    return min(candidates, key=lambda rows: len(rows) * max((_tokens(examples, row) for row in rows), default=1))
+
+
+def _pack(examples: Sequence[Example], units: Sequence[list[int]], capacity: int) -> list[list[int]]:
+    """First-fit decreasing: at most 11/9 of the fewest possible bins (Johnson, 1973). Where the completions of a
+    prompt take more than the capacity, so many go together as fit; a longer sequence has a bin of its own."""
+    fitting: list[list[int]] = []
+    for unit in units:
+        fitting.append(unit[:1])
+        for i in unit[1:]:
+            if _tokens(examples, fitting[-1]) + len(examples[i].completion_ids) <= capacity:
+                fitting[-1].append(i)
+            else:
+                fitting.append([i])
     bins: list[list[int]] = []
     room: list[int] = []
-    for i in longest_first:
-        length = len(examples[i])
+    for unit in sorted(fitting, key=lambda unit: (_tokens(examples, unit), unit[-1]), reverse=True):
+        length = _tokens(examples, unit)
         at = next((b for b, left in enumerate(room) if left >= length), None)
         if at is None:
-            bins.append([i])
+            bins.append(unit)
             room.append(capacity - length)
         else:
-            bins[at].append(i)
+            bins[at] += unit
             room[at] -= length
     return bins
 
