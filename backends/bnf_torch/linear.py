@@ -3,19 +3,33 @@
 A token's gradient coefficient needs only its own log-odds and the reference's, so each chunk of tokens goes
 through the head once and leaves with its gradient: two matrix products with a frozen head, three with a
 trainable one, and never an (N, V) array.
+
+The head comes in blocks of the vocabulary. A block's logits z are read once and give way to e = exp(z − top_b),
+relative to the block's own largest. How much a block counts is known after the last one, and is a factor of what
+the products with it give. With q the softmax over all tokens but the observed one and W the head,
+
+    Σ_v q_v W_v = Σ_b exp(top_b − top) / total · (e_b @ W_b)
 """
 
-from collections.abc import Iterator
-from typing import Any
+import math
+import os
+from functools import cache
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bnf_core.protocol import TokenStats
 from bnf_torch.losses import loss_and_slope
 
-CHUNK_BYTES = 48 * 2**20  # of one chunk's two float32 buffers; measured best on CPUs at V = 49,152
-UPCAST_BYTES = 16 * 2**20  # of one vocabulary block of a half-precision head, upcast on the CPU
+CHUNK_BYTES = 48 * 2**20  # of one chunk's exponentials where there is no CUDA
+UPCAST_BYTES = 16 * 2**20  # of one block of a half-precision head, upcast where there is no CUDA
+CUDA_BYTES = 2**30  # of all that a call holds beyond inputs and outputs on CUDA, at most half of what is free
+CUDA_BLOCK = 16_384  # columns, at most: what one program of the kernel takes
+CACHED = 2**18  # elements of a block that a CPU takes at a time, so that they stay in its cache
+NEVER = -200.0  # exp of it is exactly 0 in float32, and so is 0 times it
 
 
 def linear_bnf_loss(
@@ -25,25 +39,37 @@ def linear_bnf_loss(
     ref_log_odds: Tensor,
     coefficients: Tensor,
     *,
+    bias: Tensor | None = None,
+    soft_cap: float | None = None,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, TokenStats]:
-    """Σ coefficients · ℓ over the tokens whose logits are hidden @ head_weight.T.
+    """Σ coefficients · ℓ over the tokens whose logits are hidden @ head_weight.T + bias, soft-capped.
+
+    One operator to torch.compile. On CUDA a half-precision head is multiplied in its own precision, accumulated in
+    float32, and the softmax is a Triton kernel where Triton is installed.
 
     Args:
         hidden: (N, D) float32, bfloat16 or float16, the states that predict `targets`.
         head_weight: (V, D), the same dtype. Its gradient is computed if it requires one.
-        targets: (N,) int.
+        targets: (N,) int, each in [0, V).
         ref_log_odds: (N,) of the reference.
         coefficients: (N,), label / (|y| · sequences in the global batch).
-        chunk_tokens: tokens whose logits are alive at a time; default: what fits 48 MiB.
+        bias: (V,), any float dtype; −inf bans a token. Its gradient is computed if it requires one.
+        soft_cap: logits z become soft_cap · tanh(z / soft_cap).
+        chunk_tokens: tokens whose exponentials are alive at a time; default: what fits 48 MiB, on CUDA 1 GiB or half
+            of what is free.
     Returns:
-        loss, a float32 scalar differentiable in `hidden` and `head_weight`, and the detached statistics of each
-        token, (N,) float32. Logits, sums and the loss are float32 whatever the inputs.
+        loss, a float32 scalar differentiable once in `hidden`, `head_weight` and `bias`, and the detached statistics
+        of each token, (N,) float32. Logits, sums and the loss are float32 whatever the inputs. The gradients are
+        finished in place: a second backward pass through the same loss is an error.
     Raises:
-        ValueError: on V < 2 or mismatched shapes.
+        ValueError: on V < 2, a soft_cap that is not positive, targets outside the vocabulary (on CUDA a device-side
+            assertion) or mismatched shapes.
 
     In plain code:
-        log_odds, other_entropy = token_log_odds(hidden.float() @ head_weight.float().T, targets)
+        logits = hidden.float() @ head_weight.float().T + bias
+        logits = soft_cap * (logits / soft_cap).tanh()
+        log_odds, other_entropy = token_log_odds(logits, targets)
         token_loss = bnf_token_loss(log_odds, other_entropy, ref_log_odds)
         loss = (coefficients * token_loss).sum()
     """
@@ -54,111 +80,311 @@ def linear_bnf_loss(
         raise ValueError(f"head_weight {tuple(head_weight.shape)}: a vocabulary needs at least 2 tokens")
     if not targets.shape == ref_log_odds.shape == coefficients.shape == (n,):
         raise ValueError(f"targets, ref_log_odds and coefficients must be ({n},) as hidden is {tuple(hidden.shape)}")
-    if chunk_tokens is None:
-        chunk_tokens = max(16, CHUNK_BYTES // (8 * vocab))
-    loss, *stats = _LinearLoss.apply(
-        hidden, head_weight, targets.long(), ref_log_odds.float(), coefficients.float(), chunk_tokens
-    )
-    return loss, TokenStats(*stats)
+    if bias is not None and bias.shape != (vocab,):
+        raise ValueError(f"bias {tuple(bias.shape)} does not fit head_weight {tuple(head_weight.shape)}")
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
+    wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, head_weight, bias)]
+    loss, *stats = _linear_loss(
+        hidden,
+        head_weight,
+        bias,
+        targets.long(),
+        ref_log_odds.float(),
+        coefficients.float(),
+        soft_cap,
+        chunk_tokens,
+        *wanted,
+    )[:4]
+    return loss, TokenStats(*(x.detach() for x in stats))
 
 
-class _LinearLoss(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        head: Tensor,
-        targets: Tensor,
-        ref_log_odds: Tensor,
-        coefficients: Tensor,
-        chunk_tokens: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        n, vocab = len(hidden), len(head)
-        train_hidden, train_head = ctx.needs_input_grad[:2]
-        log_odds, entropy, token_loss = (hidden.new_empty(n, dtype=torch.float32) for _ in range(3))
-        grad_hidden = torch.empty_like(hidden) if train_hidden else None
-        grad_head = torch.zeros_like(head, dtype=torch.float32) if train_head else None
-        chunk_tokens = min(chunk_tokens, max(n, 1))
-        buffers = hidden.new_empty(2, chunk_tokens, vocab, dtype=torch.float32)
+Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
-        for at in range(0, n, chunk_tokens):
-            part = slice(at, at + chunk_tokens)
+
+# An operator of its own, because torch.compile is not to unroll the loops over chunks and blocks.
+@torch.library.custom_op("bnf_torch::linear_loss", mutates_args=())
+def _linear_loss(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ref_log_odds: Tensor,
+    coefficients: Tensor,
+    soft_cap: float | None,
+    chunk_tokens: int | None,
+    train_hidden: bool,
+    train_head: bool,
+    train_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """loss, log_odds, other_entropy, token_loss, then unit and the gradients of hidden, head and bias in that unit;
+    those that are not wanted are empty."""
+    valid = ((targets >= 0) & (targets < len(head))).all()
+    if targets.is_cuda:
+        torch._assert_async(valid, f"targets must lie in [0, {len(head)})")  # does not wait for the device
+    elif not valid:
+        raise ValueError(f"targets must lie in [0, {len(head)}), got {targets.min()} to {targets.max()}")
+    n, width = hidden.shape
+    plan = _plan(hidden, head, train_head, chunk_tokens)
+    # Gradients are kept in a unit near the largest coefficient, a power of 2: a long batch's own would leave
+    # float16's range before a loss scaler could lift them.
+    largest = coefficients.abs().amax() if n else coefficients.new_zeros(())
+    unit = torch.exp2(largest.clamp(min=torch.finfo(torch.float32).tiny).log2().floor())
+
+    def zeros(wanted: bool, *shape: int, dtype: torch.dtype) -> Tensor:
+        return hidden.new_zeros(shape if wanted else (0,), dtype=dtype)
+
+    stats = hidden.new_empty(3, n, dtype=torch.float32)
+    grad_hidden = torch.empty_like(hidden if train_hidden else hidden[:0])
+    grad_head = zeros(train_head, *head.shape, dtype=plan.head_gradient)
+    grad_bias = zeros(train_bias, len(head), dtype=torch.float32)
+    training = train_hidden or train_head or train_bias
+    kept = len(plan.blocks) if training else 1
+    buffer = hidden.new_empty(kept, plan.chunk, plan.width, dtype=plan.dtype)
+    softmax = _softmax(plan.on_cuda)
+    gain = 2.0**15 if plan.dtype == torch.float16 else 1.0  # float16 has no room for a large vocabulary's small ones
+
+    with torch.autocast(hidden.device.type, enabled=False):
+        for at in range(0, n, plan.chunk):
+            part = slice(at, at + plan.chunk)
             h, y = hidden[part], targets[part]  # (C, D), (C,)
-            z, log_q = buffers[:, : len(h)]  # (C, V)
-            index = y.unsqueeze(1)
+            observed = h.new_zeros(len(h), dtype=torch.float32)
+            top, total, moment, mass = h.new_empty(4, len(plan.blocks), len(h), dtype=torch.float32)
+            for b, rows in enumerate(plan.blocks):
+                e = buffer[b % kept, : len(h), : rows.stop - rows.start]
+                z = _logits(h, head[rows], out=e)
+                column = y - rows.start
+                here = (column >= 0) & (column < z.shape[1])
+                found = z.gather(1, column.clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1)
+                observed = torch.where(here, found, observed)
+                block_bias = None if bias is None else bias[rows]
+                top[b], total[b], moment[b], mass[b] = softmax(
+                    z, e if training else None, block_bias, column, soft_cap, gain
+                )
+                del z
 
-            # q, the softmax over all tokens but the observed one. The log-sum is read off the likeliest token's
-            # log q: shifted by the largest logit, it keeps its digits however large the logits are.
-            _logits(h, head, out=z)
-            observed = z.gather(1, index)
-            z.scatter_(1, index, -torch.inf)
-            log_odds[part] = (observed - z.amax(1, keepdim=True)).squeeze(1)
-            torch.log_softmax(z, 1, out=log_q)
-            log_odds[part] += log_q.amax(1)
-            q = torch.exp(log_q, out=z)
-            log_q.scatter_(1, index, 0.0)
-            entropy[part] = -log_q.mul_(q).sum(1)
-            token_loss[part], slope = loss_and_slope(log_odds[part], entropy[part], ref_log_odds[part])
+            # What the blocks are to each other, and all that is to be known of a token.
+            highest = top.amax(0)
+            highest = highest.masked_fill(torch.isneginf(highest), 0.0)
+            shift = (top - highest).clamp(min=NEVER)
+            share = shift.exp()
+            moment = (share * (moment + shift * total)).sum(0)
+            total, mass = (share * total).sum(0), (share * mass).sum(0)
+            nothing = total == 0  # no other token is possible
+            if bias is not None:
+                observed = observed + bias[y].float()
+            observed, observed_slope = soft_capped(observed, soft_cap)
+            log_odds = observed - highest - total.log()
+            total = total.masked_fill(nothing, 1.0)
+            entropy = (total.log() - moment / total).masked_fill(nothing, 0.0)
+            token_loss, slope = loss_and_slope(log_odds, entropy, ref_log_odds[part])
+            stats[:, part] = torch.stack([log_odds, entropy, token_loss])
+            if not training:
+                continue
 
-            # ∂/∂z_y = w, ∂/∂z_v = −w q_v: q itself goes through the product, its scale afterwards.
-            w = (coefficients[part] * slope).unsqueeze(1)
-            if grad_hidden is not None:
-                grad_hidden[part] = (head[y] - _times_head(q, head)) * w
-            if grad_head is not None:
-                _add_head_gradient(grad_head, q, h.float() * -w, head.dtype)
-                grad_head.index_add_(0, y, h.float() * w)
+            # ∂/∂z_y = w, ∂/∂z_v = −w q_v: e itself goes through the products, its scale before or afterwards.
+            # Over the sum of e as it was rounded, so that what all tokens have in common cancels nevertheless.
+            w = coefficients[part] / unit * slope
+            scale = (-w * share / mass.masked_fill(nothing, 1.0)).unsqueeze(2)  # (blocks, C, 1)
+            w = (w * observed_slope).unsqueeze(1)
+            grad = h.new_zeros(len(h), width if train_hidden else 0, dtype=torch.float32)
+            for b, rows in enumerate(plan.blocks):
+                e = buffer[b, : len(h), : rows.stop - rows.start]
+                if train_hidden:
+                    grad.addcmul_(_product(e, head[rows]), scale[b])
+                if train_head:
+                    _add_product(grad_head[rows], e, h.float() * scale[b])
+                if train_bias:
+                    grad_bias[rows] += (e.float().T @ scale[b]).squeeze(1)
+            if train_hidden:
+                grad_hidden[part] = grad.addcmul_(head[y].float(), w)
+            if train_head:
+                _add_rows(grad_head, y, h.float() * w)
+            if train_bias:
+                grad_bias.index_add_(0, y, w.squeeze(1))
 
-        ctx.save_for_backward(grad_hidden, None if grad_head is None else grad_head.to(head.dtype))
-        ctx.mark_non_differentiable(log_odds, entropy, token_loss)
-        return torch.dot(coefficients, token_loss), log_odds, entropy, token_loss
+    loss = torch.dot(coefficients, stats[2])
+    grad_bias = grad_bias if bias is None else grad_bias.to(bias.dtype)
+    return loss, *(x.clone() for x in stats), unit, grad_hidden, grad_head.to(head.dtype), grad_bias
 
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_head = ctx.saved_tensors
-        scaled = [None if g is None else g * grad_loss.to(g.dtype) for g in (grad_hidden, grad_head)]
-        return *scaled, None, None, None, None
+
+@_linear_loss.register_fake
+def _(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ref_log_odds: Tensor,
+    coefficients: Tensor,
+    soft_cap: float | None,
+    chunk_tokens: int | None,
+    train_hidden: bool,
+    train_head: bool,
+    train_bias: bool,
+) -> Results:
+    def float32(*shape: int) -> Tensor:
+        return hidden.new_empty(shape, dtype=torch.float32)
+
+    stats = [float32(len(hidden)) for _ in range(3)]
+    grad_hidden = torch.empty_like(hidden if train_hidden else hidden[:0])
+    grad_head = head.new_empty(head.shape if train_head else (0,))
+    grad_bias = float32(0) if bias is None else bias.new_empty(bias.shape if train_bias else (0,))
+    return float32(), *stats, float32(), grad_hidden, grad_head, grad_bias
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    ctx.set_materialize_grads(False)  # no zeros as large as a head for outputs that nobody differentiates
+    ctx.wanted = inputs[-3:]
+    ctx.save_for_backward(*output[4:])
+
+
+@once_differentiable
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    unit, *gradients = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * 3
+    if grad_loss is not None:
+        factor = (grad_loss * unit).reshape(1)  # with a dimension it is not rounded to the gradient's dtype first
+        grads = [g.mul_(factor) if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True)]
+    return *grads, *[None] * 8
+
+
+_linear_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _Plan(NamedTuple):
+    on_cuda: bool
+    chunk: int  # tokens at a time
+    blocks: list[slice]  # of the vocabulary
+    width: int  # of the widest
+    dtype: torch.dtype  # of the exponentials, as the products take them
+    head_gradient: torch.dtype  # in which it is accumulated
+
+
+def _plan(hidden: Tensor, head: Tensor, train_head: bool, chunk_tokens: int | None) -> _Plan:
+    (vocab, dim), n = head.shape, len(hidden)
+    on_cuda = hidden.is_cuda or os.environ.get("TRITON_INTERPRET") == "1"
+    half = head.dtype != torch.float32
+    accumulator, held = torch.float32, 0
+    if on_cuda:
+        width = -(-vocab // -(-vocab // CUDA_BLOCK))
+        width = min(-(-width // 64) * 64, CUDA_BLOCK)  # rows of exponentials begin where tensor cores like it
+        # exponentials, one block's logits; gradients of hidden states, scaled states
+        token_bytes = head.itemsize * vocab + 4 * width * half + 16 * dim
+        budget = min(CUDA_BYTES, _free_bytes(hidden) // 2)
+        if train_head:
+            held = 4 * dim * (vocab + width) if half else 0
+            # Few chunks follow each other then: each costs one rounding to bfloat16, where tolerances.toml has room
+            # for four. Float16 has no room for the small ones.
+            if head.dtype == torch.bfloat16 and held > budget // 2:
+                accumulator, held = torch.bfloat16, 0
+    else:
+        width = min(vocab, max(1, UPCAST_BYTES // (4 * dim))) if half else vocab
+        token_bytes, budget = 4 * vocab, CHUNK_BYTES
+    if chunk_tokens is None:
+        chunk_tokens = max(16, (budget - held) // token_bytes)
+        chunk_tokens = -(-n // max(1, -(-n // chunk_tokens)))  # as many chunks, all as large
+    blocks = [slice(at, min(at + width, vocab)) for at in range(0, vocab, width)]
+    dtype = head.dtype if on_cuda else torch.float32
+    return _Plan(on_cuda, max(1, min(chunk_tokens, n)), blocks, width, dtype, accumulator)
+
+
+def _free_bytes(tensor: Tensor) -> int:
+    if not tensor.is_cuda:
+        return 2 * CUDA_BYTES
+    cached = torch.cuda.memory_reserved(tensor.device) - torch.cuda.memory_allocated(tensor.device)
+    return int(torch.cuda.mem_get_info(tensor.device)[0]) + cached
+
+
+@cache
+def _softmax(on_cuda: bool) -> Any:
+    if on_cuda and find_spec("triton"):
+        from bnf_torch import kernels
+
+        return kernels.exponentials
+    return exponentials
+
+
+def exponentials(
+    z: Tensor, e: Tensor | None, bias: Tensor | None, observed: Tensor, soft_cap: float | None, gain: float
+) -> Tensor:
+    """A block of logits as exponentials relative to its largest, the observed tokens left out.
+
+    Args:
+        z: (C, B) float32, before bias and soft cap; overwritten.
+        e: (C, B), any float dtype; may be z. Gets gain · exp(logit − top), 0 at the observed token, times the
+            derivative of the soft cap. None: only the statistics are wanted.
+        bias: (B,).
+        observed: (C,) the column of the observed token, which may lie outside.
+        soft_cap: as in `linear_bnf_loss`.
+        gain: a factor of e alone.
+    Returns:
+        (4, C) float32: top, the largest logit, −inf where there is none; total = Σ exp(logit − top);
+        moment = Σ exp(logit − top) (logit − top); mass = Σ gain · exp(logit − top), each as rounded to e's dtype.
+    """
+    statistics = z.new_empty(4, len(z))
+    step = max(1, CACHED // z.shape[1]) if z.device.type == "cpu" else max(1, len(z))
+    for at in range(0, len(z), step):
+        part = slice(at, at + step)
+        logits, column = z[part], observed[part].unsqueeze(1)
+        if bias is not None:
+            logits += bias
+        logits, slope = soft_capped(logits, soft_cap)
+        here = (column >= 0) & (column < logits.shape[1])
+        column = column.clamp(0, logits.shape[1] - 1)
+        logits.scatter_(1, column, logits.gather(1, column).masked_fill(here, -torch.inf))
+        top = logits.amax(1, keepdim=True)
+        logits -= top.masked_fill(torch.isneginf(top), 0.0)
+        logits.clamp_(min=NEVER)
+        weights = logits.exp()
+        total = mass = weights.sum(1)
+        moment = logits.mul_(weights).sum(1)
+        if e is not None:
+            rounded = e[part].copy_(weights if gain == 1 else weights * gain)
+            if e.dtype != torch.float32 or gain != 1:
+                mass = rounded.float().sum(1)
+            if soft_cap is not None:
+                rounded.copy_(weights * (slope * gain))
+        statistics[:, part] = torch.stack([top.squeeze(1), total, moment, mass])
+    return statistics
+
+
+def soft_capped(z: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor]:
+    """Logits z, any shape, float32, and what their derivative is a factor of; without a soft cap, z itself and 1."""
+    if soft_cap is None:
+        return z, z.new_ones(())
+    x = z / soft_cap
+    a = torch.exp(-2 * x.abs())
+    return soft_cap * x.tanh(), 4 * a / (1 + a).square()  # 1 − tanh², without subtracting
 
 
 def _logits(h: Tensor, head: Tensor, *, out: Tensor) -> Tensor:
-    """h @ head.T accumulated and kept in float32."""
-    if head.dtype == torch.float32:
-        return torch.mm(h, head.T, out=out)
-    if head.is_cuda:
-        return out.copy_(torch.mm(h, head.T, out_dtype=torch.float32))
-    for part, block in _upcast_blocks(head):
-        torch.mm(h.float(), block.T, out=out[:, part])
-    return out
+    """h (C, D) @ head.T (D, B) in float32, in `out` if that is float32."""
+    if out.dtype != torch.float32:
+        return _product(h, head.T)
+    return torch.mm(h.float(), head.float().T, out=out)
 
 
-def _times_head(q: Tensor, head: Tensor) -> Tensor:
-    """q (C, V) float32 @ head (V, D), accumulated in float32."""
-    if head.dtype == torch.float32:
-        return q @ head
-    if head.is_cuda:
-        half, scale = _to_half(q, head.dtype)
-        return torch.mm(half, head, out_dtype=torch.float32) * scale
-    result = q.new_zeros(len(q), head.shape[1])
-    for part, block in _upcast_blocks(head):
-        result.addmm_(q[:, part], block)
-    return result
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, accumulated and kept in float32."""
+    if a.is_cuda and a.dtype == b.dtype != torch.float32:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
-def _add_head_gradient(grad_head: Tensor, q: Tensor, scaled: Tensor, dtype: torch.dtype) -> None:
-    """grad_head (V, D) += qᵀ (V, C) @ scaled (C, D), in float32 but for CUDA's half-precision products."""
-    if q.is_cuda and dtype != torch.float32:
-        half, scale = _to_half(q, dtype)
-        grad_head += torch.mm(half.T, (scaled * scale).to(dtype), out_dtype=torch.float32)
+def _add_product(grad: Tensor, e: Tensor, h: Tensor) -> None:
+    """grad (B, D) += eᵀ (B, C) @ h (C, D), h float32."""
+    if grad.dtype == e.dtype:
+        grad.addmm_(e.T, h.to(e.dtype))
     else:
-        grad_head.addmm_(q.T, scaled)
+        unit = h.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)  # float16's range again
+        grad.addcmul_(_product(e.T, (h / unit).to(e.dtype)), unit)
 
 
-def _to_half(q: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """q (C, V) relative to its largest, and that: float16 has no room for a large vocabulary's probabilities."""
-    top = q.amax(1, keepdim=True)
-    return (q / top).to(dtype), top
-
-
-def _upcast_blocks(head: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    rows = max(1, UPCAST_BYTES // (4 * head.shape[1]))
-    for at in range(0, len(head), rows):
-        yield slice(at, at + rows), head[at : at + rows].float()
+def _add_rows(grad: Tensor, y: Tensor, rows: Tensor) -> None:
+    """grad[y] += rows, float32, where one y may stand several times."""
+    if grad.dtype == rows.dtype:
+        grad.index_add_(0, y, rows)
+    else:  # their sum first, or a frequent token's row would be rounded as often
+        y, place = y.unique(return_inverse=True)
+        rows = rows.new_zeros(len(y), rows.shape[1]).index_add_(0, place, rows)
+        grad[y] = (grad[y] + rows).to(grad.dtype)
