@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 help:
 	@echo "make demo [BACKEND=torch|mlx]  align a small model, show before and after (some minutes)"
 	@echo "make test                      every fast test, linter and type checker"
-	@echo "make test-slow                 the tests on a real model"
+	@echo "make test-slow                 the tests on a real model, and every arrangement of a run"
 	@echo "make clean                     remove .venv and caches; runs and models stay"
 
 install: $(INSTALLED)
