@@ -79,8 +79,8 @@ class Trajectory:
 # Round-off. A float32 operation is off by up to eps/2 of its result, and errors of independent signs grow as the root
 # of their number: so one unit is eps · scale · √steps, where the scale is the largest loss or norm, and for weights the
 # farthest that one of them moves. Within a step sums of many terms cancel, which costs some more: how much was measured
-# by permuting the rows of each step, and in every arrangement of test_invariance.py; docs/invariance.md has the figures.
-# The worst were 6.7, 31 and 105 units; about four times that is allowed.
+# by permuting the rows of each step, and in every arrangement of test_invariance.py (figures: docs/invariance.md). The
+# worst were 6.7, 31 and 105 units; about four times that is allowed.
 # The mean residual of all weights has a standard error of 0.05 units: so it spreads over the permutations, and so would
 # 3 units, the usual rms of a residual, over √4096. Ten times that is allowed.
 ALLOWED = {"loss": 25.0, "grad_norm": 120.0, "weights": 400.0, "mean": 0.5, "lead": 0.5}
