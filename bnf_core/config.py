@@ -144,11 +144,13 @@ class TrainConfig:
     batch_size: int = 16
     """Sequences per optimizer step."""
     micro_batch_size: int = 8
-    """Sequences on each device at a time. This and the next three change memory and speed, not the result."""
+    """Sequences on each device at a time. This and the next four change memory and speed, not the result."""
     packing: bool = False
     """Fill the rows of a micro-batch with several sequences each, up to `data.max_length` tokens."""
     group_by_length: bool = True
     """Put sequences of similar length into one micro-batch."""
+    share_prompts: bool = True
+    """Compute a prompt once for all its completions in a micro-batch, where the model's code can do it."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again."""
     eval_every: int | None = None

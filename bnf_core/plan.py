@@ -6,7 +6,7 @@ from typing import Protocol
 from bnf_core.batching import Array, Batch, Cut, Example, Position, micro_batches
 from bnf_core.config import OptimizerConfig, TrainConfig
 from bnf_core.processes import Processes
-from bnf_core.protocol import Step
+from bnf_core.protocol import Engine, Step
 from bnf_core.reference import ReferenceCache
 from bnf_core.schedule import learning_rate
 
@@ -19,13 +19,14 @@ class Data(Protocol):
     ) -> Iterator[tuple[list[Example], Position]]: ...
 
 
-def cut_of(config: TrainConfig, processes: Processes) -> Cut:
-    """How a run cuts its batches."""
+def cut_of(config: TrainConfig, engine: Engine) -> Cut:
+    """How a run of this model cuts its batches."""
     return Cut(
         config.micro_batch_size,
         config.data.max_length if config.packing else None,
         config.group_by_length,
-        multiple_of=processes.count,
+        multiple_of=engine.processes.count,
+        share_prompts=config.share_prompts and engine.shares_prompts,
     )
 
 

@@ -116,6 +116,11 @@ class Engine(Protocol):
     processes: Processes
     dtype: str  # of the weights that are not trained, or of all: float32, bfloat16 or float16
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether it can be given batches in which sequences share prompts: `Batch.shared`."""
+        ...
+
     def reference_log_odds(self, batch: Batch) -> Array:
         """(N,) float32 log-odds under the weights that training starts from: with the adapter off, or, where all
         weights are trained, before the first step.

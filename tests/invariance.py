@@ -195,9 +195,10 @@ def dropped_tail() -> Iterator[None]:
 def _padded_left(batch: Batch) -> Batch:
     """Padding stands before a row's tokens, which see it."""
     height, width = batch.input_ids.shape
-    shift = width - batch.lengths if not batch.packed and len(batch.labels) else np.zeros(height, np.int32)
+    alone = not (batch.packed or batch.shared) and len(batch.labels)
+    shift = width - batch.lengths if alone else np.zeros(height, np.int32)
     ids = np.stack([np.roll(row, by) for row, by in zip(batch.input_ids, shift, strict=True)])
-    return replace(batch, input_ids=ids, positions=batch.positions + shift[batch.rows])
+    return replace(batch, input_ids=ids, positions=batch.positions + shift[batch.positions // width])
 
 
 @contextmanager
@@ -207,7 +208,8 @@ def padding_trained() -> Iterator[None]:
 
     def longer(batch: Batch, ref_log_odds: Array) -> tuple[Batch, Array]:
         width = batch.input_ids.shape[1]
-        rows = np.flatnonzero(batch.lengths < width) if not batch.packed else np.zeros(0, int)
+        alone = not (batch.packed or batch.shared)
+        rows = np.flatnonzero(batch.lengths < width) if alone else np.zeros(0, int)
         last = rows * width + batch.lengths[rows] - 1
         weights = [batch.coefficients[batch.rows == row][0] for row in rows]
         more = {

@@ -14,6 +14,7 @@ from bnf_core.batching import Batch
 from bnf_core.config import OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.files import agreed
+from bnf_core.pages import pages
 from bnf_core.pieces import Piece, require_same_shapes, under
 from bnf_core.processes import ALONE, Processes
 from bnf_core.protocol import Array, Done, Step, TokenStats
@@ -22,13 +23,16 @@ from bnf_mlx.linear import linear_log_odds
 from bnf_mlx.losses import bnf_token_loss, token_log_odds
 from bnf_mlx.model import (
     Checkpoint,
-    Segments,
+    Layout,
+    PageTable,
     completion_hidden,
     completion_logits,
     head_is_linear,
     head_weight,
     packing_head_axes,
+    paged_caches,
     segments_of,
+    sharing_head_axes,
 )
 from bnf_mlx.optimizer import Optimizer, flat
 
@@ -40,8 +44,9 @@ PAD_COLUMNS, PAD_TOKENS = 32, 64
 class Inputs(NamedTuple):
     """A micro-batch on the device."""
 
-    ids: mx.array  # (B, T)
+    ids: mx.array  # (B, T); of a shared one, pages
     segment_ids: mx.array | None  # (B, T) where it is packed
+    pages: PageTable | None  # where prompts are shared
     positions: mx.array  # (N,) in the flattened grid
     targets: mx.array  # (N,)
     reference: mx.array  # (N,) log-odds
@@ -118,42 +123,66 @@ class MLXEngine:
                 f"the data hold token {top}, and the model knows {self.vocabulary:,} tokens: its tokenizer is that of "
                 "another model, or has tokens that were added to it and not to the model"
             )
-        if batch.packed:
+        ids, segment_ids, positions, layout = batch.input_ids, batch.segment_ids, batch.positions, None
+        if batch.shared:
+            if not self.shares_prompts:
+                raise UserError(
+                    "this model cannot compute a prompt once for several completions. Set share_prompts to false"
+                )
+            cut = pages(batch, PAD_COLUMNS if pad else 1)
+            ids, positions, layout = cut.input_ids, cut.positions, (cut.offsets, cut.lengths, cut.table)
+        elif batch.packed:
             _ = self._head_axes  # an error now, and not while MLX traces
-        ids, segment_ids, positions = batch.input_ids, batch.segment_ids, batch.positions
         tokens = [batch.targets, ref_log_odds, batch.coefficients]
         if pad:
-            width, n = ids.shape[1], len(positions)
-            more, again = -width % PAD_COLUMNS, (0, -n % PAD_TOKENS)
-            ids = np.pad(ids, ((0, 0), (0, more)))
-            segment_ids = np.pad(segment_ids, ((0, 0), (0, more)), constant_values=-1)
-            positions = np.pad(positions // width * (width + more) + positions % width, again, "edge")
+            again = (0, -len(positions) % PAD_TOKENS)
+            if layout is None:
+                width = ids.shape[1]
+                more = -width % PAD_COLUMNS
+                ids = np.pad(ids, ((0, 0), (0, more)))
+                segment_ids = np.pad(segment_ids, ((0, 0), (0, more)), constant_values=-1)
+                positions = positions // width * (width + more) + positions % width
+            positions = np.pad(positions, again, "edge")
             tokens = [np.pad(x, again, "edge") for x in tokens[:2]] + [np.pad(tokens[2], again)]
-        segments = mx.array(segment_ids) if batch.packed else None
-        return Inputs(mx.array(ids), segments, mx.array(positions), *map(mx.array, tokens))
+        segments = mx.array(segment_ids) if batch.packed and layout is None else None
+        table = None if layout is None else PageTable(*map(mx.array, layout))
+        return Inputs(mx.array(ids), segments, table, mx.array(positions), *map(mx.array, tokens))
 
     def stats(self, inputs: Inputs) -> TokenStats:
         """Log-odds and loss are differentiable where the head is not fused."""
         if self.fused:
-            hidden = completion_hidden(self.model, inputs.ids, inputs.positions, self.segments(inputs))
+            hidden = completion_hidden(self.model, inputs.ids, inputs.positions, self.layout(inputs))
             log_odds, entropy = linear_log_odds(hidden, self.head(), inputs.targets)
         else:
-            logits = completion_logits(self.model, inputs.ids, inputs.positions, self.segments(inputs))
+            logits = completion_logits(self.model, inputs.ids, inputs.positions, self.layout(inputs))
             log_odds, entropy = token_log_odds(logits, inputs.targets)
         return TokenStats(log_odds, entropy, bnf_token_loss(log_odds, entropy, inputs.reference))
 
     def head(self) -> mx.array:
         return head_weight(self.model) if self.dequantised is None else self.dequantised
 
-    def segments(self, inputs: Inputs) -> list[Segments] | None:
-        if inputs.segment_ids is None:
-            return None
-        return segments_of(self.model, inputs.segment_ids, self._head_axes)
+    def layout(self, inputs: Inputs) -> Layout | None:
+        if inputs.pages is not None:
+            assert self._page_head_axes is not None
+            return paged_caches(self.model, inputs.pages, self._page_head_axes)
+        if inputs.segment_ids is not None:
+            return segments_of(self.model, inputs.segment_ids, self._head_axes)
+        return None
+
+    @property
+    def shares_prompts(self) -> bool:
+        with mx.stream(self.device):
+            return self._page_head_axes is not None
 
     @cached_property
     def _head_axes(self) -> int:
         self.model.eval()  # dropout would pass for a difference
         return packing_head_axes(self.model)
+
+    @cached_property
+    def _page_head_axes(self) -> int | None:
+        self.model.eval()
+        return sharing_head_axes(self.model)
 
     def state(self) -> dict[str, Array | Piece]:
         with mx.stream(self.device):

@@ -1,19 +1,22 @@
 """A causal language model: loaded, split into a body that gives hidden states and a head, made to see packed
-sequences apart, and saved as a checkpoint."""
+sequences apart and shared prompts once, and saved as a checkpoint."""
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_map_with_path
 
+from bnf_core.batching import Example, collate
 from bnf_core.errors import UserError
 from bnf_core.families import mlx_config
 from bnf_core.files import replacing
+from bnf_core.pages import pages
 from bnf_mlx.optimizer import flat
 
 INDEX = "model.safetensors.index.json"
@@ -121,22 +124,22 @@ def dense_weight(layer: Any) -> mx.array:
 
 
 def completion_hidden(
-    model: nn.Module, input_ids: mx.array, positions: mx.array, segments: "list[Segments] | None" = None
+    model: nn.Module, input_ids: mx.array, positions: mx.array, layout: "Layout | None" = None
 ) -> mx.array:
     """The states before the head, (N, D), at flat positions of the (B, T) grid of token ids.
 
-    Rows are padded on the right and the model is causal, so no attention mask is needed but the `segments` of a
-    packed grid.
+    Rows are padded on the right and the model is causal, so no attention mask is needed but in the `layout` of a
+    packed or shared grid.
     """
-    hidden = _text_model(model).model(input_ids, cache=segments)  # (B, T, D)
+    hidden = _text_model(model).model(input_ids, cache=layout)  # (B, T, D)
     return hidden.flatten(0, 1)[positions]
 
 
 def completion_logits(
-    model: nn.Module, input_ids: mx.array, positions: mx.array, segments: "list[Segments] | None" = None
+    model: nn.Module, input_ids: mx.array, positions: mx.array, layout: "Layout | None" = None
 ) -> mx.array:
     """The model's own logits, (N, V), at flat positions: for heads that are more than a matrix."""
-    return model(input_ids, cache=segments).flatten(0, 1)[positions]
+    return model(input_ids, cache=layout).flatten(0, 1)[positions]
 
 
 def head_is_linear(model: nn.Module) -> bool:
@@ -180,10 +183,62 @@ class Segments:
         return keys, values
 
 
+class PageTable(NamedTuple):
+    """`bnf_core.pages.Pages` on the device."""
+
+    offsets: mx.array  # (R,)
+    lengths: mx.array  # (R,)
+    table: mx.array  # (R, A) earlier pages, and the page itself; −1 for none
+
+
+class PagedCache:
+    """What pages of shared prompts and completions look each other up with, given to a model in the place of a layer's
+    cache, as `Segments` are. Each page has the keys and values of those before it, its prompt's among them, beside its
+    own; rotary embeddings begin at the page's offset.
+    """
+
+    def __init__(self, pages: PageTable, head_axes: int):
+        self.offset = pages.offsets  # (R,)
+        self.lengths = pages.lengths  # (R,)
+        self.table = mx.maximum(pages.table, 0)  # (R, A)
+        self.present = pages.table >= 0  # (R, A)
+        self.head_axes = head_axes
+
+    def make_mask(self, length: int, return_array: bool = True, window_size: int | None = None) -> mx.array:
+        """(R, 1, W, A·W) bool, or (R, 1, 1, W, A·W)."""
+        at = mx.arange(length)
+        queries = self.offset[:, None] + at  # (R, W), positions in the sequence
+        real = (at < self.lengths[:, None])[self.table] & self.present[..., None]  # (R, A, W)
+        keys = queries[self.table]
+        distance = queries[:, :, None] - keys.flatten(1)[:, None]  # (R, W, A·W)
+        mask = (distance >= 0) & real.flatten(1)[:, None]
+        if window_size:
+            mask = mask & (distance < window_size)
+        return mx.expand_dims(mask, tuple(range(1, 1 + self.head_axes)))
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """(R, …, W, d) to (R, …, A·W, d)."""
+        return self._looked_up(keys), self._looked_up(values)
+
+    def _looked_up(self, x: mx.array) -> mx.array:
+        return mx.moveaxis(x[self.table], 1, -3).flatten(-3, -2)
+
+
+Layout = list[Segments] | list[PagedCache]
+
+
+def paged_caches(model: nn.Module, pages: PageTable, head_axes: int) -> list[PagedCache]:
+    """One for each layer that may have a cache."""
+    return [PagedCache(pages, head_axes)] * _caches(model)
+
+
 def segments_of(model: nn.Module, segment_ids: mx.array, head_axes: int) -> list[Segments]:
     """One for each layer that may have a cache."""
-    layers = model.make_cache() if hasattr(model, "make_cache") else model.layers
-    return [Segments(segment_ids, head_axes)] * len(layers)
+    return [Segments(segment_ids, head_axes)] * _caches(model)
+
+
+def _caches(model: nn.Module) -> int:
+    return len(model.make_cache() if hasattr(model, "make_cache") else model.layers)
 
 
 def packing_head_axes(model: nn.Module) -> int:
@@ -199,23 +254,48 @@ def packing_head_axes(model: nn.Module) -> int:
     segment_ids = mx.array(np.stack([np.repeat([0, 1], [len(parts[i]) for i in row]) for row in rows]))
     expected = mx.concatenate([alone[i] for row in rows for i in row])
 
-    def error(segments: list[Segments] | None) -> float:
-        logits = completion_logits(model, grid, mx.arange(grid.size), segments).astype(mx.float32)
+    def error(layout: Layout | None) -> float:
+        logits = completion_logits(model, grid, mx.arange(grid.size), layout).astype(mx.float32)
         return float(mx.sqrt(mx.square(logits - expected).mean() / mx.square(expected).mean()))
 
-    leak = error(None)
+    head_axes = _closest(model, error, lambda head_axes: segments_of(model, segment_ids, head_axes))
+    if head_axes is None:
+        raise UserError(
+            "sequences cannot be packed with this model: its positions are absolute, or its layers pass on more than "
+            "attention does. Train it without packing"
+        )
+    return head_axes
+
+
+def sharing_head_axes(model: nn.Module) -> int | None:
+    """How this model takes the mask of pages; None: its completions cannot share prompts, for its positions cannot
+    differ from row to row, or its layers pass on more than attention does."""
+    ids = [tuple((np.arange(length) * step % 8).tolist()) for length, step in ((11, 1), (6, 3), (9, 5))]
+    rows = [Example(ids[0], completion, True) for completion in ids[1:]]
+    alone = collate(rows, 2)
+    expected = completion_logits(model, mx.array(alone.input_ids), mx.array(alone.positions)).astype(mx.float32)
+    shared = pages(collate(rows, 2, bins=[[0, 1]], share_prompts=True))
+    grid, positions = mx.array(shared.input_ids), mx.array(shared.positions)
+
+    def error(layout: Layout | None) -> float:
+        logits = completion_logits(model, grid, positions, layout).astype(mx.float32)
+        return float(mx.sqrt(mx.square(logits - expected).mean() / mx.square(expected).mean()))
+
+    table = PageTable(*map(mx.array, (shared.offsets, shared.lengths, shared.table)))
+    return _closest(model, error, lambda head_axes: paged_caches(model, table, head_axes))
+
+
+def _closest(model: nn.Module, error: Callable[[Layout | None], float], layout: Callable[[int], Layout]) -> int | None:
+    """The head axes with which the error of a layout is no more than round-off, if there are any."""
     half = any(x.dtype in (mx.bfloat16, mx.float16) for x in flat(model.parameters()).values())
-    tolerance = min(5e-2 if half else 1e-4, leak / 5)
+    tolerance = min(5e-2 if half else 1e-4, error(None) / 5)
     for head_axes in (1, 2):
         try:
-            if error(segments_of(model, segment_ids, head_axes)) <= tolerance:
+            if error(layout(head_axes)) <= tolerance:
                 return head_axes
         except (ValueError, TypeError, AttributeError, IndexError, RuntimeError):  # another kind of cache or mask
             continue
-    raise UserError(
-        "sequences cannot be packed with this model: its positions are absolute, or its layers pass on more than "
-        "attention does. Train it without packing"
-    )
+    return None
 
 
 class Checkpoint:

@@ -92,7 +92,7 @@ class MicroStep:
             if not engine.fused:
                 stats = engine.stats(inputs)
                 return (inputs.coefficients * stats.token_loss).sum(), tuple(map(mx.stop_gradient, stats))
-            hidden = completion_hidden(engine.model, inputs.ids, inputs.positions, engine.segments(inputs))  # (N, D)
+            hidden = completion_hidden(engine.model, inputs.ids, inputs.positions, engine.layout(inputs))  # (N, D)
         rest = inputs.targets, inputs.reference, inputs.coefficients
         loss, stats = linear_bnf_loss(hidden, engine.head(), *rest, train_head=engine.trains_head)
         return loss, tuple(stats)

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import logging as progress
 
+from bnf_core.batching import Example, collate
 from bnf_core.errors import UserError
 from bnf_core.families import normalised_config
 from bnf_core.protocol import TokenStats
@@ -22,6 +24,9 @@ from bnf_torch.linear import linear_bnf_loss
 from bnf_torch.losses import bnf_token_loss, token_log_odds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LAYOUT = ("position_ids", "segment_ids", "prefix_ids")  # of a batch, where sequences share prompts
+WITH_MASKS = ("sdpa", "eager", "flex_attention")  # kinds of attention that take any mask
+OWN_WINDOWS = ("gpt_neo",)  # their attention looks so far back in the grid, whatever the mask: no short test shows it
 QUANTIZED = ("quantization", "quantization_config")  # keys of the config of a model that MLX quantised
 
 
@@ -167,25 +172,63 @@ def head_weight(model: PreTrainedModel) -> Tensor:
     return model.get_output_embeddings().weight
 
 
-def completion_hidden(
-    model: PreTrainedModel, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None
-) -> Tensor:
+def completion_hidden(model: PreTrainedModel, input_ids: Tensor, positions: Tensor, **layout: Tensor) -> Tensor:
     """The states before the head, (N, D), at flat positions of the (B, T) grid of token ids.
 
-    Rows are padded on the right and the model is causal, so no attention mask is needed. From `position_ids` that
-    begin anew transformers' masks tell packed sequences apart.
+    Rows are padded on the right and the model is causal, so no attention mask is needed but in a packed or shared grid,
+    whose `layout` tells `attending` what is where.
     """
-    options = {} if position_ids is None else {"position_ids": position_ids}
-    hidden = _body(model)(input_ids=input_ids, use_cache=False, **options).last_hidden_state  # (B, T, D)
+    with attending(model, **layout) as options:
+        hidden = _body(model)(input_ids=input_ids, use_cache=False, **options).last_hidden_state  # (B, T, D)
     return hidden.flatten(0, 1)[positions]
 
 
-def completion_logits(
-    model: PreTrainedModel, input_ids: Tensor, positions: Tensor, position_ids: Tensor | None = None
-) -> Tensor:
+def completion_logits(model: PreTrainedModel, input_ids: Tensor, positions: Tensor, **layout: Tensor) -> Tensor:
     """The model's own logits, (N, V), at flat positions: for heads that are more than a matrix."""
-    options = {} if position_ids is None else {"position_ids": position_ids}
-    return model(input_ids=input_ids, use_cache=False, **options).logits.flatten(0, 1)[positions]
+    with attending(model, **layout) as options:
+        return model(input_ids=input_ids, use_cache=False, **options).logits.flatten(0, 1)[positions]
+
+
+@contextmanager
+def attending(
+    model: PreTrainedModel,
+    position_ids: Tensor | None = None,
+    segment_ids: Tensor | None = None,
+    prefix_ids: Tensor | None = None,
+) -> Iterator[dict[str, Tensor]]:
+    """Within it the model heeds the layout of a grid, if it is called with the options given.
+
+    From `position_ids` that begin anew transformers' masks tell packed sequences apart. Where sequences share prompts,
+    whatever mask the model builds, such as one of a sliding window, is asked for positions in the sequence instead of
+    the grid, and hides what is neither in a token's own segment nor in the one that it goes on from.
+
+    Args:
+        position_ids, segment_ids, prefix_ids: (B, T), as in `Batch`; the last two where prompts are shared.
+    Raises:
+        ValueError: the model's kind of attention takes no such mask.
+    """
+    if position_ids is None or segment_ids is None or prefix_ids is None:
+        yield {} if position_ids is None else {"position_ids": position_ids}
+        return
+    kind, masks = model.config._attn_implementation, ALL_MASK_ATTENTION_FUNCTIONS
+    if kind not in WITH_MASKS:
+        raise ValueError(f"attention of the kind {kind!r} takes no masks of one's own")
+    right = masks[kind]
+
+    def shared(*, mask_function: Callable[..., Tensor], **options: Any) -> Any:
+        def visible(b: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            own, other = segment_ids[b, q], segment_ids[b, kv]
+            seen = mask_function(b, head, position_ids[b, q], position_ids[b, kv])
+            return seen & ((other == own) | (other == prefix_ids[b, q]))
+
+        options |= {"attention_mask": None, "allow_is_causal_skip": False}
+        return right(mask_function=visible, **options)
+
+    masks[kind] = shared
+    try:  # with a mask transformers does not take positions that begin anew for packed sequences
+        yield {"position_ids": position_ids, "attention_mask": torch.ones_like(segment_ids)}
+    finally:
+        masks[kind] = right
 
 
 @torch.no_grad()
@@ -212,12 +255,37 @@ def keeps_packed_apart(model: PreTrainedModel) -> bool:
     every = torch.arange(8, device=head.device)
     ids, restarting = every % len(head), every.unsqueeze(0) % 4
     try:
-        packed = completion_hidden(model, ids.unsqueeze(0), every, restarting).float()
+        packed = completion_hidden(model, ids.unsqueeze(0), every, position_ids=restarting).float()
     except (TypeError, ValueError):  # it takes no position_ids
         return False
     apart = completion_hidden(model, ids.view(2, 4), every).float()
     tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
     return bool((packed - apart).abs().max() <= tolerance * apart.abs().max())
+
+
+@torch.no_grad()
+def shares_prompts(model: PreTrainedModel) -> bool:
+    """Whether two completions that share their prompt give the states that they give in rows of their own. Recurrent
+    layers, and attention that takes no masks or makes its own, do not; comparing is surer than a list."""
+    if getattr(model.config, "model_type", "") in OWN_WINDOWS:
+        return False
+    device, top = head_weight(model).device, len(head_weight(model))
+    ids = [tuple(i % top for i in part) for part in (range(1, 5), range(5, 8), range(8, 12))]
+    rows = [Example(ids[0], completion, True) for completion in ids[1:]]
+
+    def states(shared: bool, *layout: str) -> Tensor:
+        batch = collate(rows, 2, bins=[[0, 1]] if shared else None, share_prompts=shared)
+        names = ("input_ids", "positions", *layout)
+        return completion_hidden(model, **{n: torch.tensor(getattr(batch, n)).long().to(device) for n in names}).float()
+
+    apart = states(False)
+    leak = (states(True) - apart).square().mean()
+    try:
+        error = (states(True, *LAYOUT) - apart).square().mean()
+    except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):  # a mask that it cannot take
+        return False
+    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
+    return bool(error.sqrt() <= min(tolerance * apart.square().mean().sqrt(), leak.sqrt() / 5))
 
 
 class ScoredModel(nn.Module):
@@ -233,12 +301,13 @@ class ScoredModel(nn.Module):
         super().__init__()
         self.model = model
         self.autocast = autocast
-        self.fused = self.packs = False
+        self.fused = self.packs = self.shares = False
 
     def probe(self) -> None:
         """Find out what the model's code does. To be called once, before everything else."""
         self.fused = head_is_linear(self.model)
         self.packs = keeps_packed_apart(self.model)
+        self.shares = shares_prompts(self.model)
 
     def forward(
         self,
@@ -247,7 +316,7 @@ class ScoredModel(nn.Module):
         targets: Tensor,
         ref_log_odds: Tensor,
         coefficients: Tensor,
-        position_ids: Tensor | None = None,
+        **layout: Tensor,
     ) -> tuple[Tensor, TokenStats]:
         """Σ coefficients · ℓ, and the statistics of each token.
 
@@ -257,13 +326,13 @@ class ScoredModel(nn.Module):
             targets: (N,) int64.
             ref_log_odds: (N,) float32.
             coefficients: (N,) float32.
-            position_ids: (B, T) int64, for packed sequences only.
+            layout: (B, T) int64 each: `position_ids` of a packed grid, all of LAYOUT of a shared one.
         """
         with torch.autocast(input_ids.device.type, self.autocast) if self.autocast else nullcontext():
             if self.fused:
-                hidden = completion_hidden(self.model, input_ids, positions, position_ids)  # (N, D)
+                hidden = completion_hidden(self.model, input_ids, positions, **layout)  # (N, D)
             else:
-                logits = completion_logits(self.model, input_ids, positions, position_ids)  # (N, V)
+                logits = completion_logits(self.model, input_ids, positions, **layout)  # (N, V)
         if self.fused:
             dtype = self.autocast or hidden.dtype
             return linear_bnf_loss(

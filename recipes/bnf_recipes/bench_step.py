@@ -167,7 +167,7 @@ def ours(config: TrainConfig, rows: Sequence[Example], steps: int, *, forget: bo
             batch_size=config.batch_size,
             num_steps=steps,
             optimizer=config.optimizer,
-            cut=plan.cut_of(config, engine.processes),
+            cut=plan.cut_of(config, engine),
             reference=reference,
             processes=engine.processes,
         )

@@ -36,7 +36,8 @@ def evaluate(config: EvaluateConfig, console: Console) -> Metrics:
         adapter=Path(config.adapter) if config.adapter else None,
     )
     reference = ReferenceCache(engine.reference_log_odds)
-    metrics = score(engine, reference, examples, Cut(config.micro_batch_size), pad_id(tokenizer), console)
+    cut = Cut(config.micro_batch_size, share_prompts=engine.shares_prompts)
+    metrics = score(engine, reference, examples, cut, pad_id(tokenizer), console)
     if config.report:
         Path(config.report).write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics

@@ -51,7 +51,7 @@ def reference(config: ReferenceConfig, console: Console) -> StoredReference:
     )
     for message in writer.damaged:
         console.print(f"[yellow]computed again: {escape(message)}[/yellow]", highlight=False, soft_wrap=True)
-    cut = Cut(config.micro_batch_size, multiple_of=processes.count)
+    cut = Cut(config.micro_batch_size, multiple_of=processes.count, share_prompts=engine.shares_prompts)
     pad = pad_id(tokenizer)
     try:
         with bar("reference", _batches(rows, writer, cut, console), console) as progress:

@@ -46,6 +46,7 @@ class RunResult:
     picture: Path
     before: Metrics | None  # held-out metrics before the first step
     after: Metrics | None  # and after the last
+    first: bool = True  # of the processes of the run, the one that talks
 
 
 def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = None) -> RunResult:
@@ -110,7 +111,7 @@ class _Training:
         self.processes = engine.processes
         self.first = self.processes.rank == 0
         self.folder = RunFolder(config, self.processes)
-        self.cut = plan.cut_of(config, self.processes)
+        self.cut = plan.cut_of(config, engine)
         rows = [*(data.examples or ()), *(data.held_out or ())]
         stored = open_reference(config, checkpoint, tokenizer, engine, rows)
         # Streamed rows that are not stored can be computed only as long as the model's own weights stay.
@@ -146,7 +147,7 @@ class _Training:
         if self.first:
             with self.folder.writing():
                 picture = run_picture(self.folder.path)
-        return RunResult(self.folder.path, self.folder.trained, picture, self.evaluations.get(0), after)
+        return RunResult(self.folder.path, self.folder.trained, picture, self.evaluations.get(0), after, self.first)
 
     def _try(self) -> None:
         """Score the row with the highest token id, beside padding: what the model refuses it refuses now, before
