@@ -162,9 +162,11 @@ def test_from_mlx_lm_and_back(tiny_model: Path, tmp_path: Path, kind: str) -> No
         np.testing.assert_array_equal(new[name], value, err_msg=name)
 
 
-def test_a_converted_adapter_goes_through_the_backends(tiny_model: Path, tmp_path: Path) -> None:
-    """Loaded and saved by each backend, it stays what it was: also where only some layers have one."""
-    before = peft_adapter(tiny_model, tmp_path / "peft", **PEFT_KINDS["one layer"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_converted_adapter_goes_through_the_backends(tiny_model: Path, tmp_path: Path, layer: int) -> None:
+    """Loaded and saved by each backend, it stays what it was: also where only the first layer has one, or the last."""
+    options = PEFT_KINDS["one layer"] | {"layers_to_transform": [layer]}
+    before = peft_adapter(tiny_model, tmp_path / "peft", **options)
     there = converted(tiny_model, before, tmp_path / "mlx")
     model = mlx_base(tiny_model)
     mlx_adapter.save_adapter(mlx_adapter.load_adapter(model, there), tmp_path / "saved")

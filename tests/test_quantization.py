@@ -86,18 +86,20 @@ def test_the_backends_agree_on_a_quantised_model(four_bits: Path, plain: Path) -
     assert np.abs(torch - full).max() > 1e-2 * top  # 4 bits are not the whole weights
 
 
-def test_the_weights_are_those_of_the_precision_asked_for(four_bits: Path) -> None:
-    """On a GPU mlx-lm computes with the checkpoint's own bfloat16."""
+def test_the_weights_are_those_of_the_precision_asked_for(plain: Path, tmp_path: Path) -> None:
+    """MLX casts the scales, and multiplies in what they are cast to."""
     import torch
-    from mlx_lm import utils
+    from mlx_lm.utils import dequantize_model
 
+    from bnf_mlx.model import load_model as load_on_mlx
+
+    folder = quantised(plain, tmp_path / "q", q_bits=8, dtype="float16")
     with mx.stream(mx.cpu):
-        model = utils.dequantize_model(utils.load_model(four_bits)[0])
-        theirs = model.model.layers[0].self_attn.q_proj.weight.astype(mx.float32)
-    ours = load_model(four_bits, resolve_device("cpu"), resolve_dtype("bfloat16", torch.device("cpu")))
-    weight = ours.model.layers[0].self_attn.q_proj.weight
+        theirs = dequantize_model(load_on_mlx(folder, mx.Device(mx.cpu), mx.bfloat16))
+    ours = load_model(folder, resolve_device("cpu"), resolve_dtype("bfloat16", torch.device("cpu")))
+    weight, expected = (model.model.layers[0].self_attn.q_proj.weight for model in (ours, theirs))
     assert weight.dtype == torch.bfloat16
-    np.testing.assert_array_equal(weight.float().numpy(), np.array(theirs))
+    np.testing.assert_array_equal(weight.float().numpy(), np.array(expected.astype(mx.float32)))
 
 
 def test_the_whole_weights_are_trained_and_saved_plain(four_bits: Path, feedback: Path, tmp_path: Path) -> None:
