@@ -1,8 +1,8 @@
 """One run in many arrangements: the command line, what to compare, a judge, and the classical bugs to try it on.
 
-Micro-batches, packing, the order within a step, checkpointed activations and the number of processes change memory and
-speed. `complaints` says whether two runs are one trajectory up to float32 round-off. As a script this file is one
-process of a run that `launch` started.
+Micro-batches, packing, shared prompts, the order within a step, checkpointed activations and the number of processes
+change memory and speed. `complaints` says whether two runs are one trajectory up to float32 round-off. As a script this
+file is one process of a run that `launch` started.
 """
 
 import itertools
@@ -32,7 +32,8 @@ from bnf_core.batching import Array, Batch
 # the midst of the norms, so that both kinds of step are taken.
 TRAINING = "--batch-size 8 --epochs 2 --optimizer.learning_rate 2e-2 --schedule constant --warmup-steps 0".split()
 TRAINING += "--epsilon 1e-2 --max-grad-norm 1.6 --rank 4 --alpha 8 --device cpu --dtype float32".split()
-BASE = "--micro-batch-size 8"  # the arrangement that others are compared with: a step in one go, padded
+UNSHARED = "--share-prompts false"
+BASE = f"--micro-batch-size 8 {UNSHARED}"  # what others are compared with: a step in one go, padded, prompt by prompt
 
 
 def write_rows(path: Path, shift: int = 0) -> Path:
@@ -201,6 +202,12 @@ def _padded_left(batch: Batch) -> Batch:
     return replace(batch, input_ids=ids, positions=batch.positions + shift[batch.positions // width])
 
 
+def _one_completion(batch: Batch) -> Batch:
+    """The completions of a shared prompt are taken for one."""
+    first = np.minimum(batch.segment_ids, batch.prefix_ids + 1)
+    return replace(batch, segment_ids=np.where(batch.prefix_ids == batch.segment_ids, batch.segment_ids, first))
+
+
 @contextmanager
 def padding_trained() -> Iterator[None]:
     """The mask is one too long: the token of padding after a row's last is trained as well."""
@@ -246,6 +253,7 @@ BUGS: dict[str, Bug] = {
     "dropped micro-batch": _share(lambda batches: batches[:-1] if len(batches) > 1 else batches),
     "padding seen": _share(lambda batches: [_padded_left(b) for b in batches]),
     "padding trained": padding_trained,
+    "completions see each other": _share(lambda batches: [_one_completion(b) for b in batches]),
     "packed rows see each other": _share(lambda batches: [replace(b, packed=False) for b in batches]),
 }
 

@@ -523,6 +523,7 @@ def facts(model: Path, rows: str = "rows", held_out: str | None = None, **overri
 def test_settings_that_do_not_change_the_result_are_free(model: Path) -> None:
     free = {
         "micro_batch_size": 3, "group_by_length": False, "packing": True, "gradient_checkpointing": True,
+        "share_prompts": False,
         "report_to": ["wandb"], "sample_every": 5, "sample_count": 1, "sample_tokens": 2, "reference": "ref",
         "save_every": 7, "output": "elsewhere",
     }  # fmt: skip

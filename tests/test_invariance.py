@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import BACKENDS
-from invariance import ALLOWED, WAYS, Runs, Trajectory, complaints, launch
+from invariance import ALLOWED, UNSHARED, WAYS, Runs, Trajectory, complaints, launch
 
 PACKED = "--packing true --max-length 192"
 UNSORTED = "--micro-batch-size 3 --group-by-length false"
 CHECKPOINTED = "--micro-batch-size 4 --gradient-checkpointing true"
 ARRANGEMENTS = [
     ("lora", "--micro-batch-size 1"),
+    ("lora", f"{CHECKPOINTED} {UNSHARED}"),
     ("lora", UNSORTED),
     ("lora", CHECKPOINTED),
     ("lora", f"--micro-batch-size 8 {PACKED}"),
@@ -23,12 +24,13 @@ ARRANGEMENTS = [
     ("full", f"--micro-batch-size 2 {PACKED} --gradient-checkpointing true"),
 ]
 EVERY_ARRANGEMENT = [
-    (kind, f"--micro-batch-size {size} {sort} {packing} {checkpointing}")
-    for kind, size, sort, packing, checkpointing in itertools.product(
+    (kind, f"--micro-batch-size {size} {sort} {packing} {sharing} {checkpointing}")
+    for kind, size, sort, packing, sharing, checkpointing in itertools.product(
         ["lora", "dora", "full"],
         [1, 2, 4, 8],
         ["", "--group-by-length false"],
         ["", PACKED],
+        ["", UNSHARED],
         ["", "--gradient-checkpointing true"],
     )
 ]
@@ -37,9 +39,10 @@ ALONE = {
     "mean of means": UNSORTED,
     "dropped tail": UNSORTED,
     "dropped micro-batch": UNSORTED,
-    "padding seen": CHECKPOINTED,
-    "padding trained": CHECKPOINTED,
-    "packed rows see each other": f"--micro-batch-size 8 {PACKED}",
+    "padding seen": f"{CHECKPOINTED} {UNSHARED}",
+    "padding trained": f"{CHECKPOINTED} {UNSHARED}",
+    "completions see each other": CHECKPOINTED,
+    "packed rows see each other": f"--micro-batch-size 8 {PACKED} {UNSHARED}",
 }
 # On two processes: several micro-batches each; a second process that has nothing to do; all weights.
 SEVERAL = "--micro-batch-size 2 --gradient-checkpointing true"
