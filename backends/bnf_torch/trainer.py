@@ -5,7 +5,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -177,6 +177,8 @@ class BNFConfig(TrainingArguments):
     """Fill the rows of a micro-batch with several sequences each, up to `max_length` tokens."""
     group_by_length: bool = True
     """Put sequences of similar length into one micro-batch."""
+    share_prompts: bool = True
+    """Compute a prompt once for all its completions in a micro-batch, where the model's code can do it."""
     skip_bad_rows: bool = False
     """Report bad rows instead of stopping at the first."""
     shuffle_buffer: int = 10_000
@@ -227,12 +229,6 @@ class BNFTrainer(EngineTrainer):
         self.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * group.count
         args.gradient_accumulation_steps = 1  # of the loop, which takes a whole step at a time
         args.ignore_data_skip = True  # the place in the data is in the checkpoints
-        self.cut = Cut(
-            args.per_device_train_batch_size,
-            args.max_length if args.packing else None,
-            args.group_by_length,
-            multiple_of=group.count,
-        )
         folder = resolve_model(model) if isinstance(model, str) else Path(str(model.name_or_path))
         tokenizer = processing_class or load_tokenizer(folder)
         self.tokens = _Tokens(tokenizer, args)
@@ -241,6 +237,13 @@ class BNFTrainer(EngineTrainer):
         self.resumed: tuple[str, Checkpoint] | None = None
         torch.manual_seed(args.seed + group.rank)
         self.engine = _engine(model, folder, args, peft_config, group)
+        self.cut = Cut(
+            args.per_device_train_batch_size,
+            args.max_length if args.packing else None,
+            args.group_by_length,
+            multiple_of=group.count,
+            share_prompts=args.share_prompts and self.engine.shares_prompts,
+        )
         stored = _stored_reference(args, folder, tokenizer, self.engine)
         streamed = isinstance(self.rows, FeedbackStream)
         if self.engine.full and streamed and stored is None:
@@ -330,7 +333,7 @@ class BNFTrainer(EngineTrainer):
 
     def _with_reference(self, examples: Iterable[Example]) -> list[tuple[Batch, Any]]:
         group = self.engine.processes
-        cut = Cut(self.args.per_device_eval_batch_size, self.cut.pack_to, multiple_of=group.count)
+        cut = replace(self.cut, micro_batch_size=self.args.per_device_eval_batch_size, group_by_length=True)
         return plan.with_reference(plan.my_share(list(examples), cut, group, self.tokens.pad), self.reference, group)
 
     # Checkpoints: safetensors and JSON
