@@ -4,6 +4,7 @@ once more as on CUDA, its Triton kernel run by Triton's interpreter."""
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -132,7 +133,7 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 def wide_blocks(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer of them: the interpreter takes milliseconds for each row of each block."""
     if find_spec("torch"):
-        monkeypatch.setattr("bnf_torch.linear.CUDA_BLOCK", 2048)
+        monkeypatch.setattr("bnf_torch.linear.CUDA_BLOCK", 4096)
 
 
 @on_both
@@ -153,14 +154,13 @@ def test_a_saturated_soft_cap_keeps_its_derivative(backend: str) -> None:
 
 @on_both
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("shift", [96.0, -96.0])
+@pytest.mark.parametrize("shift", [9984.0, -9984.0])
 def test_large_logits(backend: str, dtype: str, shift: float) -> None:
-    """A common shift of ±9,984 and small steps, of which only the steps count."""
+    """A common shift and small steps, all exact, of which only the steps count."""
     inputs = drawn(dim=2)
-    inputs["hidden"][:] = 0.25, shift
-    inputs["head_weight"][:, 0] = np.random.default_rng(0).integers(-32, 33, 150)
-    inputs["head_weight"][:, 1] = 104.0
-    inputs["coefficients"] = np.abs(inputs["coefficients"])  # nor may tokens cancel each other
+    inputs["hidden"][:] = 0.25, 0.5
+    inputs["head_weight"][:] = np.random.default_rng(0).integers(-32, 33, (150, 2))
+    inputs["bias"][:] = shift
     check(backend, inputs, dtype)
 
 
@@ -201,17 +201,6 @@ def test_malformed_input(backend: str, change: dict[str, Any], message: str) -> 
 
 
 # PyTorch ------------------------------------------------------------------------------------------------------
-
-
-@needs_torch
-@pytest.mark.usefixtures("wide_blocks")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_fused_levels_conform(dtype: str) -> None:
-    subject = Subject(registry.get("torch").losses("cpu"), dtype)
-    for case in vectors.load():
-        if case.level == "L2" and dtype in case.dtypes:
-            outcomes = list(checks.fused_head(subject, case))
-            assert not [m for m in outcomes if isinstance(m, checks.Measurement) and not m.error <= m.tolerance]
 
 
 @needs_torch
@@ -297,7 +286,20 @@ def test_half_precision_gradients_survive_a_small_coefficient_and_a_large_loss_s
 def test_all_of_it_as_on_cuda_under_the_interpreter() -> None:
     """Everything above, and what follows, in another process: Triton decides when it is imported."""
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-W", "ignore", "-k", "not mlx", __file__],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-p",
+            "no:cacheprovider",
+            "-W",
+            "ignore",
+            "-k",
+            "not mlx",
+            __file__,
+        ],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -307,11 +309,24 @@ def test_all_of_it_as_on_cuda_under_the_interpreter() -> None:
 
 
 @on_cuda
+@pytest.mark.usefixtures("wide_blocks")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_fused_levels_conform(dtype: str) -> None:
+    subject = Subject(registry.get("torch").losses("cpu"), dtype)
+    for case in vectors.load():
+        if case.level == "L2" and dtype in case.dtypes:
+            outcomes = list(checks.fused_head(subject, replace(case, fields={"chunk_tokens": [7]})))
+            assert not [m for m in outcomes if isinstance(m, checks.Measurement) and not m.error <= m.tolerance]
+
+
+@on_cuda
 def test_it_is_the_kernel_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     from bnf_torch import kernels, linear
 
     calls = []
-    monkeypatch.setattr(linear, "_softmax", lambda on_cuda: lambda *a: calls.append(on_cuda) or kernels.exponentials(*a))
+    monkeypatch.setattr(
+        linear, "_softmax", lambda on_cuda: lambda *a: calls.append(on_cuda) or kernels.exponentials(*a)
+    )
     check("torch", drawn(), "bfloat16", chunk_tokens=7)
     assert calls == [True] * 3 * 3  # chunks × blocks
 
@@ -332,7 +347,9 @@ def test_the_kernel_is_the_function_it_replaces(soft_cap: float | None, stored: 
         e = torch.full((6, 80), 7.0, dtype=getattr(torch, stored))[:, :77] if stored else None
         statistics = function(z.clone(), e, bias, observed, soft_cap, 4.0)
         assert statistics[1, 2].isnan()
-        results.append([x[[0, 1, 3, 4, 5]].float() for x in (*statistics[: 4 if stored else 3], *([] if e is None else [e]))])
+        results.append(
+            [x[[0, 1, 3, 4, 5]].float() for x in (*statistics[: 4 if stored else 3], *([] if e is None else [e]))]
+        )
     for i, (a, b) in enumerate(zip(*results, strict=True)):
         torch.testing.assert_close(a, b, rtol=8e-3 if stored == "bfloat16" and i > 2 else 3e-6, atol=1e-6)
 

@@ -42,7 +42,7 @@ def exponentials(
 
 
 @triton.jit
-def _exponentials(
+def _exponentials(  # type: ignore[no-untyped-def]
     z_at,
     z_stride,
     e_at,
@@ -57,7 +57,7 @@ def _exponentials(
     CAPPED: tl.constexpr,
     STORED: tl.constexpr,
     TILE: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     """One program a row, which is in registers from its one read to its one write."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, TILE)

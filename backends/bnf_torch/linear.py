@@ -116,7 +116,7 @@ def _linear_loss(
     train_hidden: bool,
     train_head: bool,
     train_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Results:
     """loss, log_odds, other_entropy, token_loss, then unit and the gradients of hidden, head and bias in that unit;
     those that are not wanted are empty."""
     valid = ((targets >= 0) & (targets < len(head))).all()
@@ -205,7 +205,8 @@ def _linear_loss(
 
     loss = torch.dot(coefficients, stats[2])
     grad_bias = grad_bias if bias is None else grad_bias.to(bias.dtype)
-    return loss, *(x.clone() for x in stats), unit, grad_hidden, grad_head.to(head.dtype), grad_bias
+    log_odds, entropy, token_loss = stats[0].clone(), stats[1].clone(), stats[2].clone()
+    return loss, log_odds, entropy, token_loss, unit, grad_hidden, grad_head.to(head.dtype), grad_bias
 
 
 @_linear_loss.register_fake
@@ -225,11 +226,11 @@ def _(
     def float32(*shape: int) -> Tensor:
         return hidden.new_empty(shape, dtype=torch.float32)
 
-    stats = [float32(len(hidden)) for _ in range(3)]
+    n = len(hidden)
     grad_hidden = torch.empty_like(hidden if train_hidden else hidden[:0])
     grad_head = head.new_empty(head.shape if train_head else (0,))
     grad_bias = float32(0) if bias is None else bias.new_empty(bias.shape if train_bias else (0,))
-    return float32(), *stats, float32(), grad_hidden, grad_head, grad_bias
+    return float32(), float32(n), float32(n), float32(n), float32(), grad_hidden, grad_head, grad_bias
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
@@ -375,9 +376,15 @@ def _add_product(grad: Tensor, e: Tensor, h: Tensor) -> None:
     """grad (B, D) += eᵀ (B, C) @ h (C, D), h float32."""
     if grad.dtype == e.dtype:
         grad.addmm_(e.T, h.to(e.dtype))
-    else:
-        unit = h.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)  # float16's range again
-        grad.addcmul_(_product(e.T, (h / unit).to(e.dtype)), unit)
+        return
+    unit = h.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)  # float16's range again
+    h = h / unit
+    # Tokens of both signs cancel. In float16, where another rounding follows close to its smallest numbers, the
+    # states go through the product in two parts.
+    for _ in range(2 if e.dtype == torch.float16 else 1):
+        half = h.to(e.dtype)
+        grad.addcmul_(_product(e.T, half), unit)
+        h = h - half
 
 
 def _add_rows(grad: Tensor, y: Tensor, rows: Tensor) -> None:
