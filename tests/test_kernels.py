@@ -121,12 +121,15 @@ def check(backend: str, inputs: Arrays, dtype: str, soft_cap: float | None = Non
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks of the vocabulary, the last of them partial: 64, 64, 22 columns of 150."""
+    """Several blocks of the vocabulary, the last of them partial: 64, 64, 22 columns of 150; a CPU takes some rows of
+    a block at a time."""
     if find_spec("torch"):
         monkeypatch.setattr("bnf_torch.linear.CUDA_BLOCK", 64)
         monkeypatch.setattr("bnf_torch.linear.UPCAST_BYTES", 64 * 4 * 8)
+        monkeypatch.setattr("bnf_torch.linear.CACHED", 450)
     if find_spec("mlx"):
         monkeypatch.setattr("bnf_mlx.linear.UPCAST_BYTES", 64 * 4 * 8)
+        monkeypatch.setattr("bnf_mlx.kernels.CACHED", 450)
 
 
 @pytest.fixture
@@ -277,6 +280,23 @@ def test_half_precision_gradients_survive_a_small_coefficient_and_a_large_loss_s
         np.testing.assert_allclose(leaf.grad.double().numpy(), e, rtol=0, atol=2e-3 * np.abs(e).max())
 
 
+@needs_torch
+def test_what_is_done_to_the_loss_is_not_rounded_to_the_gradient_s_dtype() -> None:
+    import torch
+
+    from bnf_torch import linear_bnf_loss
+
+    def gradient(factor: float) -> torch.Tensor:
+        inputs = {name: torch.tensor(x) for name, x in drawn().items()}
+        hidden, head = inputs["hidden"].bfloat16().requires_grad_(), inputs["head_weight"].bfloat16()
+        rest = (inputs[name] for name in ("targets", "ref_log_odds", "coefficients"))
+        (linear_bnf_loss(hidden, head, *rest)[0] * factor).backward()
+        assert hidden.grad is not None
+        return hidden.grad
+
+    assert torch.equal(gradient(1 / 3), (gradient(1.0).float() * (1 / 3)).bfloat16())
+
+
 # As on CUDA ---------------------------------------------------------------------------------------------------
 
 
@@ -332,7 +352,7 @@ def test_it_is_the_kernel_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @on_cuda
-@pytest.mark.parametrize("soft_cap", [None, 0.01, 4.0])
+@pytest.mark.parametrize("soft_cap", [None, 0.01, 4.0, 1000.0])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", None])
 def test_the_kernel_is_the_function_it_replaces(soft_cap: float | None, stored: str | None) -> None:
     import torch
@@ -345,7 +365,7 @@ def test_the_kernel_is_the_function_it_replaces(soft_cap: float | None, stored: 
     results = []
     for function in (linear.exponentials, kernels.exponentials):
         e = torch.full((6, 80), 7.0, dtype=getattr(torch, stored))[:, :77] if stored else None
-        statistics = function(z.clone(), e, bias, observed, soft_cap, 4.0)
+        statistics = function(z.clone(), e, bias, observed, soft_cap)
         assert statistics[1, 2].isnan()
         results.append(
             [x[[0, 1, 3, 4, 5]].float() for x in (*statistics[: 4 if stored else 3], *([] if e is None else [e]))]
@@ -404,7 +424,7 @@ def test_the_kernel_compiles_for_a_gpu_that_is_not_here() -> None:
 
     flags = {"BIASED": True, "CAPPED": True, "STORED": True, "TILE": TILE}
     pointers = {"z_at": "*fp32", "e_at": "*bf16", "bias_at": "*bf16", "observed_at": "*i64", "statistics_at": "*fp32"}
-    numbers = {"z_stride": "i32", "e_stride": "i32", "width": "i32", "soft_cap": "fp32", "gain": "fp32"}
+    numbers = {"z_stride": "i32", "e_stride": "i32", "width": "i32", "soft_cap": "fp32"}
     types = pointers | numbers | dict.fromkeys(flags, "constexpr")
     signature = {name: types[name] for name in _exponentials.arg_names}
     source = ASTSource(fn=_exponentials, signature=signature, constexprs=flags)

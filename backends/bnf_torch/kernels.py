@@ -12,9 +12,7 @@ from torch import Tensor
 TILE = 16_384  # columns of one row that a program holds in registers: the widest block
 
 
-def exponentials(
-    z: Tensor, e: Tensor | None, bias: Tensor | None, observed: Tensor, soft_cap: float | None, gain: float
-) -> Tensor:
+def exponentials(z: Tensor, e: Tensor | None, bias: Tensor | None, observed: Tensor, soft_cap: float | None) -> Tensor:
     """As `linear.exponentials`; z is read once, and left as it was unless e is z. At most TILE columns."""
     statistics = z.new_empty(4, len(z))
     tile: Any = triton.next_power_of_2(z.shape[1])
@@ -31,7 +29,6 @@ def exponentials(
                 statistics,
                 z.shape[1],
                 1.0 if soft_cap is None else soft_cap,
-                gain,
                 BIASED=bias is not None,
                 CAPPED=soft_cap is not None,
                 STORED=e is not None,
@@ -52,7 +49,6 @@ def _exponentials(  # type: ignore[no-untyped-def]
     statistics_at,
     width,
     soft_cap,
-    gain,
     BIASED: tl.constexpr,
     CAPPED: tl.constexpr,
     STORED: tl.constexpr,
@@ -83,10 +79,10 @@ def _exponentials(  # type: ignore[no-untyped-def]
     moment = tl.sum(tl.where(e == 0.0, 0.0, e * z), 0)  # 0 · ∞ is 0
     mass = total
     if STORED:
-        rounded = (e * gain).to(e_at.dtype.element_ty)
+        rounded = e.to(e_at.dtype.element_ty)
         mass = tl.sum(rounded.to(tl.float32), 0)
         if CAPPED:
-            rounded = (e * gain * slope).to(e_at.dtype.element_ty)
+            rounded = (e * slope).to(e_at.dtype.element_ty)
         tl.store(e_at + row * e_stride + column, rounded, mask=inside)
     rows = tl.num_programs(0)
     tl.store(statistics_at + row, top)

@@ -142,7 +142,6 @@ def _linear_loss(
     kept = len(plan.blocks) if training else 1
     buffer = hidden.new_empty(kept, plan.chunk, plan.width, dtype=plan.dtype)
     softmax = _softmax(plan.on_cuda)
-    gain = 2.0**15 if plan.dtype == torch.float16 else 1.0  # float16 has no room for a large vocabulary's small ones
 
     with torch.autocast(hidden.device.type, enabled=False):
         for at in range(0, n, plan.chunk):
@@ -158,9 +157,7 @@ def _linear_loss(
                 found = z.gather(1, column.clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1)
                 observed = torch.where(here, found, observed)
                 block_bias = None if bias is None else bias[rows]
-                top[b], total[b], moment[b], mass[b] = softmax(
-                    z, e if training else None, block_bias, column, soft_cap, gain
-                )
+                top[b], total[b], moment[b], mass[b] = softmax(z, e if training else None, block_bias, column, soft_cap)
                 del z
 
             # What the blocks are to each other, and all that is to be known of a token.
@@ -305,22 +302,19 @@ def _softmax(on_cuda: bool) -> Any:
     return exponentials
 
 
-def exponentials(
-    z: Tensor, e: Tensor | None, bias: Tensor | None, observed: Tensor, soft_cap: float | None, gain: float
-) -> Tensor:
+def exponentials(z: Tensor, e: Tensor | None, bias: Tensor | None, observed: Tensor, soft_cap: float | None) -> Tensor:
     """A block of logits as exponentials relative to its largest, the observed tokens left out.
 
     Args:
         z: (C, B) float32, before bias and soft cap; overwritten.
-        e: (C, B), any float dtype; may be z. Gets gain · exp(logit − top), 0 at the observed token, times the
-            derivative of the soft cap. None: only the statistics are wanted.
+        e: (C, B), any float dtype; may be z. Gets exp(logit − top), 0 at the observed token, times the derivative
+            of the soft cap. None: only the statistics are wanted.
         bias: (B,).
         observed: (C,) the column of the observed token, which may lie outside.
         soft_cap: as in `linear_bnf_loss`.
-        gain: a factor of e alone.
     Returns:
         (4, C) float32: top, the largest logit, −inf where there is none; total = Σ exp(logit − top);
-        moment = Σ exp(logit − top) (logit − top); mass = Σ gain · exp(logit − top), each as rounded to e's dtype.
+        moment = Σ exp(logit − top) (logit − top); mass = total of terms rounded to e's dtype.
     """
     statistics = z.new_empty(4, len(z))
     step = max(1, CACHED // z.shape[1]) if z.device.type == "cpu" else max(1, len(z))
@@ -340,11 +334,11 @@ def exponentials(
         total = mass = weights.sum(1)
         moment = logits.mul_(weights).sum(1)
         if e is not None:
-            rounded = e[part].copy_(weights if gain == 1 else weights * gain)
-            if e.dtype != torch.float32 or gain != 1:
+            rounded = e[part].copy_(weights)
+            if e.dtype != torch.float32:
                 mass = rounded.float().sum(1)
             if soft_cap is not None:
-                rounded.copy_(weights * (slope * gain))
+                rounded.copy_(weights * slope)
         statistics[:, part] = torch.stack([top.squeeze(1), total, moment, mass])
     return statistics
 
