@@ -41,8 +41,9 @@ openblas: $(INSTALLED)
 demo: $(VENV)/.model openblas
 	$(BIN)/bnf demo --backend $(BACKEND)
 
+# Two files at a time, a thread each: threads that wait for each other's cores cost more than they bring.
 test: lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/.model
 	$(BIN)/python -m pytest -q -m slow
