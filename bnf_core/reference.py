@@ -137,7 +137,7 @@ def fingerprint(
     """
     return {
         "model": model_digest(model),
-        "tokenizer": _tokenizer_digest(tokenizer),
+        "tokenizer": tokenizer_digest(tokenizer),
         "chat template": _digest(tokenizer.chat_template) if tokenizer.chat_template else "none",
         "data.template": data.template,
         "data.max_length": str(data.max_length),
@@ -151,7 +151,8 @@ def differences(stored: Mapping[str, str], expected: Mapping[str, str]) -> list[
     return [f"{name} ({stored.get(name)}; this run's: {expected.get(name)})" for name in names]
 
 
-def _tokenizer_digest(tokenizer: "Tokenizer") -> str:
+def tokenizer_digest(tokenizer: "Tokenizer") -> str:
+    """Of everything that decides how text becomes tokens, the chat template excepted."""
     if (fast := getattr(tokenizer, "backend_tokenizer", None)) is not None:
         content = json.loads(fast.to_str()) | {"padding": None, "truncation": None}  # settings of its last call
     else:

@@ -166,7 +166,7 @@ def test_two_processes(runs: Runs, way: str, tmp_path: Path) -> None:
     for output in outputs:
         said = [" ".join(part.split()) for part in re.split(r"EXIT CODE \d", output)]
         assert f"interrupted after step 4; what is trained so far is in {ended_run}" in said[0]
-        assert "the processes of this run see different data" in said[2] and "21 rows, SHA-256" in said[2]
+        assert "the processes of this run see different training rows" in said[2] and "21 rows, SHA-256" in said[2]
         assert f"another run is writing to {taken_run}" in said[3]
         if output is outputs[0]:
             assert "going on after step 4" in said[1]

@@ -14,6 +14,7 @@ from bnf_core.config import DataConfig, TrainConfig
 from bnf_core.errors import UserError
 from bnf_core.plan import Data
 from bnf_core.records import Feedback
+from bnf_core.reference import tokenizer_digest
 from bnf_core.streaming import FeedbackStream
 from bnf_core.tokenization import tokenize
 
@@ -114,7 +115,7 @@ def _streamed(
     return TrainingData(
         rows=stream("train", data, tokenizer, shuffle_buffer=data.shuffle_buffer, seed=config.seed),
         examples=None,
-        digest=sources.digest(data.path, "train"),
+        digest=f"{sources.digest(data.path, 'train')}, tokenizer {tokenizer_digest(tokenizer)}",
         held_out=None if valid is None else _tokenized(valid, "valid", data, tokenizer, console),
     )
 
