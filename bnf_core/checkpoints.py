@@ -34,7 +34,8 @@ ABOUT, SUMS = "state.json", "SHA256SUMS"
 FREE = {"output", "overwrite", "resume", "resume_anyway", "eval_every", "save_every", "keep_checkpoints"}
 FREE |= {"report_to", "sample_every", "sample_count", "sample_tokens"}
 FREE |= {"reference"}  # the same values, wherever they come from
-FREE |= {"micro_batch_size", "group_by_length", "packing", "share_prompts", "gradient_checkpointing"}  # the last bits
+# Of the last bits only.
+FREE |= {"micro_batch_size", "auto_batch", "group_by_length", "packing", "share_prompts", "gradient_checkpointing"}
 # Settings that matter only through the rows and weights they lead to, which are compared themselves.
 SOURCES = ("model", "data.", "valid")  # as the names begin
 STREAM_SOURCES = ("model", "data.path", "valid")  # of a stream, files are compared, not rows: in full

@@ -144,7 +144,9 @@ class TrainConfig:
     batch_size: int = 16
     """Sequences per optimizer step."""
     micro_batch_size: int = 8
-    """Sequences on each device at a time. This and the next four change memory and speed, not the result."""
+    """Sequences on each device at a time. This and the next five change memory and speed, not the result."""
+    auto_batch: bool = False
+    """Choose `micro_batch_size`: as many as fit into the memory that is free, by the formulae of `bnf plan`."""
     packing: bool = False
     """Fill the rows of a micro-batch with several sequences each, up to `data.max_length` tokens."""
     group_by_length: bool = True

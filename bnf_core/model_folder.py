@@ -16,11 +16,12 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # a name, or owner/name
 
 
-def resolve_model(name: str) -> Path:
+def resolve_model(name: str, *, weights: bool = True) -> Path:
     """The checkpoint folder of that name: a local folder, or a Hub model, which is downloaded once.
 
     Args:
         name: a folder with config.json and model*.safetensors, or a Hub id such as `owner/model`.
+        weights: whether they are needed; else they are neither downloaded nor looked for.
     Returns:
         A folder whose configuration can be read and whose weight files are all there and whole.
     Raises:
@@ -32,13 +33,15 @@ def resolve_model(name: str) -> Path:
         hint = "convert it with `bnf import-gguf`" if folder.suffix == ".gguf" else "name the folder it is in"
         raise UserError(f"model {name} is a file: expected a checkpoint folder or a Hub id; {hint}")
     if not folder.is_dir():
-        folder = _download(name)
-    _check(folder)
+        folder = _download(name, weights)
+    _check(folder, weights)
     return folder
 
 
-def _check(folder: Path) -> None:
+def _check(folder: Path, with_weights: bool) -> None:
     _read_json(folder / "config.json", _without_config(folder))
+    if not with_weights:
+        return
     weights = sorted(folder.glob("model*.safetensors"))
     if not weights:
         raise UserError(_without_weights(folder))
@@ -99,7 +102,7 @@ def _without_weights(folder: Path) -> str:
     )
 
 
-def _download(name: str) -> Path:
+def _download(name: str, weights: bool) -> Path:
     neither = f"model {name!r} is neither a folder here nor a model on the Hub"
     if not HUB_ID.fullmatch(name):
         raise UserError(f"{neither}: no such folder, and a Hub id reads owner/model")
@@ -107,7 +110,8 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=ALLOWED))
+        patterns = [pattern for pattern in ALLOWED if weights or "safetensors" not in pattern]
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except GatedRepoError as error:
         raise UserError(f"model {name!r} is gated: accept its terms on the Hub, then `hf auth login`") from error
     except RepositoryNotFoundError as error:

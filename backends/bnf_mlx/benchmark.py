@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -103,6 +104,20 @@ class Benchmark:
     def peak_memory(self) -> float:
         """Of this process so far, bytes."""
         return float(mx.get_peak_memory())
+
+    def free_memory(self) -> float:
+        """Bytes that a run could still take; NaN where that cannot be told."""
+        if limit := mx.device_info(self.device).get("max_recommended_working_set_size"):
+            return float(limit) - mx.get_active_memory()
+        try:
+            lines = Path("/proc/meminfo").read_text().splitlines()
+            return float(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) * 1024
+        except OSError:
+            return float("nan")
+
+    def runtime_memory(self) -> float:
+        """Bytes that this process holds by now, as `memory` counts them."""
+        return float(mx.get_active_memory())
 
 
 def dense_form(logits: mx.array, targets: mx.array, reference: mx.array, epsilon: float = 1e-6) -> mx.array:

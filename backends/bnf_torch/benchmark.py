@@ -133,6 +133,28 @@ class Benchmark:
 
             return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
+    def free_memory(self) -> float:
+        """Bytes that a run could still take; NaN where that cannot be told."""
+        if self.cuda:
+            return float(torch.cuda.mem_get_info(self.device)[0])
+        if self.device.type == "mps":
+            return float(torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
+        try:
+            return float(_status("MemAvailable", "/proc/meminfo"))
+        except OSError:
+            return float("nan")
+
+    def runtime_memory(self) -> float:
+        """Bytes that this process holds by now, as `memory` counts them."""
+        if self.cuda:
+            return float(torch.cuda.memory_allocated(self.device))
+        from bnf_torch import engine, trainer  # noqa: F401  # which a run imports
+
+        try:
+            return float(_status("VmRSS"))
+        except OSError:
+            return self.peak_memory()
+
     def _wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize(self.device)
@@ -176,7 +198,7 @@ def dense_form(logits: Tensor, targets: Tensor, reference: Tensor, epsilon: floa
     return -(target * log_p).sum(1)
 
 
-def _status(name: str) -> int:
-    """A line of Linux's account of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+def _status(name: str, path: str = "/proc/self/status") -> int:
+    """A line of Linux's account of this process, or of the machine, in bytes."""
+    lines = Path(path).read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024

@@ -40,6 +40,15 @@ def train(argv: Sequence[str]) -> int:
     return 0
 
 
+def plan(argv: Sequence[str]) -> int:
+    config = parse(TrainConfig, "plan", argv)
+    _prepare(config.hardware)
+    from bnf_recipes.plan_run import plan_run as run
+
+    run(config, console)
+    return 0
+
+
 def evaluate(argv: Sequence[str]) -> int:
     config = parse(EvaluateConfig, "evaluate", argv)
     _prepare(config.hardware)
@@ -278,6 +287,7 @@ def check_run(argv: Sequence[str]) -> int:
 
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "train": (train, "align a model with LoRA on good and bad completions"),
+    "plan": (plan, "say what a run would take: memory, largest batch, steps, time"),
     "evaluate": (evaluate, "score labelled completions under a model"),
     "reference": (reference, "compute the reference of feedback once, for any number of runs"),
     "generate": (generate, "complete a prompt"),

@@ -4,7 +4,7 @@ here is all that happens around them."""
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -85,6 +85,11 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
             gradient_checkpointing=config.gradient_checkpointing,
             seed=config.seed,
         )
+        if config.auto_batch:
+            from bnf_recipes.plan_run import auto_micro_batch
+
+            config = replace(config, micro_batch_size=auto_micro_batch(config, checkpoint, data, engine))
+            console.print(f"{config.micro_batch_size} rows at a time fit into the free memory", highlight=False)
         facts = run_facts(config, checkpoint, data.digest, data.held_out_digest)
         return _Training(config, engine, data, facts, checkpoint, tokenizer, console, evaluator).run()
 

@@ -1,0 +1,188 @@
+"""Planning: the formulae of memory against measured runs, and what is made of them."""
+
+import math
+import multiprocessing
+import shutil
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from rich.console import Console
+
+from bnf_core.batching import Cut, Example, Rows
+from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, TrainConfig
+from bnf_core.errors import UserError
+from bnf_core.memory import Architecture, Grid, Training, memory
+from bnf_core.tokenization import load_tokenizer
+from bnf_recipes import plan_run
+from bnf_recipes.bench_growth import random_row
+from bnf_recipes.bench_step import OURS, benchmark, peak_memory
+from bnf_recipes.feedback import TrainingData, load_split
+from bnf_recipes.train import train
+
+VOCAB = 4000
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Large enough for a step to take more than the libraries do, small enough for a second."""
+    sizes: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 6,
+        "vocab_size": VOCAB,
+        "initializer_range": 0.02,
+        "max_position_embeddings": 1024,
+    }
+    return tiny.make_model(tmp_path_factory.mktemp("planned") / "model", **sizes)
+
+
+def settings(model: Path, backend: str, **overrides: Any) -> TrainConfig:
+    hardware = HardwareConfig(backend=backend, device="cpu", dtype="float32")
+    return TrainConfig(str(model), DataConfig(""), hardware=hardware, batch_size=16, micro_batch_size=16, **overrides)
+
+
+def held_in_memory(rows: list[Example]) -> TrainingData:
+    return TrainingData(Rows(rows, 0), rows, "", None)
+
+
+@cache
+def runtime(backend: str) -> float:
+    """Bytes of a process like the one that is measured."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_runtime, args=(sender, backend))
+    process.start()
+    value = receiver.recv()
+    process.join()
+    return float(value)
+
+
+def _send_runtime(sender: Any, backend: str) -> None:
+    sender.send(benchmark(HardwareConfig(backend, "cpu", "float32")).runtime_memory())
+
+
+@pytest.mark.parametrize(("completions", "checkpointing"), [(1, False), (4, False), (1, True)])
+def test_the_predicted_peak_is_that_of_a_run(
+    model: Path, backend_name: str, completions: int, checkpointing: bool
+) -> None:
+    rows = [random_row(i // completions, 110, 40, VOCAB, i % completions) for i in range(16)]
+    config = settings(model, backend_name, gradient_checkpointing=checkpointing)
+    predicted = plan_run.peak(
+        Architecture.of(model),
+        plan_run.training_of(config, benchmark(config.hardware)),
+        held_in_memory(rows),
+        16,
+        Cut(16, share_prompts=True),
+        runtime(backend_name),
+    )
+    assert predicted.total == pytest.approx(peak_memory(config, rows, OURS), rel=0.15)
+
+
+def test_a_plan_counts_rows_tokens_and_steps(tiny_model: Path, feedback: Path, backend_name: str) -> None:
+    hardware = HardwareConfig(backend=backend_name, device="cpu", dtype="float32")
+    config = TrainConfig(str(tiny_model), DataConfig(str(feedback)), hardware=hardware, batch_size=5, epochs=2)
+    console = Console(record=True, width=120)
+    plan = plan_run.plan_run(config, console)
+    rows = load_split(str(feedback), "train", config.data, load_tokenizer(tiny_model), Console(quiet=True))
+    assert plan.steps == 6  # 12 rows, twice: the last batch of an epoch is short
+    assert plan.tokens == sum(map(len, rows))
+    assert plan.completion_tokens == sum(len(row.completion_ids) for row in rows)
+    assert plan.largest == 5 and plan.seconds > 0
+    for word in ("peak", "micro_batch_size 5 fits", "6  of 5 rows"):
+        assert word in console.export_text(clear=False)
+
+
+def test_a_plan_needs_no_weights(tiny_model: Path, feedback: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    hardware = HardwareConfig(backend="torch", device="cpu")
+    plan_run.plan_run(TrainConfig(str(folder), DataConfig(str(feedback)), hardware=hardware), Console(quiet=True))
+
+
+@pytest.mark.parametrize("free", [0.0, 99.0, 100.0, 250.0, 1e9, math.nan])
+def test_the_largest_micro_batch_is_the_last_that_fits(free: float) -> None:
+    """Needs 90 bytes a row, and a tenth of the memory is left alone."""
+    expected = 16 if math.isnan(free) else min(16, int(0.9 * free / 90))
+    assert plan_run.largest(lambda size: 90.0 * size, 16, free) == expected
+
+
+def test_auto_batch_takes_what_fits(
+    tiny_model: Path,
+    feedback: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from bnf_torch.benchmark import Benchmark
+
+    config = TrainConfig(
+        str(tiny_model),
+        DataConfig(str(feedback)),
+        hardware=HardwareConfig("torch", "cpu", "float32"),
+        output=str(tmp_path / "run"),
+        max_steps=1,
+        auto_batch=True,
+        batch_size=12,
+        share_prompts=False,
+    )
+    rows = load_split(str(feedback), "train", config.data, load_tokenizer(tiny_model), Console(quiet=True))
+    training = plan_run.training_of(config, benchmark(config.hardware))
+
+    def needs(size: int) -> float:
+        found = plan_run.peak(Architecture.of(tiny_model), training, held_in_memory(rows), 12, Cut(size))
+        return found.total - found.weights
+
+    monkeypatch.setattr(Benchmark, "free_memory", lambda self: needs(3) / 0.9 + 1)
+    train(config, Console())
+    assert "3 rows at a time" in capsys.readouterr().out
+    monkeypatch.setattr(Benchmark, "free_memory", lambda self: needs(1) / 2)
+    with pytest.raises(UserError, match="not even one row fits"):
+        train(replace(config, overwrite=True), Console(quiet=True))
+
+
+LLAMA: dict[str, Any] = {
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 304,
+    "tie_word_embeddings": True,
+}
+
+
+def test_parameters_are_those_of_the_model(tiny_model: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert Architecture.of(tiny_model).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_adapter_parameters_follow_rank_and_targets() -> None:
+    model = Architecture.from_config(LLAMA)
+    assert model.adapter_parameters(4, ["q_proj"]) == 2 * 4 * (32 + 32)
+    assert model.adapter_parameters(4, ["k_proj", "down_proj"]) == 2 * 4 * (32 + 16 + 64 + 32)
+    assert model.adapter_parameters(4, ["all-linear"]) == 2 * 4 * (64 + 48 + 48 + 64 + 96 + 96 + 96)
+
+
+@pytest.mark.parametrize("change", [{"num_experts": 8}, {"intermediate_size": None}, {"mamba_d_state": 16}])
+def test_a_model_that_the_formulae_do_not_know_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="dense transformers"):
+        Architecture.from_config(LLAMA | change)
+
+
+def test_memory_grows_with_what_it_depends_on() -> None:
+    model = Architecture.from_config(LLAMA)
+    training = Training("torch", "cpu", "float32", LoraConfig())
+    few, many = (memory(model, training, Grid(rows, 64, 32 * rows)) for rows in (2, 4))
+    assert many.activations == 2 * few.activations and many.weights == few.weights
+    full = memory(model, replace(training, lora=None), Grid(2, 64, 64))
+    assert full.trained == 12 * model.parameters
+    half = memory(model, replace(training, dtype="bfloat16"), Grid(2, 64, 64))
+    assert half.weights == few.weights / 2 and half.activations < few.activations
+    packed = memory(model, replace(training, gradient_checkpointing=True), Grid(2, 64, 64))
+    assert packed.activations < few.activations / 4
