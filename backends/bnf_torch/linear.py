@@ -127,9 +127,9 @@ def _linear_loss(
     n, width = hidden.shape
     plan = _plan(hidden, head, train_head, chunk_tokens)
     # Gradients are kept in a unit near the largest coefficient, a power of 2: a long batch's own would leave
-    # float16's range before a loss scaler could lift them.
+    # float16's range before a loss scaler could lift them. Large ones stay: dividing would push them out below.
     largest = coefficients.abs().amax() if n else coefficients.new_zeros(())
-    unit = torch.exp2(largest.clamp(min=torch.finfo(torch.float32).tiny).log2().floor())
+    unit = torch.exp2(largest.clamp(min=torch.finfo(torch.float32).tiny).log2().floor().clamp(max=0.0))
 
     def zeros(wanted: bool, *shape: int, dtype: torch.dtype) -> Tensor:
         return hidden.new_zeros(shape if wanted else (0,), dtype=dtype)
@@ -264,8 +264,8 @@ def _plan(hidden: Tensor, head: Tensor, train_head: bool, chunk_tokens: int | No
     half = head.dtype != torch.float32
     accumulator, held = torch.float32, 0
     if on_cuda:
-        width = -(-vocab // -(-vocab // CUDA_BLOCK))
-        width = min(-(-width // 64) * 64, CUDA_BLOCK)  # rows of exponentials begin where tensor cores like it
+        width = math.ceil(vocab / math.ceil(vocab / CUDA_BLOCK))
+        width = min(math.ceil(width / 64) * 64, CUDA_BLOCK)  # rows of exponentials begin where tensor cores like it
         # exponentials, one block's logits; gradients of hidden states, scaled states
         token_bytes = head.itemsize * vocab + 4 * width * half + 16 * dim
         budget = min(CUDA_BYTES, _free_bytes(hidden) // 2)
@@ -280,7 +280,7 @@ def _plan(hidden: Tensor, head: Tensor, train_head: bool, chunk_tokens: int | No
         token_bytes, budget = 4 * vocab, CHUNK_BYTES
     if chunk_tokens is None:
         chunk_tokens = max(16, (budget - held) // token_bytes)
-        chunk_tokens = -(-n // max(1, -(-n // chunk_tokens)))  # as many chunks, all as large
+        chunk_tokens = math.ceil(n / max(1, math.ceil(n / chunk_tokens)))  # as many chunks, all as large
     blocks = [slice(at, min(at + width, vocab)) for at in range(0, vocab, width)]
     dtype = head.dtype if on_cuda else torch.float32
     return _Plan(on_cuda, max(1, min(chunk_tokens, n)), blocks, width, dtype, accumulator)
