@@ -7,7 +7,7 @@ import mlx.core as mx
 
 from bnf_mlx.losses import accurate_sum
 
-CACHED = 2**19  # elements that a CPU takes at a time: ten such arrays stay in its cache, and are not new memory
+CACHED = 2**19  # elements that a CPU takes at a time: small arrays stay in its cache, and are not new memory
 LEAST = -87.0  # exp of less is no normal float32 number, and counts as 0 beside the largest's 1
 LOG2 = math.log(2)
 LOG2_HIGH = 355 / 512  # nine bits, so that whole multiples are exact

@@ -14,7 +14,7 @@ from bnf_core.protocol import TokenStats
 from bnf_mlx.kernels import exponentials
 from bnf_mlx.losses import accurate_sum, custom_function, loss_and_slope
 
-CHUNK_BYTES = 128 * 2**20  # of one chunk: six float32 buffers as large as its logits, measured
+CHUNK_BYTES = 128 * 2**20  # of one chunk: four float32 buffers as large as its logits, measured
 UPCAST_BYTES = 8 * 2**20  # of one vocabulary block of a half-precision head; MLX runs some ten of them ahead
 
 
@@ -129,7 +129,8 @@ def _check(
         raise ValueError(f"bias {bias.shape} does not fit head_weight {head.shape}")
     if soft_cap is not None and not 0 < soft_cap < math.inf:
         raise ValueError(f"soft_cap must be positive, got {soft_cap}")
-    return chunk_tokens or max(16, CHUNK_BYTES // (24 * len(head)))
+    chunks = math.ceil(len(hidden) / max(16, CHUNK_BYTES // (16 * len(head))))
+    return chunk_tokens or math.ceil(len(hidden) / chunks)  # as many chunks, all as large
 
 
 def _one_pass(
