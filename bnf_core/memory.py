@@ -115,9 +115,10 @@ class Grid:
     def of(cls, batch: Batch, backend: str) -> "Grid":
         if batch.shared and backend == "mlx":
             cut = pages(batch)
-            return cls(*map(int, cut.input_ids.shape), len(batch.targets), cut.table.shape[1])
-        rows, width = batch.input_ids.shape
-        return cls(rows, width, len(batch.targets))
+            (rows, width), seen = cut.input_ids.shape, cut.table.shape[1]
+        else:
+            (rows, width), seen = batch.input_ids.shape, 1
+        return cls(rows, width, len(batch.targets), seen)
 
     @property
     def tokens(self) -> int:
