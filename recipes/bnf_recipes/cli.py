@@ -34,6 +34,8 @@ def train(argv: Sequence[str]) -> int:
     from bnf_recipes.train import train as run
 
     result = run(config, console)
+    if not result.first:
+        return 0
     if result.before is not None and result.after is not None:
         console.print(table({"before": result.before, "after": result.after}, "held-out rows"))
     console.print(f"trained  {result.trained}\npicture  {result.picture}", highlight=False)

@@ -69,9 +69,9 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
     data = load_training_data(config, tokenizer, console)
     if config.sample_every and not data.held_out:
         raise UserError("sample_every needs held-out rows, whose prompts it completes: give some with --valid")
-    processes.require_same(
-        "data or settings", f"{data.digest}, {data.held_out_digest}, {sorted(config.flat().items())}"
-    )
+    facts = run_facts(config, checkpoint, data.digest, data.held_out_digest)
+    for name, value in (config.flat() | facts).items():
+        processes.require_same(name, str(value))
     with RunFolder(config, processes).held():
         engine = backend.load(
             checkpoint,
@@ -90,7 +90,6 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
 
             config = replace(config, micro_batch_size=auto_micro_batch(config, checkpoint, data, engine))
             console.print(f"{config.micro_batch_size} rows at a time fit into the free memory", highlight=False)
-        facts = run_facts(config, checkpoint, data.digest, data.held_out_digest)
         return _Training(config, engine, data, facts, checkpoint, tokenizer, console, evaluator).run()
 
 
@@ -122,7 +121,7 @@ class _Training:
         # Streamed rows that are not stored can be computed only as long as the model's own weights stay.
         computes = stored is None or config.fine_tune_type != "full"
         self.reference = ReferenceCache(engine.reference_log_odds if computes else None, stored)
-        self.num_steps = min(data.steps(config.batch_size, config.epochs), config.max_steps or math.inf)
+        self.num_steps = int(min(data.steps(config.batch_size, config.epochs), config.max_steps or math.inf))
         self.position: Position | None = None
         self.evaluations: dict[int, Metrics] = {}
         self.saved_at: int | None = None
