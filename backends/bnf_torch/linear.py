@@ -271,8 +271,8 @@ def _plan(hidden: Tensor, head: Tensor, train_head: bool, chunk_tokens: int | No
         budget = min(CUDA_BYTES, _free_bytes(hidden) // 2)
         if train_head:
             held = 4 * dim * (vocab + width) if half else 0
-            # Few chunks follow each other then: each costs one rounding to bfloat16, where tolerances.toml has room
-            # for four. Float16 has no room for the small ones.
+            # Then chunks are large and few, and each adds one rounding of at most 2^-9 to bfloat16. Float16 has no
+            # room for the small sums.
             if head.dtype == torch.bfloat16 and held > budget // 2:
                 accumulator, held = torch.bfloat16, 0
     else:
