@@ -149,6 +149,18 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
     assert json.loads(path.read_text())["cases"]["case"]["rounds"] == second.cases["case"].rounds
 
 
+def test_seconds_are_those_of_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("bnf_recipes.interleaved.time.perf_counter", lambda: clock[0])
+
+    def job() -> None:
+        clock[0] += 3.0
+
+    measurement = Measurement(MeasureConfig(output=str(tmp_path / "figures.json")), "test", {}, QUIET)
+    measurement.run(Case("case", {"a": repeated(job, 4)}, lambda name: 0.0, times=4))
+    assert measurement.cases["case"].rounds == [{"a": 3.0}] * 5
+
+
 def test_nothing_is_begun_after_the_minutes_are_over(tmp_path: Path) -> None:
     measurement, whole, asked = measured(tmp_path / "figures.json", {"a": quick()}, minutes=0.0)
     assert not whole and asked == [] and measurement.cases["case"].rounds == []
