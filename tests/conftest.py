@@ -7,6 +7,7 @@ import tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing under test may reach for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("LD_PRELOAD", "")  # or `bnf` on MLX would replace the process that runs the tests by its own
 
 BACKENDS = [
     pytest.param(
