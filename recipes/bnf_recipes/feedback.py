@@ -157,7 +157,7 @@ def _list_skipped(messages: Sequence[str], name: str, console: Console, count: i
         first = f", the first {len(messages)}" if count and count > len(messages) else ""
         console.print(f"[yellow]skipped {count or len(messages)} bad rows of {name}{first}:[/yellow]")
         for message in messages:
-            console.print(f"  {message}", markup=False, highlight=False)
+            console.print(f"  {message}", markup=False, highlight=False, soft_wrap=True)
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
