@@ -229,6 +229,19 @@ def _even_parts(items: Sequence[list[int]], count: int) -> Iterator[Sequence[lis
     return (items[a:b] for a, b in itertools.pairwise(edges))
 
 
+def pairs(rows: Sequence[Example]) -> list[tuple[Example, Example]]:
+    """A good and a bad row of one prompt each.
+
+    Raises:
+        ValueError: a row is left over.
+    """
+    good = [row for row in rows if row.label]
+    bad_of = {row.group: row for row in rows if not row.label}
+    if 2 * len(good) != len(rows) or {row.group for row in good} != bad_of.keys():
+        raise ValueError("every prompt needs one good and one bad row")
+    return [(row, bad_of[row.group]) for row in good]
+
+
 class Rows:
     """Examples held in memory, and the batches they give: a fresh seeded order each epoch, in which completions of
     one prompt stay together, so that a batch can compare them and compute the prompt once."""

@@ -3,7 +3,7 @@
 The CLI makes its flags and `--help` from these classes; a YAML file holds the same keys.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -192,7 +192,7 @@ class TrainConfig:
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its dotted name, as on the command line."""
-        return dict(_flat(self.as_dict()))
+        return dict(flat(self.as_dict()))
 
 
 @dataclass
@@ -281,10 +281,11 @@ class ReferenceConfig:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings one by one, `lora.rank` for rank in lora."""
     for name, value in settings.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
 

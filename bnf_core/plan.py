@@ -19,14 +19,14 @@ class Data(Protocol):
     ) -> Iterator[tuple[list[Example], Position]]: ...
 
 
-def cut_of(config: TrainConfig, engine: Engine) -> Cut:
-    """How a run of this model cuts its batches."""
+def cut_of(config: TrainConfig, engine: Engine | None = None) -> Cut:
+    """How a run of this model cuts its batches; without one, on one process by a model that can share prompts."""
     return Cut(
         config.micro_batch_size,
         config.data.max_length if config.packing else None,
         config.group_by_length,
-        multiple_of=engine.processes.count,
-        share_prompts=config.share_prompts and engine.shares_prompts,
+        multiple_of=engine.processes.count if engine else 1,
+        share_prompts=config.share_prompts and (engine is None or engine.shares_prompts),
     )
 
 

@@ -200,8 +200,7 @@ class StoredReference:
         self._shard, self._offset, self._length = (np.concatenate(a)[order] for a in (numbers, offsets, lengths))
 
     def __contains__(self, key: int) -> bool:
-        at = int(np.searchsorted(self.keys, np.uint64(key)))
-        return at < len(self.keys) and int(self.keys[at]) == key
+        return _holds(self.keys, key)
 
     def __getitem__(self, key: int) -> Array:
         """(tokens of the completion,) float32; the row must be there."""
@@ -306,7 +305,7 @@ class ReferenceWriter:
         for example in examples:
             key = example.key
             count, total = count + 1, (total + key) % 2**64
-            if key not in window and not self._is_stored(key):
+            if key not in window and not _holds(self.keys, key):
                 window[key] = example
             if len(window) == self.shard_rows:
                 yield list(window.values())
@@ -361,16 +360,18 @@ class ReferenceWriter:
         self._index["shards"] = sorted([*self._index["shards"], shard], key=lambda s: (len(s["file"]), s["file"]))
         self._write_index()
 
-    def _is_stored(self, key: int) -> bool:
-        at = int(np.searchsorted(self.keys, np.uint64(key)))
-        return at < len(self.keys) and int(self.keys[at]) == key
-
     def _files(self) -> set[str]:
         return {shard["file"] for shard in self._index["shards"]}
 
     def _write_index(self) -> None:
         self._index["rows"] = sum(shard["rows"] for shard in self._index["shards"])
         replace_file(self.folder / INDEX, json.dumps(self._index, indent=2) + "\n")
+
+
+def _holds(keys: Array, key: int) -> bool:
+    """Whether ascending keys have this one."""
+    at = int(np.searchsorted(keys, np.uint64(key)))
+    return at < len(keys) and int(keys[at]) == key
 
 
 def _require_same(stored: StoredReference, expected: Mapping[str, str], remedy: str) -> None:

@@ -137,6 +137,11 @@ def load_tokenizer(folder: Path) -> "Tokenizer":
     return tokenizer
 
 
+def pad_id(tokenizer: "Tokenizer") -> int:
+    """Any id will do: padding is never scored and never seen by a scored token."""
+    return int(tokenizer.pad_token_id or 0)
+
+
 def stop_ids(tokenizer: "Tokenizer", folder: Path) -> list[int]:
     """The token ids that end a generated completion: EOS, then those of generation_config.json in the folder.
 

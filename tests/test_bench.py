@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from bnf_core import oracle
-from bnf_core.batching import Example
+from bnf_core.batching import Example, pairs
 from bnf_core.config import DataConfig, HardwareConfig
 from bnf_core.errors import UserError
 from bnf_recipes import bench, bench_growth, bench_step
@@ -287,15 +287,9 @@ def test_rows_are_pairs_drawn_by_the_seed() -> None:
         bench_step.choose(rows, 14, 0)
 
 
-def test_peers_get_pairs_of_one_prompt(backend_name: str) -> None:
-    pairs = bench_step._module(backend_name, "peers").pairs
+def test_peers_get_pairs_of_one_prompt() -> None:
     rows = [Example((i,), (10 * i + label,), label=bool(label), group=i) for label in (0, 1) for i in (1, 2)]
-    found = pairs(rows)
-    if backend_name == "torch":
-        assert [(a.completion_ids, b.completion_ids) for a, b in found] == [((11,), (10,)), ((21,), (20,))]
-    else:
-        assert [(pair["chosen"], pair["rejected"]) for pair in found] == [([1, 11], [1, 10]), ([2, 21], [2, 20])]
-        assert found[0]["chosen_prompt_length"] == found[0]["rejected_prompt_length"] == 1
+    assert [(a.completion_ids, b.completion_ids) for a, b in pairs(rows)] == [((11,), (10,)), ((21,), (20,))]
     for bad in (rows[:3], [rows[0], rows[1], rows[2], rows[2]]):
         with pytest.raises(ValueError, match="one good and one bad"):
             pairs(bad)

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx import optimizers
 from mlx_lm.tuner.callbacks import TrainingCallback
 
-from bnf_core.batching import Example
+from bnf_core.batching import Example, pairs
 from bnf_core.config import LoraConfig
 from bnf_mlx import adapter
 from bnf_mlx.model import load_model, resolve_device, resolve_dtype
@@ -58,7 +58,7 @@ def peers(
             adapter.add_adapter(loaded(), lora, 0),
             loaded(),  # it keeps the reference as a second model
             optimizers.AdamW(1e-5),
-            pairs(rows),
+            [_pair(good, bad) for good, bad in pairs(rows)],
             args=DPOTrainingArgs(**arguments),
             training_callback=_AfterStep(after_step),
         )
@@ -75,25 +75,14 @@ def peers(
     return {SFT: placed(sft), DPO: placed(dpo)}
 
 
-def pairs(rows: Sequence[Example]) -> list[dict[str, Any]]:
-    """A good and a bad row of one prompt each, as mlx-lm-lora's data set has them.
-
-    Raises:
-        ValueError: a row is left over.
-    """
-    good = [row for row in rows if row.label]
-    bad_of = {row.group: row for row in rows if not row.label}
-    if 2 * len(good) != len(rows) or {row.group for row in good} != bad_of.keys():
-        raise ValueError("every prompt needs one good and one bad row")
-    return [
-        {
-            "chosen": list(row.prompt_ids + row.completion_ids),
-            "rejected": list(row.prompt_ids + bad_of[row.group].completion_ids),
-            "chosen_prompt_length": len(row.prompt_ids),
-            "rejected_prompt_length": len(row.prompt_ids),
-        }
-        for row in good
-    ]
+def _pair(good: Example, bad: Example) -> dict[str, Any]:
+    """As mlx-lm-lora's data set has it."""
+    return {
+        "chosen": list(good.prompt_ids + good.completion_ids),
+        "rejected": list(good.prompt_ids + bad.completion_ids),
+        "chosen_prompt_length": len(good.prompt_ids),
+        "rejected_prompt_length": len(good.prompt_ids),
+    }
 
 
 def _arguments(rows: Sequence[Example], steps: int, folder: Path) -> dict[str, Any]:

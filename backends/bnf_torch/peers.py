@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from transformers import AutoModelForCausalLM, TrainerCallback
 
-from bnf_core.batching import Example
+from bnf_core.batching import Example, pairs
 from bnf_core.config import LoraConfig
 from bnf_core.tokenization import load_tokenizer
 from bnf_torch.model import resolve_device, resolve_dtype
@@ -46,19 +46,6 @@ def peers(
         return run
 
     return {kind: train(kind) for kind in kinds}
-
-
-def pairs(rows: Sequence[Example]) -> list[tuple[Example, Example]]:
-    """A good and a bad row of one prompt each.
-
-    Raises:
-        ValueError: a row is left over.
-    """
-    good = [row for row in rows if row.label]
-    bad_of = {row.group: row for row in rows if not row.label}
-    if 2 * len(good) != len(rows) or {row.group for row in good} != bad_of.keys():
-        raise ValueError("every prompt needs one good and one bad row")
-    return [(row, bad_of[row.group]) for row in good]
 
 
 def _trainer(

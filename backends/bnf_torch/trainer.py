@@ -39,7 +39,7 @@ from bnf_core.records import Feedback, RowError
 from bnf_core.reference import ReferenceCache, StoredReference, fingerprint, open_reference
 from bnf_core.sources import find_source, no_rows, source_of
 from bnf_core.streaming import FeedbackStream
-from bnf_core.tokenization import load_tokenizer, tokenize
+from bnf_core.tokenization import load_tokenizer, pad_id, tokenize
 from bnf_torch import adapter
 from bnf_torch.engine import TorchEngine
 from bnf_torch.model import load_model, resolve_dtype
@@ -456,7 +456,7 @@ class _Tokens:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, args: BNFConfig):
         self.tokenizer, self.args = tokenizer, args
-        self.pad = int(tokenizer.pad_token_id or 0)
+        self.pad = pad_id(tokenizer)
 
     def training_rows(self, data: Feed) -> plan.Data:
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed

@@ -31,15 +31,21 @@ def make_parser(settings: type, command: str) -> ArgumentParser:
     return parser
 
 
-def parse(settings: type[T], command: str, argv: Sequence[str]) -> T:
+def parse(settings: type[T], command: str, argv: Sequence[str], positional: Sequence[str] = ()) -> T:
     """The settings given by flags and YAML.
 
+    Args:
+        positional: flags that may be left out where the words before the first flag are their values, in this order.
     Raises:
         UserError: an unknown or missing setting, or a value that does not fit.
         SystemExit: after --help and --print-config.
     """
     parser = make_parser(settings, command)
     keys = [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
+    first_flag = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    if 0 < first_flag <= len(positional):
+        named = [part for name, word in zip(positional, argv[:first_flag], strict=False) for part in (name, word)]
+        argv = [*named, *argv[first_flag:]]
     try:
         namespace = parser.parse_args(_spell_out(argv, keys, parser))
         return settings(**{k: v for k, v in parser.instantiate(namespace).items() if k != "config"})

@@ -21,6 +21,7 @@ from rich.table import Column, Table
 from bnf_core.adapters import Adapter, LowRank, read_adapter, stored_tensors
 from bnf_core.batching import Array
 from bnf_core.checkpoints import FREE
+from bnf_core.config import flat
 from bnf_core.errors import UserError
 from bnf_recipes.pictures import AFTER, BAD, GOOD, PLAIN, label_axes, save
 
@@ -106,7 +107,7 @@ def read_run(folder: Path) -> Run:
         if not (folder / name).is_file():
             raise UserError(f"{folder} is not a run: it has no {name}")
     try:
-        settings = dict(_flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))))
+        settings = dict(flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))))
         lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         steps = {int(line["step"]): line for line in lines if line["kind"] == "train"}
         if not all(isinstance(line[key], int | float) for line in steps.values() for key in ("loss", "learning_rate")):
@@ -252,10 +253,3 @@ def _relative(a: Array, b: Array) -> float:
 
 def _ratio(difference: float, size: float) -> float:
     return difference / size if size else (0.0 if difference == 0 else math.inf)
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    pairs: list[tuple[str, Any]] = []
-    for name, value in settings.items():
-        pairs += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
-    return pairs

@@ -80,9 +80,7 @@ def generate(argv: Sequence[str]) -> int:
 
 
 def data_check(argv: Sequence[str]) -> int:
-    if argv and not argv[0].startswith("-"):  # `bnf data check FILE`
-        argv = ["--data", *argv]
-    config = parse(DataCheckConfig, "data-check", argv)
+    config = parse(DataCheckConfig, "data-check", argv, positional=["--data"])
     _quiet()
     from bnf_recipes.data_check import data_check as run
 
@@ -163,9 +161,7 @@ class CheckModelConfig:
 
 
 def check_model(argv: Sequence[str]) -> int:
-    if argv and not argv[0].startswith("-"):
-        argv = ["--model", *argv]
-    config = parse(CheckModelConfig, "check-model", argv)
+    config = parse(CheckModelConfig, "check-model", argv, positional=["--model"])
     for backend in config.backends:
         preload_openblas(backend)
     _quiet()
@@ -279,9 +275,7 @@ class CheckRunConfig:
 
 
 def check_run(argv: Sequence[str]) -> int:
-    if len(argv) >= 2 and not any(word.startswith("-") for word in argv[:2]):  # `bnf check-run RUN_A RUN_B`
-        argv = ["--run-a", argv[0], "--run-b", *argv[1:]]
-    config = parse(CheckRunConfig, "check-run", argv)
+    config = parse(CheckRunConfig, "check-run", argv, positional=["--run-a", "--run-b"])
     from bnf_recipes.check_run import check_run as run
 
     return run(Path(config.run_a), Path(config.run_b), Path(config.picture), console)

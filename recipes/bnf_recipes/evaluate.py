@@ -8,14 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from bnf_core import plan, registry
-from bnf_core.batching import Cut, Example, micro_batches
+from bnf_core.batching import Cut, Example
 from bnf_core.config import EvaluateConfig
 from bnf_core.metrics import Meter, Metrics
 from bnf_core.model_folder import resolve_model
 from bnf_core.protocol import Engine
 from bnf_core.reference import ReferenceCache
-from bnf_core.tokenization import load_tokenizer
-from bnf_recipes.feedback import load_split, pad_id
+from bnf_core.tokenization import load_tokenizer, pad_id
+from bnf_recipes.feedback import load_split
 from bnf_recipes.progress import bar
 
 
@@ -48,12 +48,11 @@ def score(
 ) -> Metrics:
     """Metrics of all examples, scored by all processes together."""
     meter = Meter()
-    batches = micro_batches(examples, cut, pad)
-    mine = batches[engine.processes.share(batches)]
+    mine = plan.my_share(examples, cut, engine.processes, pad)
     with bar("evaluate", len(mine), console) as progress:
         for batch in mine:
-            for _, ref_log_odds in plan.with_reference([batch], reference, engine.processes):
-                meter.add(batch, engine.evaluate(batch, ref_log_odds), ref_log_odds)
+            [(_, ref_log_odds)] = plan.with_reference([batch], reference, engine.processes)
+            meter.add(batch, engine.evaluate(batch, ref_log_odds), ref_log_odds)
             progress.advance()
     meter.gather(engine.processes)
     return meter.result()

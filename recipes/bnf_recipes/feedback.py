@@ -1,6 +1,5 @@
 """Loading feedback as tokens: the first step of every job that reads data."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -69,9 +68,18 @@ class TrainingData:
     digest: str  # of the training rows, or of the files they are streamed from
     held_out: list[Example] | None
 
-    def steps(self, batch_size: int, epochs: int) -> float:
-        """How many optimizer steps the epochs have; streams do not know."""
-        return math.inf if self.examples is None else -(-len(self.examples) // batch_size) * epochs
+    def num_steps(self, config: TrainConfig) -> int:
+        """How many optimizer steps the run has: those of its epochs, but at most `max_steps`, which streams need."""
+        if not isinstance(self.rows, Rows):
+            assert config.max_steps is not None
+            return config.max_steps
+        steps = self.rows.steps_per_epoch(config.batch_size) * config.epochs
+        return min(steps, config.max_steps or steps)
+
+    @property
+    def in_memory(self) -> list[Example]:
+        """Training rows that are not streamed, and held-out rows."""
+        return [*(self.examples or ()), *(self.held_out or ())]
 
     @property
     def held_out_digest(self) -> str | None:
@@ -158,8 +166,3 @@ def _list_skipped(messages: Sequence[str], name: str, console: Console, count: i
         console.print(f"[yellow]skipped {count or len(messages)} bad rows of {name}{first}:[/yellow]")
         for message in messages:
             console.print(f"  {message}", markup=False, highlight=False, soft_wrap=True)
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any id will do: padding is never scored and never seen by a scored token."""
-    return int(tokenizer.pad_token_id or 0)

@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bnf_core.batching import Cut, micro_batches
+from bnf_core.batching import Cut, Rows, micro_batches
 from bnf_core.config import TrainConfig
 from bnf_core.errors import UserError
 from bnf_core.memory import Architecture, Grid, Memory, Training, memory
@@ -61,13 +61,11 @@ def plan_run(config: TrainConfig, console: Console) -> Plan:
     runtime, free = measures.runtime_memory(), measures.free_memory()
 
     def needs(size: int) -> Memory:
-        cut = Cut(size, config.data.max_length if config.packing else None, config.group_by_length)
-        cut = replace(cut, share_prompts=config.share_prompts)
-        return peak(model, training, data, config.batch_size, cut, runtime)
+        return peak(model, training, data, config.batch_size, replace(cut_of(config), micro_batch_size=size), runtime)
 
     tokens = sum(map(len, data.examples))
     completions = sum(len(row.completion_ids) for row in data.examples)
-    steps = int(min(data.steps(config.batch_size, config.epochs), config.max_steps or math.inf))
+    steps = data.num_steps(config)
     epochs = steps * config.batch_size / len(data.examples)
     passes = epochs + (0.0 if config.reference else min(epochs, 1.0) / 2)  # the reference has no backward pass
     result = Plan(
@@ -107,12 +105,10 @@ def peak(
     model: Architecture, training: Training, data: TrainingData, batch_size: int, cut: Cut, runtime: float = 0.0
 ) -> Memory:
     """Of the micro-batch that takes most, among those of the first epoch's first batches and of the longest rows."""
-    examples = data.examples or []
-    longest = sorted(examples, key=len)[-batch_size:]
-    batches = [
-        longest,
-        *(chosen for chosen, _ in islice(data.rows.batches(batch_size), _epoch(len(examples), batch_size))),
-    ]
+    assert isinstance(data.rows, Rows)
+    longest = sorted(data.rows.examples, key=len)[-batch_size:]
+    first = islice(data.rows.batches(batch_size), min(BATCHES, data.rows.steps_per_epoch(batch_size)))
+    batches = [longest, *(chosen for chosen, _ in first)]
     grids = {Grid.of(part, training.backend) for chosen in batches for part in micro_batches(chosen, cut)}
     return max((memory(model, training, grid, runtime) for grid in grids), key=lambda found: found.total)
 
@@ -197,10 +193,6 @@ NOTES = {
     "working": "the loss, or a layer's backward pass",
     "fragments": "lost to the allocator; none with MALLOC_MMAP_THRESHOLD_=1048576, which is slower",
 }
-
-
-def _epoch(rows: int, batch_size: int) -> int:
-    return min(BATCHES, -(-rows // batch_size))
 
 
 def _gib(value: float) -> str:

@@ -11,15 +11,16 @@ from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from bnf_core import registry, sources
-from bnf_core.batching import Array, Cut, Example, micro_batches
+from bnf_core.batching import Array, Cut, Example
 from bnf_core.config import DataConfig, ReferenceConfig, TrainConfig
 from bnf_core.errors import TrainingStopped
 from bnf_core.model_folder import resolve_model
+from bnf_core.plan import my_share
 from bnf_core.protocol import Engine
 from bnf_core.reference import ReferenceCache, ReferenceWriter, StoredReference, fingerprint
 from bnf_core.reference import open_reference as open_folder
-from bnf_core.tokenization import load_tokenizer
-from bnf_recipes.feedback import load_split, pad_id, read_once
+from bnf_core.tokenization import load_tokenizer, pad_id
+from bnf_recipes.feedback import load_split, read_once
 from bnf_recipes.progress import Bar, bar
 
 
@@ -118,8 +119,7 @@ def _batches(rows: Iterable[Example], writer: ReferenceWriter, cut: Cut, console
 def _compute(window: Sequence[Example], engine: Engine, cut: Cut, pad: int, progress: Bar) -> dict[str, Array]:
     """The state of a cache that knows these rows and no others, in their order."""
     cache = ReferenceCache(engine.reference_log_odds)
-    batches = micro_batches(window, cut, pad)
-    for batch in batches[engine.processes.share(batches)]:
+    for batch in my_share(window, cut, engine.processes, pad):
         started = time.perf_counter()
         cache.fill([batch], engine.processes)
         speed = batch.lengths.sum() * engine.processes.count / (time.perf_counter() - started)

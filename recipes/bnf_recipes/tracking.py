@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from numbers import Real
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, Self
 from rich.console import Console
 from rich.markup import escape
 
+from bnf_core.config import flat
 from bnf_core.errors import UserError
 from bnf_core.files import replace_file
 
@@ -231,11 +232,11 @@ def open_trackers(
     check_trackers(names)
     memory = run_folder / "trackers.json"
     known = _remembered(memory) if start else {}
-    flat = dict(_flat(settings))
+    shown = {name: _shown(value) for name, value in flat(settings)}
     trackers = Trackers(console)
     for name in dict.fromkeys(names):
         try:
-            tracker = TRACKERS[name](run_folder, flat, start, known.get(name, {}))
+            tracker = TRACKERS[name](run_folder, shown, start, known.get(name, {}))
             trackers.add(name, tracker)
             known[name] = tracker.identity
             replace_file(memory, json.dumps(known, indent=2) + "\n")
@@ -254,11 +255,8 @@ def _remembered(path: Path) -> dict[str, Identity]:
         raise UserError(f"{path}: not a JSON object: {error}. Remove it to begin new runs in the trackers") from error
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | int | float | str | None]]:
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        elif value is None or isinstance(value, bool | int | float | str):
-            yield f"{prefix}{name}", value
-        else:  # a list, which TensorBoard could not show
-            yield f"{prefix}{name}", ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+def _shown(value: object) -> bool | int | float | str | None:
+    """A setting as TensorBoard can show it: lists it cannot."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

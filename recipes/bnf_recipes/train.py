@@ -14,7 +14,7 @@ from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from bnf_core import plan, registry
-from bnf_core.batching import Position, collate, micro_batches
+from bnf_core.batching import Position, collate
 from bnf_core.checkpoints import Facts, changes, run_facts
 from bnf_core.config import TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
@@ -24,9 +24,9 @@ from bnf_core.model_folder import resolve_model
 from bnf_core.pieces import under
 from bnf_core.protocol import Engine, Step, TokenStats
 from bnf_core.reference import ReferenceCache
-from bnf_core.tokenization import load_tokenizer, stop_ids
+from bnf_core.tokenization import load_tokenizer, pad_id, stop_ids
 from bnf_recipes.evaluate import score
-from bnf_recipes.feedback import TrainingData, load_training_data, pad_id
+from bnf_recipes.feedback import TrainingData, load_training_data
 from bnf_recipes.interrupts import Interrupts
 from bnf_recipes.pictures import run_picture
 from bnf_recipes.progress import bar
@@ -116,12 +116,11 @@ class _Training:
         self.first = self.processes.rank == 0
         self.folder = RunFolder(config, self.processes)
         self.cut = plan.cut_of(config, engine)
-        rows = [*(data.examples or ()), *(data.held_out or ())]
-        stored = open_reference(config, checkpoint, tokenizer, engine, rows)
+        stored = open_reference(config, checkpoint, tokenizer, engine, data.in_memory)
         # Streamed rows that are not stored can be computed only as long as the model's own weights stay.
         computes = stored is None or config.fine_tune_type != "full"
         self.reference = ReferenceCache(engine.reference_log_odds if computes else None, stored)
-        self.num_steps = int(min(data.steps(config.batch_size, config.epochs), config.max_steps or math.inf))
+        self.num_steps = data.num_steps(config)
         self.position: Position | None = None
         self.evaluations: dict[int, Metrics] = {}
         self.saved_at: int | None = None
@@ -136,7 +135,7 @@ class _Training:
         )
         names = self.config.report_to if self.first else []
         with (
-            open_trackers(names, self.folder.path, self.config.as_dict(), start, self.console) as self.trackers,
+            open_trackers(names, self.folder.path, self.config.flat(), start, self.console) as self.trackers,
             bar("train", self.num_steps - start, self.console) as self.progress,
             Interrupts() as self.interrupts,
         ):
@@ -156,8 +155,7 @@ class _Training:
     def _try(self) -> None:
         """Score the row with the highest token id, beside padding: what the model refuses it refuses now, before
         anything that is there is touched."""
-        rows = [*(self.data.examples or ()), *(self.data.held_out or ())]
-        if rows:
+        if rows := self.data.in_memory:
             highest = max(rows, key=lambda e: max(e.prompt_ids + e.completion_ids))
             tried = [highest, highest, min(rows, key=len)]
             batch = collate(tried, len(tried), self.pad, bins=[[0, 1], [2]] if self.config.packing else None)
@@ -286,8 +284,7 @@ class _Training:
                     "then pass --reference"
                 )
             return
-        batches = micro_batches(examples, self.cut, self.pad)
-        mine = batches[self.processes.share(batches)]
+        mine = plan.my_share(examples, self.cut, self.processes, self.pad)
         with bar("reference", len(mine), self.console) as progress:
             for batch in mine:
                 plan.with_reference([batch], self.reference, self.processes)
