@@ -308,7 +308,16 @@ def test_growth_is_measured_and_fitted(tiny_model: Path, tmp_path: Path, monkeyp
     cases = bench_growth.bench_growth(config, QUIET).cases
     growth = bench_growth.Growth.of(cases[bench_growth.LENGTH])
     assert growth.sizes == [8, 16] and growth.memory == [32.0, 64.0]
-    assert bench_growth.Growth.of(cases[bench_growth.COMPLETIONS]).memory == [320.0, 640.0]
+    groups = cases[bench_growth.COMPLETIONS]
+    assert list(groups.rounds[0]) == ["1", "2", "2" + bench_growth.EACH]  # a single one has nobody to share with
+    assert bench_growth.Growth.of(groups).memory == [256.0, 512.0]
+    assert bench_growth.Growth.of(groups, bench_growth.EACH).sizes == [2]
+    page = (tmp_path / "growth.md").read_text().splitlines()
+    one, two = (
+        next(row.split(" | ") for row in page if row.startswith(f"| {k} | ") and row.count("|") == 7) for k in "12"
+    )
+    taken = groups.rounds[0]
+    assert one[3:] == ["", "", " |"] and two[5] == f"{taken['2' + bench_growth.EACH] / taken['2']:.2f} |"
     assert (tmp_path / "growth.png").exists()
 
 

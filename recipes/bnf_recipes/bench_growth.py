@@ -1,7 +1,8 @@
 """`bnf bench-growth`: how the time and memory of a step grow with the length of rows and the number of completions of
-a prompt, and those of the loss with the vocabulary."""
+a prompt, with the prompt shared and not, and those of the loss with the vocabulary."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from bnf_recipes.interleaved import Work
 from bnf_recipes.pictures import AFTER, PLAIN
 
 LENGTH, COMPLETIONS, VOCABULARY = "tokens of a row", "completions of a prompt", "vocabulary"
+EACH = ", prompt each time"  # after the size, where completions do not share their prompt
 
 
 @dataclass
@@ -36,7 +38,8 @@ class BenchGrowthConfig:
     lengths: list[int] = field(default_factory=lambda: [128, 256, 512, 1024])
     """Tokens of a row, half of them the prompt's; four rows a step, each of another prompt."""
     completions: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
-    """Completions of one prompt, which are then the rows of a step: 64 tokens each, after 256 of the prompt."""
+    """Completions of one prompt, which are then the rows of a step: 128 tokens each, as many as the prompt has. They
+    share it, and beside that they do not."""
     vocabularies: list[int] = field(default_factory=lambda: [8192, 16384, 32768, 65536, 131072])
     """Vocabularies of the loss of 512 tokens."""
     measure: MeasureConfig = field(default_factory=MeasureConfig)
@@ -59,7 +62,7 @@ def bench_growth(config: BenchGrowthConfig, console: Console) -> Measurement:
     facts = measures.facts() | {"model": config.model, "lora": f"r={config.lora.rank}"}
     measurement = Measurement(config.measure, f"growth-{config.hardware.backend}", facts, console)
     by_length = {n: [random_row(i, n // 2, n - n // 2, vocab) for i in range(4)] for n in config.lengths}
-    by_count = {k: [random_row(0, 256, 64, vocab, i) for i in range(k)] for k in config.completions}
+    by_count = {k: [random_row(0, 128, 128, vocab, i) for i in range(k)] for k in config.completions}
     whole = [
         measurement.run(_steps(LENGTH, config, folder, by_length)),
         measurement.run(_steps(COMPLETIONS, config, folder, by_count)),
@@ -84,12 +87,17 @@ def random_row(group: int, prompt: int, completion: int, vocab: int, number: int
 
 
 def _steps(title: str, config: BenchGrowthConfig, folder: Path, rows: Mapping[int, Sequence[Example]]) -> Case:
-    """A step of `bnf train` for each of several sets of rows."""
+    """A step of `bnf train` for each of several sets of rows; where rows have a prompt in common, also one that does
+    not share it."""
     base = TrainConfig(str(folder), DataConfig(""), hardware=config.hardware, lora=config.lora)
-    settings = {str(size): replace(base, batch_size=len(part)) for size, part in rows.items()}
-    steps = config.measure.rounds + 2
-    works = {str(size): contenders(settings[str(size)], part, steps)[OURS] for size, part in rows.items()}
-    return Case(title, works, lambda size: peak_memory(settings[size], rows[int(size)], OURS))
+    steps: dict[str, tuple[TrainConfig, Sequence[Example]]] = {}
+    for size, part in rows.items():
+        settings = replace(base, batch_size=len(part), micro_batch_size=len(part))
+        steps[str(size)] = settings, part
+        if len({row.group for row in part}) < len(part):
+            steps[f"{size}{EACH}"] = replace(settings, share_prompts=False), part
+    works = {name: contenders(*step, config.measure.rounds + 2)[OURS] for name, step in steps.items()}
+    return Case(title, works, lambda name: peak_memory(*steps[name], OURS))
 
 
 def _losses(config: BenchGrowthConfig) -> Case:
@@ -117,12 +125,15 @@ class Growth:
     memory: list[float]  # bytes; NaN where it is not known
 
     @classmethod
-    def of(cls, figures: Figures) -> "Growth":
-        found = sorted(lines(figures), key=lambda line: int(line.name))
+    def of(cls, figures: Figures, kind: str = "") -> "Growth":
+        """Of the contenders whose names are a size and then this."""
+        found = {line.name.removesuffix(kind): line for line in lines(figures) if line.name.endswith(kind)}
+        sizes = sorted(int(name) for name in found if name.isdigit())
+        of_size = [found[str(size)] for size in sizes]
         return cls(
-            [int(line.name) for line in found],
-            [line.seconds for line in found],
-            [math.nan if line.memory is None else line.memory for line in found],
+            sizes,
+            [line.seconds for line in of_size],
+            [math.nan if line.memory is None else line.memory for line in of_size],
         )
 
     @property
@@ -135,11 +146,12 @@ class Growth:
 
 
 def table(title: str, figures: Figures) -> Table:
-    growth = Growth.of(figures)
-    made = Table(title=title, title_justify="left", box=None, caption=growth.verdict, caption_justify="left")
-    for heading in (title, "seconds", "MiB"):
+    caption = Growth.of(figures).verdict
+    made = Table(title=title, title_justify="left", box=None, caption=caption, caption_justify="left")
+    headings, *rows = _rows(title, figures)
+    for heading in headings:
         made.add_column(heading, justify="right")
-    for row in _rows(growth):
+    for row in rows:
         made.add_row(*row)
     return made
 
@@ -148,25 +160,30 @@ def page(facts: Mapping[str, str], cases: Mapping[str, Figures], command: str, m
     """The figures as Markdown."""
     text = [f"`{command}`\n", "; ".join(f"{name} {value}" for name, value in facts.items()) + f". Memory: {memory}.\n"]
     for title, figures in cases.items():
-        growth = Growth.of(figures)
-        text += [*markdown((title, "seconds", "MiB"), _rows(growth)), "", f"{growth.verdict}.\n"]
+        headings, *rows = _rows(title, figures)
+        text += [*markdown(headings, rows), "", f"{Growth.of(figures).verdict}.\n"]
     return "\n".join(text)
 
 
 def picture(cases: Mapping[str, Figures]) -> Figure:
-    """Time and memory against size, with the fitted slope of time."""
+    """Time and memory against size, with the fitted slope of time; in grey where prompts are not shared."""
     figure = Figure(figsize=(4 * max(len(cases), 1), 6), layout="constrained")
     grid = figure.subplots(2, max(len(cases), 1), squeeze=False)
     for (time, memory), (title, figures) in zip(grid.T, cases.items(), strict=False):
-        growth = Growth.of(figures)
-        time.loglog(growth.sizes, growth.seconds, "o", color=AFTER)
-        slope = exponent(growth.sizes, growth.seconds)
-        if not math.isnan(slope):
-            middle = np.exp(np.mean(np.log(growth.seconds)) - slope * np.mean(np.log(growth.sizes)))
-            time.loglog(growth.sizes, middle * np.array(growth.sizes, float) ** slope, "--", color=PLAIN, linewidth=1)
-        time.set_title(f"{title}: time ∝ size^{slope:.2f}", fontsize=10, loc="left")
+        for kind, colour in ((EACH, PLAIN), ("", AFTER)):
+            growth = Growth.of(figures, kind)
+            if not growth.sizes:
+                continue
+            time.loglog(growth.sizes, growth.seconds, "o", color=colour, label=kind.removeprefix(", ") or "shared")
+            slope = exponent(growth.sizes, growth.seconds)
+            if not math.isnan(slope):
+                middle = np.exp(np.mean(np.log(growth.seconds)) - slope * np.mean(np.log(growth.sizes)))
+                time.loglog(growth.sizes, middle * np.array(growth.sizes, float) ** slope, "--", color=colour, lw=1)
+            memory.plot(growth.sizes, np.array(growth.memory) / 2**20, "o-", color=colour)
+            time.set_title(f"{title}: time ∝ size^{slope:.2f}", fontsize=10, loc="left")
+        if _unshared(figures):
+            time.legend(frameon=False)
         time.set_ylabel("seconds")
-        memory.plot(growth.sizes, np.array(growth.memory) / 2**20, "o-", color=AFTER)
         memory.set(xlabel=title, ylabel="MiB at the peak")
         memory.set_ylim(bottom=0)
         for axes in (time, memory):
@@ -174,6 +191,23 @@ def picture(cases: Mapping[str, Figures]) -> Figure:
     return figure
 
 
-def _rows(growth: Growth) -> list[tuple[str, str, str]]:
+def _rows(title: str, figures: Figures) -> list[list[str]]:
+    """The headings, then the figures of each size; where prompts were shared, beside those where they were not."""
+    rows = [[title, "seconds", "MiB"], *_cells(Growth.of(figures))]
+    if _unshared(figures):
+        rows[0] += [f"seconds{EACH}", "MiB", "÷ seconds shared"]
+        unshared = {cells[0]: cells[1:] for cells in _cells(Growth.of(figures, EACH))}
+        for row in rows[1:]:
+            size = row[0].replace(",", "")
+            ratios = [taken[size + EACH] / taken[size] for taken in figures.rounds if size + EACH in taken]
+            row += [*unshared[row[0]], f"{statistics.median(ratios):.2f}"] if ratios else ["", "", ""]
+    return rows
+
+
+def _unshared(figures: Figures) -> bool:
+    return any(name.endswith(EACH) for taken in figures.rounds for name in taken)
+
+
+def _cells(growth: Growth) -> list[list[str]]:
     points = zip(growth.sizes, growth.seconds, growth.memory, strict=True)
-    return [(f"{size:,}", f"{seconds:.3g}", f"{memory / 2**20:,.0f}") for size, seconds, memory in points]
+    return [[f"{size:,}", f"{seconds:.3g}", f"{memory / 2**20:,.0f}"] for size, seconds, memory in points]
