@@ -1,6 +1,8 @@
 """Benchmarks: contenders that take turns, figures that an interrupted measurement goes on from, and ratios."""
 
 import json
+import math
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +16,10 @@ from bnf_core import oracle
 from bnf_core.batching import Example, pairs
 from bnf_core.config import DataConfig, HardwareConfig
 from bnf_core.errors import UserError
-from bnf_recipes import bench, bench_growth, bench_step
+from bnf_recipes import bench, bench_growth, bench_loss, bench_step
 from bnf_recipes.bench import FLOOR, Case, Figures, MeasureConfig, Measurement, lines
-from bnf_recipes.bench_loss import BenchLossConfig, bench_loss
-from bnf_recipes.interleaved import ContenderFailed, Work, repeated, rounds
+from bnf_recipes.bench_loss import BenchLossConfig
+from bnf_recipes.interleaved import ContenderFailed, Work, apart, repeated, rounds
 
 QUIET = Console(quiet=True)
 
@@ -40,10 +42,19 @@ def test_contenders_take_turns_and_never_run_together() -> None:
         return work
 
     taken = rounds({name: contender(name) for name in "abc"})
-    first, second = next(taken), next(taken)
+    found = [next(taken) for _ in range(9)]
     taken.close()
-    assert list(first) == list(second) == ["a", "b", "c"]
-    assert "".join(log) == "abc" + "abc" + "bca"  # warming up, then rounds whose order goes round
+    assert all(list(each) == ["a", "b", "c"] for each in found)
+    warming_up, *orders = ("".join(log[at : at + 3]) for at in range(0, len(log), 3))
+    assert warming_up == "abc" and all(sorted(order) == ["a", "b", "c"] for order in orders)
+    assert len(set(orders)) > 3  # nobody always follows the same other
+
+
+def test_a_process_of_its_own_gives_a_number_or_says_why_not() -> None:
+    assert apart("a", math.sqrt, 4.0) == 2.0
+    for job, argument, reason in ((math.sqrt, -1.0, "ValueError"), (os._exit, 3, "ended with code 3")):
+        with pytest.raises(ContenderFailed, match=f"a: .*{reason}"):
+            apart("a", job, argument)
 
 
 def test_only_a_contenders_own_work_is_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +213,10 @@ def test_page_and_picture_hold_every_contender() -> None:
 # The three commands
 
 
-def test_the_loss_is_measured_on_each_backend(tmp_path: Path, backend_name: str) -> None:
+def test_the_loss_is_measured_on_each_backend(
+    tmp_path: Path, backend_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench_loss, "apart", lambda name, job, *args: job(*args))  # a process takes seconds
     config = BenchLossConfig(
         tokens=[8],
         hidden=4,
@@ -210,7 +224,7 @@ def test_the_loss_is_measured_on_each_backend(tmp_path: Path, backend_name: str)
         hardware=HardwareConfig(backend_name, "cpu", "float32"),
         measure=MeasureConfig(rounds=2, output=str(tmp_path / "loss.json")),
     )
-    measurement = bench_loss(config, QUIET)
+    measurement = bench_loss.bench_loss(config, QUIET)
     assert list(measurement.cases) == ["8 tokens, head frozen", "8 tokens, head trained"]
     for figures in measurement.cases.values():
         assert {FLOOR, "linear_bnf_loss", "unfused BNF", "unfused cross-entropy"} <= set(figures.rounds[0])
@@ -297,6 +311,7 @@ def test_peers_get_pairs_of_one_prompt() -> None:
 
 def test_growth_is_measured_and_fitted(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_growth, "peak_memory", lambda config, rows, name: float(sum(map(len, rows))))
+    monkeypatch.setattr(bench_loss, "apart", lambda name, job, *args: job(*args))
     config = bench_growth.BenchGrowthConfig(
         str(tiny_model),
         hardware=HardwareConfig("torch", "cpu", "float32"),

@@ -94,6 +94,10 @@ class Benchmark:
 
         return run
 
+    def wait(self) -> None:
+        """Until everything that was started is done."""
+        mx.synchronize()
+
     def extra_memory(self, job: Job) -> float:
         """Peak bytes of a job beyond what was held before, as MLX counts them."""
         mx.reset_peak_memory()

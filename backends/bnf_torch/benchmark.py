@@ -70,14 +70,15 @@ class Benchmark:
             "BNF, the author's dense form": literal,
             "unfused cross-entropy": cross_entropy,
             "Liger-Kernel fused cross-entropy": self._liger(targets),
-            "cut-cross-entropy": self._cut_cross_entropy(targets),
+            "cut-cross-entropy": self._cut_cross_entropy(targets, filter_eps="auto"),
+            "cut-cross-entropy, exact": self._cut_cross_entropy(targets, filter_eps=None),
         }
 
         def job(loss: Loss) -> Job:
             def run() -> None:
                 hidden.grad = head.grad = None
                 loss(hidden, head).backward()
-                self._wait()
+                self.wait()
 
             return run
 
@@ -101,7 +102,7 @@ class Benchmark:
                 y @ w
                 if train_weights:
                     y.T @ x
-            self._wait()
+            self.wait()
 
         return run
 
@@ -155,7 +156,8 @@ class Benchmark:
         except OSError:
             return self.peak_memory()
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Until everything that was started is done."""
         if self.cuda:
             torch.cuda.synchronize(self.device)
 
@@ -169,14 +171,15 @@ class Benchmark:
         loss = LigerFusedLinearCrossEntropyLoss()
         return lambda h, w: loss(w, h, targets)
 
-    def _cut_cross_entropy(self, targets: Tensor) -> Loss | str:
+    def _cut_cross_entropy(self, targets: Tensor, filter_eps: str | None) -> Loss | str:
+        """By default it leaves out the gradients of blocks of logits that are all but zero."""
         if importlib.util.find_spec("cut_cross_entropy") is None:
             return "not installed: pip install 'bnf-align[bench]'"
         if not self.cuda:
             return "runs on GPUs only"
         from cut_cross_entropy import linear_cross_entropy
 
-        return lambda h, w: linear_cross_entropy(h, w, targets)
+        return lambda h, w: linear_cross_entropy(h, w, targets, filter_eps=filter_eps)
 
 
 def dense_form(logits: Tensor, targets: Tensor, reference: Tensor, epsilon: float = 1e-6) -> Tensor:

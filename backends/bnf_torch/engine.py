@@ -21,7 +21,8 @@ from bnf_core.pieces import Piece, require_same_shapes, under
 from bnf_core.processes import ALONE, Processes
 from bnf_core.protocol import Array, Done, Step, TokenStats
 from bnf_torch import adapter
-from bnf_torch.model import LAYOUT, ScoredModel, head_weight, save_model
+from bnf_torch.attention import LAYOUT
+from bnf_torch.model import ScoredModel, head_weight, save_model
 from bnf_torch.optimizer import Optimizer, adamw
 from bnf_torch.processes import gradients_wait, like, lost_processes, piece, spread, whole
 
@@ -127,20 +128,18 @@ class TorchEngine:
             "ref_log_odds": ref_log_odds,
             "coefficients": batch.coefficients,
         }
-        if batch.shared:
-            if not self.scored.shares:
-                raise UserError(
-                    f"{type(self.base).__name__} cannot compute a prompt once for several completions. "
-                    "Set share_prompts to false"
-                )
-            arrays |= {name: getattr(batch, name) for name in LAYOUT}
-        elif batch.packed:
-            if not self.scored.packs:
-                raise UserError(
-                    f"packing: {type(self.base).__name__} lets sequences in one row see each other. "
-                    "Set packing to false"
-                )
-            arrays["position_ids"] = batch.position_ids
+        if batch.shared and not self.scored.shares:
+            raise UserError(
+                f"{type(self.base).__name__} cannot compute a prompt once for several completions. "
+                "Set share_prompts to false"
+            )
+        if batch.packed and not (self.scored.packs or self.scored.shares):
+            raise UserError(
+                f"packing: {type(self.base).__name__} lets sequences in one row see each other. Set packing to false"
+            )
+        if batch.shared or batch.packed:
+            names = LAYOUT if self.scored.shares else ("position_ids",)
+            arrays |= {name: getattr(batch, name) for name in names}
         return {name: self._tensor(array) for name, array in arrays.items()}
 
     def _tensor(self, array: Array) -> Tensor:

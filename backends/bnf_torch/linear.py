@@ -156,7 +156,7 @@ def _linear_loss(
                 here = (column >= 0) & (column < z.shape[1])
                 found = z.gather(1, column.clamp(0, z.shape[1] - 1).unsqueeze(1)).squeeze(1)
                 observed = torch.where(here, found, observed)
-                block_bias = None if bias is None else bias[rows]
+                block_bias = None if bias is None else bias[rows].contiguous()
                 top[b], total[b], moment[b], mass[b] = softmax(z, e if training else None, block_bias, column, soft_cap)
                 del z
 
@@ -279,7 +279,7 @@ def _plan(hidden: Tensor, head: Tensor, train_head: bool, chunk_tokens: int | No
         width = min(vocab, max(1, UPCAST_BYTES // (4 * dim))) if half else vocab
         token_bytes, budget = 4 * vocab, CHUNK_BYTES
     if chunk_tokens is None:
-        chunk_tokens = max(16, (budget - held) // token_bytes)
+        chunk_tokens = max(16, (budget - min(held, budget // 2)) // token_bytes)
         chunk_tokens = math.ceil(n / max(1, math.ceil(n / chunk_tokens)))  # as many chunks, all as large
     blocks = [slice(at, min(at + width, vocab)) for at in range(0, vocab, width)]
     dtype = head.dtype if on_cuda else torch.float32

@@ -3,7 +3,7 @@
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.utils import logging as progress
 
 from bnf_core.batching import Example, collate
@@ -20,12 +19,11 @@ from bnf_core.errors import UserError
 from bnf_core.families import normalised_config
 from bnf_core.protocol import TokenStats
 from bnf_core.quantization import Quantization, quantization_of
+from bnf_torch.attention import LAYOUT, attending
 from bnf_torch.linear import linear_bnf_loss
 from bnf_torch.losses import bnf_token_loss, token_log_odds
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-LAYOUT = ("position_ids", "segment_ids", "prefix_ids")  # of a batch, where sequences share prompts
-WITH_MASKS = ("sdpa", "eager", "flex_attention")  # kinds of attention that take any mask
 OWN_WINDOWS = ("gpt_neo",)  # their attention looks so far back in the grid, whatever the mask: no short test shows it
 QUANTIZED = ("quantization", "quantization_config")  # keys of the config of a model that MLX quantised
 
@@ -187,48 +185,6 @@ def completion_logits(model: PreTrainedModel, input_ids: Tensor, positions: Tens
     """The model's own logits, (N, V), at flat positions: for heads that are more than a matrix."""
     with attending(model, **layout) as options:
         return model(input_ids=input_ids, use_cache=False, **options).logits.flatten(0, 1)[positions]
-
-
-@contextmanager
-def attending(
-    model: PreTrainedModel,
-    position_ids: Tensor | None = None,
-    segment_ids: Tensor | None = None,
-    prefix_ids: Tensor | None = None,
-) -> Iterator[dict[str, Tensor]]:
-    """Within it the model heeds the layout of a grid, if it is called with the options given.
-
-    From `position_ids` that begin anew transformers' masks tell packed sequences apart. Where sequences share prompts,
-    whatever mask the model builds, such as one of a sliding window, is asked for positions in the sequence instead of
-    the grid, and hides what is neither in a token's own segment nor in the one that it goes on from.
-
-    Args:
-        position_ids, segment_ids, prefix_ids: (B, T), as in `Batch`; the last two where prompts are shared.
-    Raises:
-        ValueError: the model's kind of attention takes no such mask.
-    """
-    if position_ids is None or segment_ids is None or prefix_ids is None:
-        yield {} if position_ids is None else {"position_ids": position_ids}
-        return
-    kind, masks = model.config._attn_implementation, ALL_MASK_ATTENTION_FUNCTIONS
-    if kind not in WITH_MASKS:
-        raise ValueError(f"attention of the kind {kind!r} takes no masks of one's own")
-    right = masks[kind]
-
-    def shared(*, mask_function: Callable[..., Tensor], **options: Any) -> Any:
-        def visible(b: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            own, other = segment_ids[b, q], segment_ids[b, kv]
-            seen = mask_function(b, head, position_ids[b, q], position_ids[b, kv])
-            return seen & ((other == own) | (other == prefix_ids[b, q]))
-
-        options |= {"attention_mask": None, "allow_is_causal_skip": False}
-        return right(mask_function=visible, **options)
-
-    masks[kind] = shared
-    try:  # with a mask transformers does not take positions that begin anew for packed sequences
-        yield {"position_ids": position_ids, "attention_mask": torch.ones_like(segment_ids)}
-    finally:
-        masks[kind] = right
 
 
 @torch.no_grad()

@@ -123,4 +123,6 @@ class _AfterStep(TrainerCallback):
         self.after_step = after_step
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         self.after_step()

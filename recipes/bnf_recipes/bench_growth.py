@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from rich.console import Console
 from rich.table import Table
 
@@ -186,8 +187,16 @@ def picture(cases: Mapping[str, Figures]) -> Figure:
         time.set_ylabel("seconds")
         memory.set(xlabel=title, ylabel="MiB at the peak")
         memory.set_ylim(bottom=0)
+        memory.xaxis.set_major_locator(MaxNLocator(4))
+        memory.xaxis.set_major_formatter("{x:,.0f}")
+        sizes = Growth.of(figures).sizes
+        time.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        time.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        time.yaxis.set_major_formatter("{x:g}")
+        for axis in (time.xaxis, time.yaxis):
+            axis.set_minor_locator(NullLocator())
         for axes in (time, memory):
-            axes.grid(alpha=0.25, which="both" if axes is time else "major")
+            axes.grid(alpha=0.25)
     return figure
 
 

@@ -1,15 +1,16 @@
 """`bnf bench-loss`: the fused loss beside the unfused one, cross-entropy, fused or not, and the products it needs."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 
 from bnf_core.config import HardwareConfig
 from bnf_recipes.bench import FLOOR, Case, MeasureConfig, Measurement, bars, page, table
 from bnf_recipes.bench_step import benchmark
-from bnf_recipes.interleaved import ContenderFailed, Work, repeated
+from bnf_recipes.interleaved import Work, apart, repeated
 
 OURS = "linear_bnf_loss"
 ENOUGH = 0.1  # seconds of a piece of work: a clock and a scheduler are not to matter
@@ -67,24 +68,30 @@ def bench_loss(config: BenchLossConfig, console: Console) -> Measurement:
 
 def case(title: str, config: BenchLossConfig, n: int, train_head: bool, times: int | None = None) -> Case:
     """The losses over N states, and the products; so many times each, or as often as a clock can tell."""
-    measures = benchmark(config.hardware)
-    shape = (n, config.hidden, config.vocab)
-    jobs: dict[str, Any] = {FLOOR: measures.products([shape], train_weights=train_head)}
-    jobs |= measures.losses(*shape, train_head=train_head)
+    jobs = _jobs(config, n, train_head)
     if times is None:
-        jobs[OURS]()
+        ours = jobs[OURS]
+        assert not isinstance(ours, str)
+        ours()
         started = time.perf_counter()
-        jobs[OURS]()
+        ours()
         times = max(1, round(ENOUGH / (time.perf_counter() - started)))
-
-    def memory(name: str) -> float:
-        try:
-            jobs[name]()  # what is made once, such as compiled kernels, does not count
-            return float(measures.extra_memory(jobs[name]))
-        except Exception as error:  # a peer may raise anything
-            raise ContenderFailed(name, f"{type(error).__name__}: {error}") from error
 
     contenders: dict[str, Work | str] = {
         name: job if isinstance(job, str) else repeated(job, times) for name, job in jobs.items()
     }
-    return Case(title, contenders, memory, OURS, times)
+    return Case(title, contenders, lambda name: apart(name, extra_memory, config, n, train_head, name), OURS, times)
+
+
+def extra_memory(config: BenchLossConfig, n: int, train_head: bool, name: str) -> float:
+    """Peak bytes of a loss, or of the products, beyond what was held before."""
+    warm_up, job = (_jobs(config, tokens, train_head)[name] for tokens in (min(n, 16), n))
+    assert not isinstance(warm_up, str) and not isinstance(job, str)
+    warm_up()  # what is made once, such as compiled kernels, does not count
+    return float(benchmark(config.hardware).extra_memory(job))
+
+
+def _jobs(config: BenchLossConfig, n: int, train_head: bool) -> dict[str, Callable[[], None] | str]:
+    measures, shape = benchmark(config.hardware), (n, config.hidden, config.vocab)
+    products = measures.products([shape], train_weights=train_head)
+    return {FLOOR: products} | measures.losses(*shape, train_head=train_head)

@@ -1,7 +1,6 @@
 """`bnf bench-step`: a whole LoRA step of `bnf train` beside those of other trainers, on the same model and rows."""
 
 import importlib
-import multiprocessing
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from bnf_core.reference import ReferenceCache
 from bnf_core.tokenization import load_tokenizer
 from bnf_recipes.bench import FLOOR, Case, MeasureConfig, Measurement, bars, page, table
 from bnf_recipes.feedback import load_split
-from bnf_recipes.interleaved import ContenderFailed, Work, repeated, rounds
+from bnf_recipes.interleaved import Work, apart, repeated, rounds
 
 OURS, FIRST_EPOCH = "bnf", "bnf, reference computed in the step"
 
@@ -143,6 +142,8 @@ def contenders(config: TrainConfig, rows: Sequence[Example], steps: int) -> dict
 def ours(config: TrainConfig, rows: Sequence[Example], steps: int, *, forget: bool = False) -> Work:
     """The steps of `bnf train`; with `forget` the reference is computed in each, as in a first epoch."""
 
+    measures = benchmark(config.hardware)
+
     def work(pause: Callable[[], None]) -> None:
         engine = registry.get(config.hardware.backend).load(
             Path(config.model),
@@ -160,6 +161,7 @@ def ours(config: TrainConfig, rows: Sequence[Example], steps: int, *, forget: bo
         def done(*_: Any) -> None:
             if forget:
                 reference.load_state(ReferenceCache(None).state())
+            measures.wait()
             pause()
 
         taken = plan.steps(
@@ -182,30 +184,14 @@ def peak_memory(config: TrainConfig, rows: Sequence[Example], name: str) -> floa
     Raises:
         ContenderFailed: the steps failed, or the process was killed.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_memory, args=(sender, config, rows, name))
-    process.start()
-    sender.close()
-    try:
-        result = receiver.recv()
-    except EOFError:
-        process.join()
-        result = f"its process ended with code {process.exitcode}, perhaps for want of memory"
-    process.join()
-    if isinstance(result, str):
-        raise ContenderFailed(name, result)
-    return float(result)
+    return apart(name, _peak_memory, config, rows, name)
 
 
-def _measure_memory(sender: Any, config: TrainConfig, rows: Sequence[Example], name: str) -> None:
+def _peak_memory(config: TrainConfig, rows: Sequence[Example], name: str) -> float:
     work = contenders(config, rows, 4)[name]
     assert not isinstance(work, str)
-    try:
-        next(rounds({name: work}))
-        sender.send(benchmark(config.hardware).peak_memory())
-    except ContenderFailed as error:
-        sender.send(error.reason)
+    next(rounds({name: work}))
+    return float(benchmark(config.hardware).peak_memory())
 
 
 def _module(backend: str, name: str) -> Any:

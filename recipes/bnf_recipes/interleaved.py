@@ -6,13 +6,18 @@ each contender has a thread, of which only one ever runs.
 """
 
 import ctypes
+import gc
 import io
+import multiprocessing
+import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
+from typing import Any
 
-M_ARENA_MAX = -8  # of glibc's malloc.h
+# Of glibc's malloc.h: M_ARENA_MAX, M_MMAP_THRESHOLD (the largest that it takes), M_TRIM_THRESHOLD.
+MALLOC = {-8: 1, -3: 32 * 2**20, -1: 2**31 - 1}
 
 # Sets itself up and works without end, or as long as it can, calling what it is given after every piece of work.
 Work = Callable[[Callable[[], None]], None]
@@ -28,23 +33,59 @@ class ContenderFailed(Exception):
 
 def rounds(contenders: Mapping[str, Work]) -> Iterator[dict[str, float]]:
     """Warm up, then round after round, without end, the seconds that each contender took for a piece of work. The
-    order goes round, so that nobody always follows the same other. Leaving the iterator ends the work.
+    order is drawn anew for each, so that nobody always follows the same other. Leaving the iterator ends the work.
 
     Raises:
         ContenderFailed: at its first piece of work or a later one.
     """
-    _share_a_heap()
+    _share_memory()
     with ExitStack() as stack:
+        stack.callback(gc.collect)  # trainers hold themselves in cycles; on a GPU the next ones would want for memory
         turns = {name: _Turns(name, work) for name, work in contenders.items()}
         for one in turns.values():
             stack.callback(one.end)
         for one in turns.values():
             one.take()  # the first piece of work comes with loading and compiling
-        names = list(turns)
+        names, draw = list(turns), random.Random(0)
         while True:
+            draw.shuffle(names)
             taken = {name: turns[name].take() for name in names}
             yield {name: taken[name] for name in turns}
-            names.append(names.pop(0))
+
+
+def apart(name: str, job: Callable[..., float], *args: Any) -> float:
+    """What the job of a contender gives in a process of its own.
+
+    Raises:
+        ContenderFailed: it failed, or its process was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, job, args))
+    process.start()
+    sender.close()
+    try:
+        result = receiver.recv()
+    except EOFError:
+        process.join()
+        result = f"its process ended with code {process.exitcode}, perhaps for want of memory"
+    process.join()
+    if isinstance(result, str):
+        raise ContenderFailed(name, result)
+    return float(result)
+
+
+def _send(sender: Any, job: Callable[..., float], args: Sequence[Any]) -> None:
+    try:
+        sender.send(job(*args))
+    except ContenderFailed as error:
+        sender.send(error.reason)
+    except Exception as error:  # a peer may raise anything
+        sender.send(_one_line(error))
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
 def repeated(job: Callable[[], None], times: int = 1) -> Work:
@@ -59,12 +100,13 @@ def repeated(job: Callable[[], None], times: int = 1) -> Work:
     return work
 
 
-def _share_a_heap() -> None:
-    """glibc gives each thread a heap of its own, which keeps what the thread frees: eight trainers would hold eight
-    steps' memory. With one heap for all, as in a process of one thread, each takes what the one before it freed."""
+def _share_memory() -> None:
+    """Have every contender take what the one before it freed, where glibc would keep it for one thread (eight trainers
+    would hold eight steps' memory) or give it back to the system, for the next to wait for it."""
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # Linux
-        libc.mallopt(M_ARENA_MAX, 1)
+    if hasattr(libc, "gnu_get_libc_version"):
+        for option, value in MALLOC.items():
+            libc.mallopt(option, value)
 
 
 class _Ended(BaseException):
@@ -109,7 +151,7 @@ class _Turns:
         except _Ended:
             pass
         except BaseException as error:
-            self._reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            self._reason = _one_line(error)
         self._back.release()
 
     def _pause(self) -> None:
