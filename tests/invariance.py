@@ -264,14 +264,16 @@ BUGS: dict[str, Bug] = {
 def _hit(number: signal.Signals) -> Bug:
     @contextmanager
     def hit() -> Iterator[None]:
-        right, calls = plan.my_share, itertools.count()
+        right = plan.steps
 
-        def wrapped(examples: Any, cut: Any, processes: Any, *rest: Any) -> list[Batch]:
-            if next(calls) == 3 and processes.rank == processes.count - 1:
+        def wrapped(*args: Any, processes: Any, **settings: Any) -> Iterator[Any]:
+            steps = right(*args, processes=processes, **settings)
+            yield from itertools.islice(steps, 3)
+            if processes.rank == processes.count - 1:
                 os.kill(os.getpid(), number)
-            return right(examples, cut, processes, *rest)
+            yield from steps
 
-        with mock.patch.object(plan, "my_share", wrapped):
+        with mock.patch.object(plan, "steps", wrapped):
             yield
 
     return hit

@@ -19,19 +19,16 @@ from bnf_core.pieces import Piece, require_same_shapes, under
 from bnf_core.processes import ALONE, Processes
 from bnf_core.protocol import Array, Done, Step, TokenStats
 from bnf_mlx import adapter, trainer
+from bnf_mlx.attention import Layout, PageTable, paged_caches, segments_of
 from bnf_mlx.linear import linear_log_odds
 from bnf_mlx.losses import bnf_token_loss, token_log_odds
 from bnf_mlx.model import (
     Checkpoint,
-    Layout,
-    PageTable,
     completion_hidden,
     completion_logits,
     head_is_linear,
     head_weight,
     packing_head_axes,
-    paged_caches,
-    segments_of,
     sharing_head_axes,
 )
 from bnf_mlx.optimizer import Optimizer, flat

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,6 +17,7 @@ from bnf_core.errors import UserError
 from bnf_core.families import mlx_config
 from bnf_core.files import replacing
 from bnf_core.pages import pages
+from bnf_mlx.attention import Layout, PageTable, paged_caches, segments_of
 from bnf_mlx.optimizer import flat
 
 INDEX = "model.safetensors.index.json"
@@ -124,7 +125,7 @@ def dense_weight(layer: Any) -> mx.array:
 
 
 def completion_hidden(
-    model: nn.Module, input_ids: mx.array, positions: mx.array, layout: "Layout | None" = None
+    model: nn.Module, input_ids: mx.array, positions: mx.array, layout: Layout | None = None
 ) -> mx.array:
     """The states before the head, (N, D), at flat positions of the (B, T) grid of token ids.
 
@@ -136,7 +137,7 @@ def completion_hidden(
 
 
 def completion_logits(
-    model: nn.Module, input_ids: mx.array, positions: mx.array, layout: "Layout | None" = None
+    model: nn.Module, input_ids: mx.array, positions: mx.array, layout: Layout | None = None
 ) -> mx.array:
     """The model's own logits, (N, V), at flat positions: for heads that are more than a matrix."""
     return model(input_ids, cache=layout).flatten(0, 1)[positions]
@@ -156,89 +157,6 @@ def head_is_linear(model: nn.Module) -> bool:
     tolerance = 1e-5 if logits.dtype == mx.float32 else 2e-2
     error = mx.abs(logits.astype(mx.float32) - linear.astype(mx.float32)).max()
     return linear.shape == logits.shape and bool(error <= tolerance * mx.abs(logits).max())
-
-
-class Segments:
-    """What keeps the sequences of a packed grid apart, given to a model in the place of a layer's cache.
-
-    mlx-lm's models ask their cache for the attention mask and hand it keys and values: this one lets a token see the
-    earlier tokens of its own segment, and keeps nothing. Positions go on through a row; rotary embeddings depend on
-    distances alone.
-    """
-
-    offset = 0
-
-    def __init__(self, segment_ids: mx.array, head_axes: int):
-        self.segment_ids = segment_ids  # (B, T)
-        self.head_axes = head_axes  # of the attention scores: 2 where groups of heads that share keys have their own
-
-    def make_mask(self, length: int, return_array: bool = True, window_size: int | None = None) -> mx.array:
-        """(B, 1, T, T) bool, or (B, 1, 1, T, T); always an array, whatever is asked for."""
-        distance = mx.arange(length)[:, None] - mx.arange(length)
-        near = (distance >= 0) & (distance < (window_size or length))
-        mask = near & (self.segment_ids[:, :, None] == self.segment_ids[:, None])
-        return mx.expand_dims(mask, tuple(range(1, 1 + self.head_axes)))
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        return keys, values
-
-
-class PageTable(NamedTuple):
-    """`bnf_core.pages.Pages` on the device."""
-
-    offsets: mx.array  # (R,)
-    lengths: mx.array  # (R,)
-    table: mx.array  # (R, A) earlier pages, and the page itself; −1 for none
-
-
-class PagedCache:
-    """What pages of shared prompts and completions look each other up with, given to a model in the place of a layer's
-    cache, as `Segments` are. Each page has the keys and values of those before it, its prompt's among them, beside its
-    own; rotary embeddings begin at the page's offset.
-    """
-
-    def __init__(self, pages: PageTable, head_axes: int):
-        self.offset = pages.offsets  # (R,)
-        self.lengths = pages.lengths  # (R,)
-        self.table = mx.maximum(pages.table, 0)  # (R, A)
-        self.present = pages.table >= 0  # (R, A)
-        self.head_axes = head_axes
-
-    def make_mask(self, length: int, return_array: bool = True, window_size: int | None = None) -> mx.array:
-        """(R, 1, W, A·W) bool, or (R, 1, 1, W, A·W)."""
-        at = mx.arange(length)
-        queries = self.offset[:, None] + at  # (R, W), positions in the sequence
-        real = (at < self.lengths[:, None])[self.table] & self.present[..., None]  # (R, A, W)
-        keys = queries[self.table]
-        distance = queries[:, :, None] - keys.flatten(1)[:, None]  # (R, W, A·W)
-        mask = (distance >= 0) & real.flatten(1)[:, None]
-        if window_size:
-            mask = mask & (distance < window_size)
-        return mx.expand_dims(mask, tuple(range(1, 1 + self.head_axes)))
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """(R, …, W, d) to (R, …, A·W, d)."""
-        return self._looked_up(keys), self._looked_up(values)
-
-    def _looked_up(self, x: mx.array) -> mx.array:
-        return mx.moveaxis(x[self.table], 1, -3).flatten(-3, -2)
-
-
-Layout = list[Segments] | list[PagedCache]
-
-
-def paged_caches(model: nn.Module, pages: PageTable, head_axes: int) -> list[PagedCache]:
-    """One for each layer that may have a cache."""
-    return [PagedCache(pages, head_axes)] * _caches(model)
-
-
-def segments_of(model: nn.Module, segment_ids: mx.array, head_axes: int) -> list[Segments]:
-    """One for each layer that may have a cache."""
-    return [Segments(segment_ids, head_axes)] * _caches(model)
-
-
-def _caches(model: nn.Module) -> int:
-    return len(model.make_cache() if hasattr(model, "make_cache") else model.layers)
 
 
 def packing_head_axes(model: nn.Module) -> int:
