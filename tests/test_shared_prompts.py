@@ -174,6 +174,7 @@ class Torch:
         return sum(counts)
 
     def gradients(self, batches: list[Batch]) -> dict[str, Any]:
+        self.engine.scored.train()  # or nothing is checkpointed
         for batch in batches:
             loss, _ = self.engine.scored(**self.engine._inputs(batch, reference_of(batch)))
             loss.backward()
@@ -330,6 +331,28 @@ def test_the_model_computes_fewer_tokens(backend: str) -> None:
         rows, _ = next(Rows(feedback([(16, [16] * completions)] * (16 // completions)), 0).batches(16))
         apart, shared = (model.tokens(micro_batches(rows, Cut(8, share_prompts=share))) for share in (False, True))
         assert apart == 16 * 32 and apart >= fewer * shared
+
+
+@pytest.mark.parametrize("kind", ["full", "checkpointing"])
+def test_on_a_cpu_torch_computes_no_attention_that_a_mask_would_hide(kind: str) -> None:
+    """Also where packed sequences have no prompt in common, and where a layer is computed again for its gradient."""
+    model = Torch("llama", "lora", gradient_checkpointing=kind == "checkpointing")
+    import torch
+
+    right, seen = torch.nn.functional.scaled_dot_product_attention, []
+
+    def counting(query: Any, key: Any, *args: Any, **options: Any) -> Any:
+        seen.append(query.shape[:3].numel() * key.shape[2])
+        return right(query, key, *args, **options)
+
+    for share in (True, False):
+        (batch,) = micro_batches(MIXED, Cut(1, pack_to=200, share_prompts=share))
+        with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", counting):
+            model.gradients([batch])
+        rows = zip(batch.segment_ids, batch.prefix_ids, strict=True)
+        visible = sum(int(((a[:, None] == a) | (b[:, None] == a)).sum()) for a, b in rows)
+        assert sum(seen) == 2 * 4 * visible * (2 if kind == "checkpointing" else 1)  # of two layers, four heads
+        seen.clear()
 
 
 @pytest.mark.parametrize(("backend", "family"), UNABLE)
