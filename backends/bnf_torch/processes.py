@@ -1,6 +1,8 @@
 """The processes of a run, as torchrun or accelerate launched them, and a model spread over them by DDP or FSDP2."""
 
+import atexit
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -72,9 +74,18 @@ def processes() -> Processes:
             torch.cuda.set_device(local_rank())
         # What the processes tell each other goes through the CPU, tensors of the model through their own device.
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(_leave)
     if dist.get_rank() > 0:
         disable_progress_bar()
     return TorchProcesses(sharded)
+
+
+def _leave() -> None:
+    """Before the interpreter goes. Gloo's threads drop the tensors of a collective a moment after it is done; one that
+    does so when the interpreter is going aborts the process (github.com/pytorch/pytorch/pull/179291)."""
+    time.sleep(0.1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def local_rank() -> int:

@@ -186,6 +186,7 @@ def picture(cases: Mapping[str, Figures]) -> Figure:
             time.legend(frameon=False)
         time.set_ylabel("seconds")
         memory.set(xlabel=title, ylabel="MiB at the peak")
+        memory.margins(y=0.1)
         memory.set_ylim(bottom=0)
         memory.xaxis.set_major_locator(MaxNLocator(4))
         memory.xaxis.set_major_formatter("{x:,.0f}")

@@ -9,6 +9,7 @@ import ctypes
 import gc
 import io
 import multiprocessing
+import os
 import random
 import threading
 import time
@@ -82,6 +83,7 @@ def _send(sender: Any, job: Callable[..., float], args: Sequence[Any]) -> None:
         sender.send(error.reason)
     except Exception as error:  # a peer may raise anything
         sender.send(_one_line(error))
+    os._exit(0)  # with the interpreter still there: what MLX keeps for a thread that has ended needs it to let go
 
 
 def _one_line(error: BaseException) -> str:
