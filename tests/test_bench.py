@@ -128,6 +128,14 @@ def test_ratios_are_taken_within_rounds() -> None:
     assert lines(Figures("ours")) == []
 
 
+def test_a_table_says_what_to_install() -> None:
+    command = "pip install 'bnf-align[bench]'"
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(bench.table("case", Figures("ours", rounds=[{"ours": 1.0}], notes={"peer": command})))
+    assert command in shown.get()
+
+
 def quick(name: str = "x") -> Work:
     return repeated(lambda: None)
 

@@ -15,6 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from bnf_core.errors import UserError
 from bnf_core.files import replace_file
@@ -253,7 +254,8 @@ def table(title: str, figures: Figures) -> Table:
     for line in lines(figures):
         name, seconds, *rest = cells(line)
         made.add_row(name, seconds.partition(" (")[0], *rest)
-    made.caption = "\n".join(f"{name}: {note}" for name, note in figures.notes.items())
+    notes = "\n".join(f"{name}: {note}" for name, note in figures.notes.items())
+    made.caption = Text(notes)  # Text: brackets such as bnf-align[bench] are no markup
     made.caption_justify = "left"
     return made
 
