@@ -143,7 +143,7 @@ class Measurement:
                 continue
             if self._late():
                 return False
-            self.console.print(f"memory of {name}", highlight=False)
+            self.console.print(f"memory of {name}", highlight=False, markup=False)
             started = time.monotonic()
             try:
                 figures.memory[name] = case.memory(name)
@@ -165,8 +165,9 @@ class Measurement:
         """Write page and picture."""
         replace_file(self.path.with_suffix(".md"), page)
         save(figure, self.path.with_suffix(".png"))
-        self.console.print(f"figures  {self.path}\npage     {self.path.with_suffix('.md')}", highlight=False)
-        self.console.print(f"picture  {self.path.with_suffix('.png')}", highlight=False)
+        self.console.print(f"figures  {self.path}", highlight=False, markup=False)
+        for kind, suffix in (("page", ".md"), ("picture", ".png")):
+            self.console.print(f"{kind:<8} {self.path.with_suffix(suffix)}", highlight=False, markup=False)
         if not whole:
             self.console.print(
                 f"[yellow]{self.config.minutes:g} minutes are over: the same command measures what is missing[/yellow]"

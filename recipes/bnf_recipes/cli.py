@@ -38,7 +38,7 @@ def train(argv: Sequence[str]) -> int:
         return 0
     if result.before is not None and result.after is not None:
         console.print(table({"before": result.before, "after": result.after}, "held-out rows"))
-    console.print(f"trained  {result.trained}\npicture  {result.picture}", highlight=False)
+    console.print(f"trained  {result.trained}\npicture  {result.picture}", highlight=False, markup=False)
     return 0
 
 
@@ -115,7 +115,8 @@ def import_gguf(argv: Sequence[str]) -> int:
     _quiet()
     from bnf_recipes.import_gguf import import_gguf as run
 
-    console.print(f"model  {run(config.source, Path(config.output), force=config.force)}", highlight=False)
+    model = run(config.source, Path(config.output), force=config.force)
+    console.print(f"model  {model}", highlight=False, markup=False)
     return 0
 
 
@@ -228,7 +229,7 @@ def fuse(argv: Sequence[str]) -> int:
         dtype=config.dtype,
         force=config.force,
     )
-    console.print(f"model  {config.output}", highlight=False)
+    console.print(f"model  {config.output}", highlight=False, markup=False)
     return 0
 
 
