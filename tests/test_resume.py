@@ -239,7 +239,7 @@ def ended(process: BaseProcess) -> int:
     return process.exitcode
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(
     tiny_model: Path,
     feedback: Path,
@@ -272,7 +272,7 @@ def test_killed_at_random_moments(
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("every", [17, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [31, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_operation_on_files(
     tiny_model: Path, feedback: Path, tmp_path: Path, every: int, processes: multiprocessing.context.ForkServerContext
 ) -> None:
