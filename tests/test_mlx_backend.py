@@ -145,6 +145,28 @@ def test_what_a_config_leaves_out_is_what_transformers_takes_it_to_be(checkpoint
     assert error < 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_quantised_head_is_a_matrix_in_any_precision(tied):
+    """Rejects a comparison in half precision, in which MLX adds up quantised products on a CPU to a few per cent."""
+    from mlx_lm.models import llama
+
+    sizes = {"hidden_size": 1024, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    rest = {"rms_norm_eps": 1e-5, "vocab_size": 512, "tie_word_embeddings": tied, "model_type": "llama"}
+    mx.random.seed(0)
+    model = llama.Model(llama.ModelArgs.from_dict(sizes | rest))
+    nn.quantize(model, 64, 4)
+    for dtype in (mx.float32, mx.bfloat16):
+        model.set_dtype(dtype)
+        assert head_is_linear(model)
+
+
+def test_a_mild_cap_is_not_lost_in_half_precision(checkpoint):
+    model = load_model(checkpoint("gemma2"), CPU, mx.bfloat16)
+    logits = mx.abs(model(mx.arange(8)[None])).max().item()
+    model.final_logit_softcapping = 5 * logits  # changes the largest by about one part in 75
+    assert not head_is_linear(model)
+
+
 def test_a_small_head_bias_is_not_lost_in_half_precision(checkpoint):
     model = load_model(checkpoint("llama"), CPU, mx.bfloat16)
     model.lm_head.bias = mx.full((64,), 1e-3, mx.bfloat16)

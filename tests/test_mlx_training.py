@@ -23,6 +23,7 @@ from bnf_core.batching import Batch, Cut, Example, collate, micro_batches
 from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.protocol import Step, TokenStats
+from bnf_mlx import adapter
 from bnf_mlx.adapter import DoRALinear, add_adapter
 from bnf_mlx.backend import MLXBackend
 from bnf_mlx.engine import MLXEngine
@@ -287,6 +288,28 @@ def test_checkpointing_takes_less_memory_and_leaves_the_model_as_it_was():
         peaks.append(mx.get_peak_memory() - before)
     assert peaks[1] < 0.5 * peaks[0], f"{peaks[1] / 2**20:.1f} of {peaks[0] / 2**20:.1f} MiB"
     assert all(a is b for a, b in zip(layers, engines[1].model.layers, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "compiled", "part"), [("lora", False, 0.8), ("dora", False, 0.95), ("lora", True, 0.9)]
+)
+def test_an_adapter_keeps_its_inputs_in_half_precision_and_learns_the_same(monkeypatch, kind, compiled, part):
+    """Rejects a product, or a gradient of it, computed in bfloat16."""
+    batch, peaks, gradients = collate(examples([(120, 8)] * 2), 2), [], []
+    for own in (False, True):
+        if own:
+            monkeypatch.setattr(adapter, "_low_rank", mx.matmul)  # what mlx-lm does
+        model = model_of("llama", num_hidden_layers=4, hidden_size=256, head_dim=64)
+        model.set_dtype(mx.bfloat16)
+        engine = engine_of(model, kind, compiled=compiled)
+        gradients_of(engine, [batch])
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        gradients.append(gradients_of(engine, [batch]))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[0] < part * peaks[1], [peak / 2**20 for peak in peaks]
+    assert_close(gradients[0], gradients[1], 1e-6)
 
 
 def test_an_error_within_a_step_leaves_the_model_whole(monkeypatch):

@@ -16,6 +16,7 @@ pytest.importorskip("peft")
 
 import tiny
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 from bnf_core import plan
@@ -27,6 +28,7 @@ from bnf_core.protocol import Step, TokenStats
 from bnf_core.reference import ReferenceCache
 from bnf_torch.backend import TorchBackend
 from bnf_torch.engine import TorchEngine
+from bnf_torch.model import head_is_linear
 from bnf_torch.optimizer import Optimizer, adamw
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant")
@@ -192,6 +194,46 @@ def test_half_precision_is_as_accurate_as_a_model_that_is_all_of_it(tiny_model):
     theirs = flat(TorchEngine(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)))
     error, allowed = np.linalg.norm(ours - exact), np.linalg.norm(theirs - exact)
     assert allowed / 10 < error < 1.5 * allowed
+
+
+def test_an_adapter_keeps_its_inputs_in_half_precision_and_learns_what_pefts_own_does(tiny_model):
+    """Rejects a product, or a gradient of it, computed in bfloat16."""
+    kept, learnt = [], []
+    for pefts in (True, False):
+        engine = load(tiny_model, dtype="bfloat16")
+        torch.manual_seed(1)
+        for layer in (module for module in engine.model.modules() if isinstance(module, LoraLayer)):
+            torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+            layer.cast_input_dtype_enabled = pefts
+        wide: list[int] = []
+
+        def note(tensor: torch.Tensor, wide: list[int] = wide) -> torch.Tensor:
+            if tensor.dtype == torch.float32 and tensor.shape[-1:] == (64,):  # the MLP's width, of no other tensor
+                wide.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            learnt.append(gradients(engine, rows(), Cut(3)))
+        kept.append(sum(wide))
+    assert kept[1] < 0.5 * kept[0]  # of ours A itself is left
+    for name, expected in learnt[0].items():
+        assert np.abs(learnt[1][name] - expected).max() <= 1e-6 * np.abs(expected).max(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mild_cap_is_not_lost_in_half_precision(dtype):
+    """Rejects logits compared as they are: the cap changes the largest by one part in 75."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 304, "head_dim": 8}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING["gemma2"](num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, **sizes)
+    )
+    model = model.to(dtype).eval()
+    for cap, linear in ((None, True), (5.0, False)):
+        model.config.final_logit_softcapping = None
+        largest = model(torch.arange(8)[None]).logits.abs().max().item()
+        model.config.final_logit_softcapping = cap and cap * largest
+        assert head_is_linear(model) == linear
 
 
 @pytest.mark.parametrize("what", ["loss and gradient", "loss elsewhere", "norm"])

@@ -4,11 +4,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.dora import DoRALinear as TheirDoRALinear
+from mlx_lm.tuner.lora import LoRALinear as TheirLoRALinear
 
 from bnf_core.adapters import WEIGHTS, mlx_keys, require_adapter
 from bnf_core.config import FineTuneType, LoraConfig
@@ -31,6 +33,29 @@ class Dropout(nn.Dropout):
             return x
         kept = mx.random.bernoulli(self._p_1, x.shape, key=self._key)
         return mx.where(kept, x * (1 / self._p_1), 0)
+
+
+class LoRALinear(TheirLoRALinear):
+    """mlx-lm's layer, whose inputs are kept for the backward pass as they come, in half precision.
+
+    Left to itself MLX would keep the float32 copy that the product with A is computed of, one for every adapted layer.
+    """
+
+    def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float):
+        nn.Module.__init__(self)
+        self.linear = cast(nn.Linear, linear)
+        self.scale = scale
+        self.dropout = Dropout(dropout)
+        outputs, inputs = dense_weight(linear).shape
+        self.lora_a = mx.zeros((inputs, rank))
+        self.lora_b = mx.zeros((rank, outputs))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        update = _low_rank(self.dropout(x), self.lora_a) @ self.lora_b
+        return self.linear(x) + (self.scale * update).astype(x.dtype)
+
+
+_low_rank = mx.checkpoint(mx.matmul)  # x A, for which the backward pass widens x (..., in) again
 
 
 class DoRALinear(nn.Module):
@@ -58,7 +83,7 @@ class DoRALinear(nn.Module):
         stretch = self.m / mx.stop_gradient(mx.linalg.norm(adapted, axis=1))  # (out,)
         base = self.linear(x)
         product = base - self.linear.bias if "bias" in self.linear else base
-        update = (self.dropout(x) @ self.lora_a) @ self.lora_b
+        update = _low_rank(self.dropout(x), self.lora_a) @ self.lora_b
         return base + ((stretch - 1) * product + (stretch * self.scale) * update).astype(x.dtype)
 
 
@@ -69,8 +94,6 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int, kind: FineTuneT
         UserError: a target that is no linear layer of this model's decoder layers; a DoRA adapter that mlx-lm could
             not load.
     """
-    from mlx_lm.tuner.lora import LoRALinear
-
     linear = sorted({name for layer in model.layers for name, m in layer.named_modules() if _is_linear(m)})
     if config.targets == ["all-linear"]:
         keys = set(linear)
@@ -90,7 +113,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int, kind: FineTuneT
                     "quantise the model to 2, 4 or 8 bits"
                 )
             return DoRALinear(linear, config.rank, config.scale, config.dropout)
-        return LoRALinear.from_base(linear, r=config.rank, scale=config.scale, dropout=config.dropout)
+        return LoRALinear(linear, config.rank, config.scale, config.dropout)
 
     for layer in model.layers:
         chosen = [(name, module) for name, module in layer.named_modules() if name in keys and _is_linear(module)]
@@ -183,14 +206,15 @@ def _config(model: nn.Module, adapted: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _made_ours(model: nn.Module) -> nn.Module:
-    """With this module's dropout and DoRA in the places of mlx-lm's, and in evaluation mode."""
+    """With this module's layers and dropout in the places of mlx-lm's, and in evaluation mode."""
+    classes: dict[type, Any] = {TheirLoRALinear: LoRALinear, TheirDoRALinear: DoRALinear}
     ours = []
     for name, module in _adapted(model):
         module.dropout = Dropout(_dropout(module))
-        if "m" in module and "linear" in module and not isinstance(module, DoRALinear):
-            mine = DoRALinear(module.linear, module.lora_a.shape[1], module.scale, _dropout(module))
-            mine.m, mine.lora_a, mine.lora_b = module.m, module.lora_a, module.lora_b
-            ours.append((name, mine))
+        if own := classes.get(type(module)):
+            made = own(module.linear, module.lora_a.shape[1], module.scale, _dropout(module))
+            made.update({key: module[key] for key in ("lora_a", "lora_b", "m") if key in module})
+            ours.append((name, made))
     _put(model, ours)
     model.eval()  # new modules are in training mode, and would drop inputs
     return model

@@ -4,14 +4,16 @@ import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -19,6 +21,39 @@ from bnf_core.adapters import WEIGHTS, require_adapter
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
 from bnf_core.lora import initial_lora_a
+
+
+class LowRank(nn.Linear):
+    """LoRA's A: a float32 product of inputs that are kept for the backward pass as they come, in half precision.
+
+    PEFT casts the inputs beforehand, and every adapted layer keeps its own float32 copy: of a model in bfloat16 half of
+    all that the backward pass keeps. The product is the same.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == self.weight.dtype:
+            return super().forward(x)
+        return cast(Tensor, _WidenedProduct.apply(x, self.weight))
+
+
+class _WidenedProduct(torch.autograd.Function):
+    """x Wᵀ in W's precision: x (..., in), W (out, in), result (..., out)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return nn.functional.linear(x.to(weight.dtype), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        for_x, for_weight = ctx.needs_input_grad
+        flat = gradient.flatten(0, -2)
+        return (
+            (gradient @ weight).to(x.dtype) if for_x else None,
+            flat.T @ x.flatten(0, -2).to(weight.dtype) if for_weight else None,
+        )
 
 
 def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int, *, dora: bool = False) -> PeftModel:
@@ -49,7 +84,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int, *, dora: bool 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
     """A fresh adapter of any kind that PEFT has; of LoRA's default kind A is drawn as `add_lora` says."""
-    peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
+    peft_model = _made_ours(get_peft_model(model, config, autocast_adapter_dtype=True))
     if getattr(config, "init_lora_weights", None) is not True:
         return peft_model
     for name, module in peft_model.get_base_model().named_modules():
@@ -91,7 +126,19 @@ def load_adapter(
             f"{folder}: this adapter does not fit the model: {len(different)} tensors do not match, the first, "
             f"{different[0]}, is {missing}"
         )
-    return peft_model
+    return _made_ours(peft_model)
+
+
+def _made_ours(model: PeftModel) -> PeftModel:
+    """With `LowRank` in the places of A in LoRA and DoRA; other variants stay as PEFT computes them."""
+    layers: list[Any] = [module for module in model.get_base_model().modules() if isinstance(module, LoraLayer)]
+    for layer in layers:
+        for name, a in list(layer.lora_A.items()):
+            if type(a) is nn.Linear and isinstance(layer.lora_variant.get(name), DoraLinearVariant | None):
+                layer.lora_A[name] = LowRank(a.in_features, a.out_features, bias=False, device="meta")
+                layer.lora_A[name].weight = a.weight
+                layer.cast_input_dtype_enabled = False
+    return model
 
 
 def save_adapter(model: PeftModel | PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -195,12 +195,22 @@ def head_is_linear(model: PreTrainedModel) -> bool:
         return False
     head = head_weight(model)
     positions = torch.arange(8, device=head.device)
-    logits = completion_logits(model, positions.unsqueeze(0) % len(head), positions)
-    linear = completion_hidden(model, positions.unsqueeze(0) % len(head), positions) @ head.T
+    ids = positions.unsqueeze(0) % len(head)
+
+    def louder(module: nn.Module, inputs: Any, output: Any) -> Any:  # so that a mild cap shows in half precision
+        output.last_hidden_state = output.last_hidden_state * 32
+        return output
+
+    hook = _body(model).register_forward_hook(louder)
+    try:
+        logits = completion_logits(model, ids, positions)
+        linear = completion_hidden(model, ids, positions) @ head.T
+    finally:
+        hook.remove()
     if linear.shape != logits.shape:
         return False
     tolerance = 1e-5 if logits.dtype == torch.float32 else 2e-2
-    return bool((logits.float() - linear.float()).abs().max() <= tolerance * logits.float().abs().max())
+    return bool((logits.float() - linear.float()).abs().max() <= tolerance * linear.float().abs().max())
 
 
 @torch.no_grad()
