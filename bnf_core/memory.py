@@ -7,12 +7,12 @@ holds the sums against measured runs.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bnf_core.batching import Batch
-from bnf_core.config import LoraConfig
+from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
 from bnf_core.pages import pages
 
@@ -29,6 +29,8 @@ class Architecture:
     head_dim: int
     vocab: int  # V
     tied: bool  # the head's weights are the embeddings'
+    dtype: str = "float32"  # that the checkpoint is in
+    bits: float | None = None  # a weight, scales included, where mlx-lm quantised the checkpoint
 
     @classmethod
     def of(cls, folder: Path) -> "Architecture":
@@ -50,6 +52,7 @@ class Architecture:
         Raises:
             UserError: a size is missing, or the layers are mixtures of experts or recurrent.
         """
+        bits = _bits(config.get("quantization"))
         config = config.get("text_config", config)
         needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         absent = [key for key in needed if not isinstance(config.get(key), int)]
@@ -69,6 +72,8 @@ class Architecture:
             head_dim=config.get("head_dim") or hidden // heads,
             vocab=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings", False)),
+            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+            bits=bits,
         )
 
     @property
@@ -86,20 +91,36 @@ class Architecture:
         }
 
     @property
+    def linear_parameters(self) -> int:
+        """Weights of the linear layers of all decoder layers."""
+        return self.layers * sum(i * o for i, o in self.linear.values())
+
+    @property
     def parameters(self) -> int:
         """All weights; biases, which some families have, are too few to count."""
-        layer = sum(i * o for i, o in self.linear.values()) + 2 * self.hidden
-        return self.layers * layer + self.hidden + self.vocab * self.hidden * (1 if self.tied else 2)
+        norms = (2 * self.layers + 1) * self.hidden
+        return self.linear_parameters + norms + self.vocab * self.hidden * (1 if self.tied else 2)
 
-    def adapter_parameters(self, rank: int, targets: list[str]) -> int:
-        """Of LoRA on these linear layers, or with `all-linear` on every one."""
-        chosen = [shape for name, shape in self.linear.items() if targets == ["all-linear"] or name in targets]
-        return self.layers * rank * sum(i + o for i, o in chosen)
+    def adapted(self, targets: list[str]) -> dict[str, tuple[int, int]]:
+        """Those with an adapter: the targets, or with `all-linear` every one."""
+        return {name: shape for name, shape in self.linear.items() if targets == ["all-linear"] or name in targets}
+
+    def adapter_parameters(self, lora: LoraConfig, *, dora: bool = False) -> int:
+        """Of all layers; DoRA has a magnitude for each output."""
+        return self.layers * sum(lora.rank * (i + o) + dora * o for i, o in self.adapted(lora.targets).values())
 
     def products(self, tokens: int, completion_tokens: int) -> list[tuple[int, int, int]]:
         """(tokens, inputs, outputs) of every linear layer in a step, the head on completion tokens alone."""
         layer = [(tokens, i, o) for i, o in self.linear.values()]
         return layer * self.layers + [(completion_tokens, self.hidden, self.vocab)]
+
+
+def _bits(quantization: Mapping[str, Any] | None) -> float | None:
+    """Of a weight, by mlx-lm's entry in a config: a scale to a group, and in the affine mode a bias."""
+    if quantization is None:
+        return None
+    scales = 8 if quantization.get("mode", "affine") != "affine" else 2 * 16
+    return float(quantization["bits"] + scales / quantization["group_size"])
 
 
 @dataclass(frozen=True)
@@ -132,9 +153,21 @@ class Training:
     backend: str  # torch or mlx
     device: str  # cpu, cuda, mps or gpu
     dtype: str  # float32, bfloat16 or float16
-    lora: LoraConfig | None  # None: all weights
+    kind: FineTuneType
+    lora: LoraConfig  # of no account where all weights are trained
+    load_in_4bit: bool = False  # with bitsandbytes
     gradient_checkpointing: bool = False
     fragmented: bool = False  # whether glibc allocates
+
+    @property
+    def half(self) -> bool:
+        """MLX trains all weights in float32 whatever it is asked for."""
+        return self.dtype != "float32" and not (self.backend == "mlx" and self.kind == "full")
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number."""
+        return 2 if self.half else 4
 
 
 @dataclass(frozen=True)
@@ -155,70 +188,105 @@ class Memory:
 
 def memory(model: Architecture, training: Training, grid: Grid, runtime: float = 0.0) -> Memory:
     """Of a training step, whose micro-batches are at most of this grid."""
-    size = 4 if training.dtype == "float32" else 2
     kept = _Kept.of(model, training, grid)
-    if training.lora is None:  # trained weights are float32, and a copy is computed with
-        weights = model.parameters * (4 if size == 4 else 6)
+    if training.kind == "full":  # trained weights are float32; PyTorch computes with a copy in half precision
+        weights: float = model.parameters * (6 if training.half and training.backend == "torch" else 4)
         trained = 3 * 4 * model.parameters
     else:
-        weights = model.parameters * size
-        trained = 4 * 4 * model.adapter_parameters(training.lora.rank, training.lora.targets)
+        weights = _frozen(model, training)
+        trained = 4 * 4 * model.adapter_parameters(training.lora, dora=training.kind == "dora")
     layer = kept.layer * grid.tokens
-    if training.gradient_checkpointing:
-        activations = model.layers * kept.layer_input * grid.tokens
-        backward = kept.recomputed * layer + kept.transient * grid.tokens
-    else:
-        activations = model.layers * layer
-        backward = kept.transient * grid.tokens
+    activations = (kept.layer_input if training.gradient_checkpointing else kept.layer) * model.layers * grid.tokens
+    backward = kept.transient * grid.tokens + kept.matrices + (layer if training.gradient_checkpointing else 0)
     working = max(kept.loss, backward)
-    holes = FRAGMENTS[training.gradient_checkpointing] * model.layers * layer if training.fragmented else 0.0
-    return Memory(runtime, weights, trained, activations, working, holes)
+    return Memory(runtime, weights, trained, activations, working, _holes(model, training, grid))
 
 
-# glibc does not give an aligned block that was freed to the next of the same size: beside the activations lie holes of
-# about their size, and gradient checkpointing, which makes the activations again and again, leaves as many. As parts of
-# all layers' activations; measured 0.86 to 0.93 without checkpointing, 1.0 to 1.5 with it. With
-# MALLOC_MMAP_THRESHOLD_=1048576 in the environment there are none, and a step takes half as long again.
-FRAGMENTS = {False: 0.9, True: 1.2}
+def _frozen(model: Architecture, training: Training) -> float:
+    """Bytes of weights that are not trained."""
+    head = model.vocab * model.hidden * training.size
+    if model.bits is not None and training.backend == "mlx":
+        return model.parameters * model.bits / 8 + head  # which is widened once, for the loss
+    if training.load_in_4bit:  # NF4 in blocks of 64 with scales of 8 bits, and these in blocks of 256
+        rest = model.parameters - model.linear_parameters
+        return rest * training.size + model.linear_parameters * (4 + 8 / 64 + 32 / (64 * 256)) / 8
+    return model.parameters * training.size
+
+
+def _holes(model: Architecture, training: Training, grid: Grid) -> float:
+    """Bytes that glibc's allocator keeps: it does not give an aligned block that was freed to the next of the same
+    size. Beside LoRA's activations lie holes of about their size, to which DoRA and dropout add few. With
+    MALLOC_MMAP_THRESHOLD_=1048576 in the environment there are none, and a step takes half as long again."""
+    if not training.fragmented:
+        return 0.0
+    part = 0.3 if training.kind == "full" else 1.2 if training.half else 1.0  # measured to within 0.2
+    if training.kind != "full" and not training.gradient_checkpointing:
+        training = replace(training, kind="lora", lora=replace(training.lora, dropout=0.0))
+    return part * model.layers * _Kept.of(model, training, grid).layer * grid.tokens
+
+
 TORCH_CHUNK, CUDA_CHUNK, MLX_CHUNK = 48 * 2**20, 2**30, 128 * 2**20  # as in the backends' linear.py
 
 
 @dataclass(frozen=True)
 class _Kept:
-    """Bytes a token, but for the loss."""
+    """Bytes a token, but for the last two."""
 
     layer: float  # for the backward pass of a layer
     layer_input: float  # what gradient checkpointing keeps of it
-    recomputed: float  # layers whole at a time with gradient checkpointing
-    transient: float  # beside that during the backward pass
+    transient: float  # beside that during the backward pass of a layer
+    matrices: float  # of any number of tokens
     loss: float  # of all completion tokens
 
     @classmethod
     def of(cls, model: Architecture, training: Training, grid: Grid) -> "_Kept":
-        d, f = model.hidden, model.inner
+        d, f, size = model.hidden, model.inner, training.size
         q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-        size = 4 if training.dtype == "float32" else 2
-        low_rank = 7 * training.lora.rank * 4 if training.lora else 0
+        inputs, products, matrices, outputs = _inputs(model, training), 0.0, 0.0, 0
+        if training.kind != "full":
+            shapes = model.adapted(training.lora.targets).values()
+            outputs = sum(o for _, o in shapes)
+            products = 4 * training.lora.rank * len(shapes)
+            if training.kind == "dora":  # a magnitude scales both products, and is that of a matrix as large as W
+                products += (size + 4) * outputs
+                matrices = 4.0 * max(3 * i * o + (i * i if training.backend == "torch" else 0) for i, o in shapes)
         logits = grid.completion_tokens * model.vocab * 4
         if training.backend == "mlx":
-            # Besides what PyTorch keeps, one more of F, the attention scores, and copies of what other pages hold.
-            scores, copies = model.heads * grid.width * grid.seen, 2 * kv * grid.seen if grid.seen > 1 else 0
-            layer = size * (5 * f + 4 * d + 2 * q + 2 * kv + scores + copies) + low_rank
-            checkpoint = 2.5 if training.gradient_checkpointing else 1.25
+            # Besides what PyTorch keeps, one more of F, the attention scores, in float32 unless there are masks, and
+            # copies of what other pages hold.
+            scores, copies = 4 * model.heads * grid.width, 0
+            if grid.seen > 1:
+                scores, copies = size * model.heads * grid.width * grid.seen, 2 * size * kv * grid.seen
+            block = size * (4 * f + 2 * d + 2 * q + 2 * kv) + scores + copies
+            widened = 10 * outputs if training.half else 0  # low-rank products, their sums and gradients
             return cls(
-                layer,
+                block + inputs + products,
                 4 * size * d,
-                checkpoint,
-                0 if checkpoint > 2 else 1.25 * layer,
-                _chunked(logits * 5.33, MLX_CHUNK),
+                1.5 * (block + size * (2 * d + f)) + widened,
+                matrices,
+                min(10.0 * logits, MLX_CHUNK),
             )
-        # Residual stream and normed, before attention and MLP; queries, keys, values, attention; gate, its
-        # activation, up and their product.
-        layer = size * (4 * f + 4 * d + 2 * q + 2 * kv) + low_rank + 4 * (model.heads + 2)
-        if size == 2:  # LoRA reads each input anew in float32, and the norms compute in it
-            layer = 10 * f + 28 * d + 8 * q + 4 * kv + low_rank + 4 * (model.heads + 2)
+        # The residual stream before attention and MLP, in float32, and where the norms are trained what they make of
+        # it; queries, keys, values, attention; gate, its activation and up.
+        stream = 4 * (4 if training.kind == "full" else 2) * d
+        layer = stream + size * (3 * f + 2 * q + 2 * kv) + 4 * (model.heads + 2) + inputs + products
         chunk = CUDA_CHUNK if training.device.startswith("cuda") else TORCH_CHUNK
-        return cls(layer, size * d, 1.0, 2 * size * f, _chunked(logits, chunk) + grid.completion_tokens * d * size)
+        loss = _chunked(logits, chunk) + grid.completion_tokens * d * size
+        return cls(layer, size * d, 2 * size * f, matrices, loss)
+
+
+def _inputs(model: Architecture, training: Training) -> float:
+    """Bytes a token of what the linear layers of a layer read, as far as they keep it; attention keeps its own."""
+    size, d, f = training.size, model.hidden, model.inner
+    if training.kind == "full":  # autocast narrows the inputs of each layer anew
+        return size * ((5 if training.half else 2) * d + f)
+    chosen = model.adapted(training.lora.targets)
+    if training.lora.dropout:  # each drops others
+        mask = size if training.backend == "torch" and training.device.startswith("cpu") else 1
+        return (size + mask) * sum(i for i, _ in chosen.values())
+    attention = bool({"q_proj", "k_proj", "v_proj"} & chosen.keys())
+    mlp = bool({"gate_proj", "up_proj"} & chosen.keys())
+    return size * (attention * d + mlp * d + ("down_proj" in chosen) * f)
 
 
 def _chunked(bytes_: float, most: float) -> float:

@@ -13,7 +13,7 @@ import tiny
 from rich.console import Console
 
 from bnf_core.batching import Cut, Example, Rows
-from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, TrainConfig
+from bnf_core.config import DataConfig, FineTuneType, HardwareConfig, LoraConfig, TrainConfig
 from bnf_core.errors import UserError
 from bnf_core.memory import Architecture, Grid, Training, memory
 from bnf_core.tokenization import load_tokenizer
@@ -65,13 +65,32 @@ def _send_runtime(sender: Any, backend: str) -> None:
     sender.send(benchmark(HardwareConfig(backend, "cpu", "float32")).runtime_memory())
 
 
-@pytest.mark.parametrize(("completions", "checkpointing"), [(1, False), (4, False), (1, True)])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "dropout", "completions", "checkpointing"),
+    [
+        ("lora", "float32", 0.0, 1, False),
+        ("lora", "float32", 0.0, 4, False),
+        ("lora", "float32", 0.0, 1, True),
+        ("lora", "bfloat16", 0.0, 1, False),
+        ("dora", "float32", 0.1, 1, False),
+        ("full", "float32", 0.0, 1, False),
+    ],
+)
 def test_the_predicted_peak_is_that_of_a_run(
-    model: Path, backend_name: str, completions: int, checkpointing: bool
+    model: Path,
+    backend_name: str,
+    kind: FineTuneType,
+    dtype: str,
+    dropout: float,
+    completions: int,
+    checkpointing: bool,
 ) -> None:
     count = 16 if backend_name == "torch" else 4  # MLX counts what it allocates, without the libraries
     rows = [random_row(i // completions, 110, 40, VOCAB, i % completions) for i in range(count)]
-    config = settings(model, backend_name, gradient_checkpointing=checkpointing)
+    config = settings(
+        model, backend_name, fine_tune_type=kind, lora=LoraConfig(dropout=dropout), gradient_checkpointing=checkpointing
+    )
+    config = replace(config, hardware=replace(config.hardware, dtype=dtype))
     predicted = plan_run.peak(
         Architecture.of(model),
         plan_run.training_of(config, benchmark(config.hardware)),
@@ -81,6 +100,46 @@ def test_the_predicted_peak_is_that_of_a_run(
         runtime(backend_name),
     )
     assert predicted.total == pytest.approx(peak_memory(config, rows, OURS), rel=0.15)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, 32)])
+def test_a_quantised_checkpoint_takes_what_its_arrays_do(tmp_path: Path, bits: int, group_size: int) -> None:
+    """And the head is widened beside them. Rejects weights counted in bfloat16, which are twice to four times that."""
+    convert = pytest.importorskip("mlx_lm").convert
+    from mlx.utils import tree_flatten
+
+    from bnf_mlx.backend import MLXBackend
+
+    model = tiny.make_model(tmp_path / "model", hidden_size=256, intermediate_size=512)
+    convert(str(model), str(tmp_path / "q"), quantize=True, q_bits=bits, q_group_size=group_size, dtype="bfloat16")
+    engine: Any = MLXBackend().load(tmp_path / "q", device="cpu", dtype="bfloat16")
+    held = sum(x.nbytes for _, x in tree_flatten(engine.model.parameters())) + engine.dequantised.nbytes
+    training = Training("mlx", "cpu", "bfloat16", "lora", LoraConfig())
+    assert memory(Architecture.of(tmp_path / "q"), training, Grid(1, 1, 1)).weights == pytest.approx(held, rel=0.01)
+
+
+def test_bitsandbytes_narrows_the_linear_layers_alone() -> None:
+    model = Architecture.from_config(LLAMA)
+    training = Training("torch", "cuda", "bfloat16", "lora", LoraConfig())
+    whole, narrow = (
+        memory(model, replace(training, load_in_4bit=four), Grid(1, 1, 1)).weights for four in (False, True)
+    )
+    assert whole - narrow == pytest.approx(model.linear_parameters * (2 - 4.127 / 8), rel=1e-4)
+
+
+def test_mlx_on_a_gpu_is_planned_in_the_precision_of_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Measures:
+        def __init__(self, hardware: HardwareConfig):
+            self.dtype, self.device = hardware.dtype, f"Device({hardware.device}, 0)"
+
+    monkeypatch.setattr(plan_run, "benchmark", Measures)
+    model = Architecture.from_config(LLAMA | {"torch_dtype": "bfloat16"})
+    found = [
+        plan_run.measures_of(HardwareConfig("mlx", on, d), model).dtype
+        for on in ("gpu", "cpu")
+        for d in ("auto", "float16")
+    ]
+    assert found == ["bfloat16", "float16", "auto", "float16"]
 
 
 def test_a_plan_counts_rows_tokens_and_steps(tiny_model: Path, feedback: Path, backend_name: str) -> None:
@@ -165,9 +224,11 @@ def test_parameters_are_those_of_the_model(tiny_model: Path) -> None:
 
 def test_adapter_parameters_follow_rank_and_targets() -> None:
     model = Architecture.from_config(LLAMA)
-    assert model.adapter_parameters(4, ["q_proj"]) == 2 * 4 * (32 + 32)
-    assert model.adapter_parameters(4, ["k_proj", "down_proj"]) == 2 * 4 * (32 + 16 + 64 + 32)
-    assert model.adapter_parameters(4, ["all-linear"]) == 2 * 4 * (64 + 48 + 48 + 64 + 96 + 96 + 96)
+    assert model.adapter_parameters(LoraConfig(rank=4, targets=["q_proj"])) == 2 * 4 * (32 + 32)
+    assert model.adapter_parameters(LoraConfig(rank=4, targets=["k_proj", "down_proj"])) == 2 * 4 * (32 + 16 + 64 + 32)
+    assert model.adapter_parameters(LoraConfig(rank=4, targets=["all-linear"])) == 2 * 4 * (
+        64 + 48 + 48 + 64 + 96 + 96 + 96
+    )
 
 
 @pytest.mark.parametrize("change", [{"num_experts": 8}, {"intermediate_size": None}, {"mamba_d_state": 16}])
@@ -178,10 +239,10 @@ def test_a_model_that_the_formulae_do_not_know_is_refused(change: dict[str, Any]
 
 def test_memory_grows_with_what_it_depends_on() -> None:
     model = Architecture.from_config(LLAMA)
-    training = Training("torch", "cpu", "float32", LoraConfig())
+    training = Training("torch", "cpu", "float32", "lora", LoraConfig())
     few, many = (memory(model, training, Grid(rows, 64, 32 * rows)) for rows in (2, 4))
     assert many.activations == 2 * few.activations and many.weights == few.weights
-    full = memory(model, replace(training, lora=None), Grid(2, 64, 64))
+    full = memory(model, replace(training, kind="full"), Grid(2, 64, 64))
     assert full.trained == 12 * model.parameters
     half = memory(model, replace(training, dtype="bfloat16"), Grid(2, 64, 64))
     assert half.weights == few.weights / 2 and half.activations < few.activations

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from bnf_core.batching import Cut, Rows, micro_batches
-from bnf_core.config import TrainConfig
+from bnf_core.config import HardwareConfig, TrainConfig
 from bnf_core.errors import UserError
 from bnf_core.memory import Architecture, Grid, Memory, Training, memory
 from bnf_core.model_folder import resolve_model
@@ -56,7 +56,7 @@ def plan_run(config: TrainConfig, console: Console) -> Plan:
     data = load_training_data(config, load_tokenizer(folder), console)
     if data.examples is None:
         raise UserError("streamed data cannot be planned: nobody knows how long the rows are. Leave out data.streaming")
-    measures = benchmark(config.hardware)
+    measures = measures_of(config.hardware, model)
     training = training_of(config, measures)
     runtime, free = measures.runtime_memory(), measures.free_memory()
 
@@ -85,6 +85,14 @@ def plan_run(config: TrainConfig, console: Console) -> Plan:
     return result
 
 
+def measures_of(hardware: HardwareConfig, model: Architecture) -> Any:
+    """The backend's Benchmark, in the precision of the run: `auto` is the checkpoint's own on MLX's GPU."""
+    measures = benchmark(hardware)
+    if hardware.backend == "mlx" and hardware.dtype == "auto" and "gpu" in str(measures.device):
+        return benchmark(replace(hardware, dtype=cast(Any, model.dtype)))
+    return measures
+
+
 def training_of(config: TrainConfig, measures: Any) -> Training:
     """What the formulae need to know of a run on the device that is measured."""
     facts = measures.facts()
@@ -95,7 +103,9 @@ def training_of(config: TrainConfig, measures: Any) -> Training:
         backend=config.hardware.backend,
         device=device,
         dtype=facts["dtype"],
-        lora=None if config.fine_tune_type == "full" else config.lora,
+        kind=config.fine_tune_type,
+        lora=config.lora,
+        load_in_4bit=config.hardware.load_in_4bit,
         gradient_checkpointing=config.gradient_checkpointing,
         fragmented=config.hardware.backend == "torch" and on_cpu and glibc,
     )
@@ -130,7 +140,8 @@ def auto_micro_batch(config: TrainConfig, folder: Path, data: TrainingData, engi
     Raises:
         UserError: not even one row fits, or the formulae do not know this kind of model or data.
     """
-    model, measures = Architecture.of(folder), benchmark(config.hardware)
+    model = Architecture.of(folder)
+    measures = measures_of(config.hardware, model)
     training, cut, free = training_of(config, measures), cut_of(config, engine), measures.free_memory()
     if data.examples is None:
         raise UserError("auto_batch needs rows that are not streamed: set micro_batch_size instead")
