@@ -1,8 +1,8 @@
 """How much memory training takes, from a model's configuration alone: formulae, no measurement.
 
 What each layer keeps for its backward pass was read off the backends with PyTorch's saved-tensor hooks and MLX's peak
-counter, in float32 and over models of different sizes; of half precision only the former. tests/test_plan_run.py
-holds the sums against measured runs.
+counter, in float32 and bfloat16 and over models of different sizes. tests/test_plan_run.py holds the sums against
+measured runs.
 """
 
 import json
@@ -249,7 +249,8 @@ class _Kept:
             products = 4 * training.lora.rank * len(shapes)
             if training.kind == "dora":  # a magnitude scales both products, and is that of a matrix as large as W
                 products += (size + 4) * outputs
-                matrices = 4.0 * max(3 * i * o + (i * i if training.backend == "torch" else 0) for i, o in shapes)
+                eye = training.backend == "torch"  # PEFT multiplies A and B by way of an identity matrix
+                matrices = max((4.0 * (3 * i * o + eye * i * i) for i, o in shapes), default=0.0)
         logits = grid.completion_tokens * model.vocab * 4
         if training.backend == "mlx":
             # Besides what PyTorch keeps, one more of F, the attention scores, in float32 unless there are masks, and
@@ -264,7 +265,7 @@ class _Kept:
                 4 * size * d,
                 1.5 * (block + size * (2 * d + f)) + widened,
                 matrices,
-                min(10.0 * logits, MLX_CHUNK),
+                min(10.0 * logits, MLX_CHUNK),  # MLX runs ahead, and frees late what is small
             )
         # The residual stream before attention and MLP, in float32, and where the norms are trained what they make of
         # it; queries, keys, values, attention; gate, its activation and up.

@@ -246,5 +246,11 @@ def test_memory_grows_with_what_it_depends_on() -> None:
     assert full.trained == 12 * model.parameters
     half = memory(model, replace(training, dtype="bfloat16"), Grid(2, 64, 64))
     assert half.weights == few.weights / 2 and half.activations < few.activations
+    dora, few_targets = replace(training, kind="dora"), LoraConfig(targets=["q_proj", "v_proj"])
+    assert memory(model, dora, Grid(2, 64, 64)).activations > 1.5 * few.activations
+    fewer, none = (
+        memory(model, replace(dora, lora=lora), Grid(2, 64, 64)) for lora in (few_targets, LoraConfig(targets=["x"]))
+    )
+    assert none.activations < fewer.activations < few.activations
     packed = memory(model, replace(training, gradient_checkpointing=True), Grid(2, 64, 64))
     assert packed.activations < few.activations / 4
