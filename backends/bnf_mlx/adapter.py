@@ -4,13 +4,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
-from mlx_lm.tuner.dora import DoRALinear as TheirDoRALinear
-from mlx_lm.tuner.lora import LoRALinear as TheirLoRALinear
 
 from bnf_core.adapters import WEIGHTS, mlx_keys, require_adapter
 from bnf_core.config import FineTuneType, LoraConfig
@@ -35,15 +33,16 @@ class Dropout(nn.Dropout):
         return mx.where(kept, x * (1 / self._p_1), 0)
 
 
-class LoRALinear(TheirLoRALinear):
-    """mlx-lm's layer, whose inputs are kept for the backward pass as they come, in half precision.
+class LoRALinear(nn.Module):
+    """Low-rank adaptation (LoRA, arXiv 2106.09685): W x + scale · B A x, the parameters and the result mlx-lm's.
 
-    Left to itself MLX would keep the float32 copy that the product with A is computed of, one for every adapted layer.
+    Its inputs are kept for the backward pass as they come, in half precision. mlx-lm's own class has MLX keep the
+    float32 copy that the product with A is computed of, one for every adapted layer.
     """
 
     def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float):
-        nn.Module.__init__(self)
-        self.linear = cast(nn.Linear, linear)
+        super().__init__()
+        self.linear = linear
         self.scale = scale
         self.dropout = Dropout(dropout)
         outputs, inputs = dense_weight(linear).shape
@@ -207,12 +206,12 @@ def _config(model: nn.Module, adapted: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _made_ours(model: nn.Module) -> nn.Module:
     """With this module's layers and dropout in the places of mlx-lm's, and in evaluation mode."""
-    classes: dict[type, Any] = {TheirLoRALinear: LoRALinear, TheirDoRALinear: DoRALinear}
     ours = []
     for name, module in _adapted(model):
         module.dropout = Dropout(_dropout(module))
-        if own := classes.get(type(module)):
-            made = own(module.linear, module.lora_a.shape[1], module.scale, _dropout(module))
+        if "linear" in module and module.lora_a.ndim == 2 and not isinstance(module, LoRALinear | DoRALinear):
+            kind: Any = DoRALinear if "m" in module else LoRALinear
+            made = kind(module.linear, module.lora_a.shape[1], module.scale, _dropout(module))
             made.update({key: module[key] for key in ("lora_a", "lora_b", "m") if key in module})
             ours.append((name, made))
     _put(model, ours)
