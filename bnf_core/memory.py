@@ -15,6 +15,7 @@ from bnf_core.batching import Batch
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
 from bnf_core.pages import pages
+from bnf_core.quantization import bits_per_weight
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,9 @@ class Architecture:
     def from_config(cls, config: Mapping[str, Any], name: str = "config") -> "Architecture":
         """
         Raises:
-            UserError: a size is missing, or the layers are mixtures of experts or recurrent.
+            UserError: a size is missing, the layers are mixtures of experts or recurrent, or quantised as MLX cannot.
         """
-        bits = _bits(config.get("quantization"))
+        bits = bits_per_weight(config, name)
         config = config.get("text_config", config)
         needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         absent = [key for key in needed if not isinstance(config.get(key), int)]
@@ -102,7 +103,7 @@ class Architecture:
         return self.linear_parameters + norms + self.vocab * self.hidden * (1 if self.tied else 2)
 
     def adapted(self, targets: list[str]) -> dict[str, tuple[int, int]]:
-        """Those with an adapter: the targets, or with `all-linear` every one."""
+        """The linear layers with an adapter: the targets, or with `all-linear` every one."""
         return {name: shape for name, shape in self.linear.items() if targets == ["all-linear"] or name in targets}
 
     def adapter_parameters(self, lora: LoraConfig, *, dora: bool = False) -> int:
@@ -113,14 +114,6 @@ class Architecture:
         """(tokens, inputs, outputs) of every linear layer in a step, the head on completion tokens alone."""
         layer = [(tokens, i, o) for i, o in self.linear.values()]
         return layer * self.layers + [(completion_tokens, self.hidden, self.vocab)]
-
-
-def _bits(quantization: Mapping[str, Any] | None) -> float | None:
-    """Of a weight, by mlx-lm's entry in a config: a scale to a group, and in the affine mode a bias."""
-    if quantization is None:
-        return None
-    scales = 8 if quantization.get("mode", "affine") != "affine" else 2 * 16
-    return float(quantization["bits"] + scales / quantization["group_size"])
 
 
 @dataclass(frozen=True)
@@ -204,9 +197,8 @@ def memory(model: Architecture, training: Training, grid: Grid, runtime: float =
 
 def _frozen(model: Architecture, training: Training) -> float:
     """Bytes of weights that are not trained."""
-    head = model.vocab * model.hidden * training.size
-    if model.bits is not None and training.backend == "mlx":
-        return model.parameters * model.bits / 8 + head  # which is widened once, for the loss
+    if model.bits is not None and training.backend == "mlx":  # and the head is widened once, for the loss
+        return model.parameters * model.bits / 8 + model.vocab * model.hidden * training.size
     if training.load_in_4bit:  # NF4 in blocks of 64 with scales of 8 bits, and these in blocks of 256
         rest = model.parameters - model.linear_parameters
         return rest * training.size + model.linear_parameters * (4 + 8 / 64 + 32 / (64 * 256)) / 8
@@ -242,15 +234,13 @@ class _Kept:
     def of(cls, model: Architecture, training: Training, grid: Grid) -> "_Kept":
         d, f, size = model.hidden, model.inner, training.size
         q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-        inputs, products, matrices, outputs = _inputs(model, training), 0.0, 0.0, 0
-        if training.kind != "full":
-            shapes = model.adapted(training.lora.targets).values()
-            outputs = sum(o for _, o in shapes)
-            products = 4 * training.lora.rank * len(shapes)
-            if training.kind == "dora":  # a magnitude scales both products, and is that of a matrix as large as W
-                products += (size + 4) * outputs
-                eye = training.backend == "torch"  # PEFT multiplies A and B by way of an identity matrix
-                matrices = max((4.0 * (3 * i * o + eye * i * i) for i, o in shapes), default=0.0)
+        shapes = () if training.kind == "full" else model.adapted(training.lora.targets).values()
+        outputs = sum(o for _, o in shapes)
+        inputs, products, matrices = _inputs(model, training), 4 * training.lora.rank * len(shapes), 0.0
+        if training.kind == "dora":  # a magnitude scales both products, and is that of a matrix as large as W
+            products += (size + 4) * outputs
+            eye = training.backend == "torch"  # PEFT multiplies A and B by way of an identity matrix
+            matrices = max((4.0 * (3 * i * o + eye * i * i) for i, o in shapes), default=0.0)
         logits = grid.completion_tokens * model.vocab * 4
         if training.backend == "mlx":
             # Besides what PyTorch keeps, one more of F, the attention scores, in float32 unless there are masks, and

@@ -64,19 +64,40 @@ def quantization_of(folder: Path) -> Quantization | None:
     Raises:
         UserError: in another mode than affine, or with settings that MLX does not have.
     """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    settings = config.get("quantization")
-    if not isinstance(settings, dict):
+    path = folder / "config.json"
+    settings = _settings(json.loads(path.read_text(encoding="utf-8")), str(path))
+    if settings is None:
         return None
     if (mode := settings.get("mode", "affine")) != "affine":
         raise _unknown_mode(folder, mode)
+    layers = {k: v for k, v in settings.items() if isinstance(v, dict)}
+    return Quantization(folder, settings["group_size"], settings["bits"], layers)
+
+
+def bits_per_weight(config: Mapping[str, Any], name: str) -> float | None:
+    """What a weight of most layers takes by a config, with its group's scale, and in the affine mode its bias; None:
+    MLX did not quantise it.
+
+    Raises:
+        UserError: settings that MLX does not have.
+    """
+    settings = _settings(config, name)
+    if settings is None:
+        return None
+    scales = 2 * 16 if settings.get("mode", "affine") == "affine" else 8
+    return float(settings["bits"] + scales / settings["group_size"])
+
+
+def _settings(config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    settings = config.get("quantization")
+    if not isinstance(settings, dict):
+        return None
     group_size, bits = settings.get("group_size"), settings.get("bits")
     if bits not in BITS or not isinstance(group_size, int):
         raise UserError(
-            f"{folder}: config.json says {bits} bits in groups of {group_size}: expected {', '.join(map(str, BITS))} "
-            "bits and a number"
+            f"{name} says {bits} bits in groups of {group_size}: expected {', '.join(map(str, BITS))} bits and a number"
         )
-    return Quantization(folder, group_size, bits, {k: v for k, v in settings.items() if isinstance(v, dict)})
+    return settings
 
 
 def dequantize(packed: Array, scales: Array, biases: Array, *, group_size: int, bits: int, dtype: str) -> Array:

@@ -125,6 +125,16 @@ def gradients_of(engine: MLXEngine, batches: list[Batch]) -> dict[str, np.ndarra
     return {name: np.sum([np.array(part[name]) for part in parts], axis=0) for name in parts[0]}
 
 
+def peak_and_gradients(engine: MLXEngine, batch: Batch) -> tuple[int, dict[str, np.ndarray]]:
+    """Bytes at the peak of a step, beside what was held before."""
+    gradients_of(engine, [batch])  # whatever is allocated once
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    gradients = gradients_of(engine, [batch])
+    return mx.get_peak_memory() - before, gradients
+
+
 def assert_close(got: dict[str, np.ndarray], want: dict[str, np.ndarray], tolerance: float = 1e-5) -> None:
     assert got.keys() == want.keys()
     top = max(np.abs(g).max() for g in want.values())
@@ -278,14 +288,7 @@ def test_checkpointing_takes_less_memory_and_leaves_the_model_as_it_was():
         engine_of(model_of("llama", num_hidden_layers=8, intermediate_size=128), gradient_checkpointing=on)
         for on in (False, True)
     ]
-    layers, peaks = list(engines[1].model.layers), []
-    for engine in engines:
-        gradients_of(engine, [batch])  # whatever is allocated once
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        gradients_of(engine, [batch])
-        peaks.append(mx.get_peak_memory() - before)
+    layers, peaks = list(engines[1].model.layers), [peak_and_gradients(engine, batch)[0] for engine in engines]
     assert peaks[1] < 0.5 * peaks[0], f"{peaks[1] / 2**20:.1f} of {peaks[0] / 2**20:.1f} MiB"
     assert all(a is b for a, b in zip(layers, engines[1].model.layers, strict=True))
 
@@ -295,19 +298,14 @@ def test_checkpointing_takes_less_memory_and_leaves_the_model_as_it_was():
 )
 def test_an_adapter_keeps_its_inputs_in_half_precision_and_learns_the_same(monkeypatch, kind, compiled, part):
     """Rejects a product, or a gradient of it, computed in bfloat16."""
-    batch, peaks, gradients = collate(examples([(120, 8)] * 2), 2), [], []
+    batch, found = collate(examples([(120, 8)] * 2), 2), []
     for own in (False, True):
         if own:
             monkeypatch.setattr(adapter, "_low_rank", mx.matmul)  # what mlx-lm does
         model = model_of("llama", num_hidden_layers=4, hidden_size=256, head_dim=64)
         model.set_dtype(mx.bfloat16)
-        engine = engine_of(model, kind, compiled=compiled)
-        gradients_of(engine, [batch])
-        mx.clear_cache()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        gradients.append(gradients_of(engine, [batch]))
-        peaks.append(mx.get_peak_memory() - before)
+        found.append(peak_and_gradients(engine_of(model, kind, compiled=compiled), batch))
+    peaks, gradients = zip(*found, strict=True)
     assert peaks[0] < part * peaks[1], [peak / 2**20 for peak in peaks]
     assert_close(gradients[0], gradients[1], 1e-6)
 

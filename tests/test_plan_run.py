@@ -40,8 +40,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_model(tmp_path_factory.mktemp("planned") / "model", **sizes)
 
 
-def settings(model: Path, backend: str, **overrides: Any) -> TrainConfig:
-    hardware = HardwareConfig(backend=backend, device="cpu", dtype="float32")
+def settings(model: Path, backend: str, dtype: Any, **overrides: Any) -> TrainConfig:
+    hardware = HardwareConfig(backend=backend, device="cpu", dtype=dtype)
     return TrainConfig(str(model), DataConfig(""), hardware=hardware, batch_size=16, micro_batch_size=16, **overrides)
 
 
@@ -87,10 +87,8 @@ def test_the_predicted_peak_is_that_of_a_run(
 ) -> None:
     count = 16 if backend_name == "torch" else 4  # MLX counts what it allocates, without the libraries
     rows = [random_row(i // completions, 110, 40, VOCAB, i % completions) for i in range(count)]
-    config = settings(
-        model, backend_name, fine_tune_type=kind, lora=LoraConfig(dropout=dropout), gradient_checkpointing=checkpointing
-    )
-    config = replace(config, hardware=replace(config.hardware, dtype=dtype))
+    lora = LoraConfig(dropout=dropout)
+    config = settings(model, backend_name, dtype, fine_tune_type=kind, lora=lora, gradient_checkpointing=checkpointing)
     predicted = plan_run.peak(
         Architecture.of(model),
         plan_run.training_of(config, benchmark(config.hardware)),
@@ -116,6 +114,12 @@ def test_a_quantised_checkpoint_takes_what_its_arrays_do(tmp_path: Path, bits: i
     held = sum(x.nbytes for _, x in tree_flatten(engine.model.parameters())) + engine.dequantised.nbytes
     training = Training("mlx", "cpu", "bfloat16", "lora", LoraConfig())
     assert memory(Architecture.of(tmp_path / "q"), training, Grid(1, 1, 1)).weights == pytest.approx(held, rel=0.01)
+
+
+@pytest.mark.parametrize("settings", [{"bits": 4}, {"bits": 7, "group_size": 64}])
+def test_a_quantisation_that_mlx_does_not_have_is_refused(settings: dict[str, int]) -> None:
+    with pytest.raises(UserError, match="expected 2, 3, 4"):
+        Architecture.from_config(LLAMA | {"quantization": settings})
 
 
 def test_bitsandbytes_narrows_the_linear_layers_alone() -> None:

@@ -50,14 +50,17 @@ class LoRALinear(nn.Module):
         self.lora_b = mx.zeros((rank, outputs))
 
     def __call__(self, x: mx.array) -> mx.array:
-        update = _low_rank(self.dropout(x), self.lora_a) @ self.lora_b
-        return self.linear(x) + (self.scale * update).astype(x.dtype)
+        return self.linear(x) + (self.scale * self.low_rank(x)).astype(x.dtype)
+
+    def low_rank(self, x: mx.array) -> mx.array:
+        """B A x in float32, (..., out)."""
+        return _low_rank(self.dropout(x), self.lora_a) @ self.lora_b
 
 
 _low_rank = mx.checkpoint(mx.matmul)  # x A, for which the backward pass widens x (..., in) again
 
 
-class DoRALinear(nn.Module):
+class DoRALinear(LoRALinear):
     """Weight-decomposed low-rank adaptation (DoRA, arXiv 2402.09353), in the form in which PEFT computes it.
 
         y = (m / ‖W + scale · B A‖) · (W + scale · B A) x + bias        norms of rows, without gradient (section 4.3)
@@ -68,22 +71,15 @@ class DoRALinear(nn.Module):
     """
 
     def __init__(self, linear: nn.Module, rank: int, scale: float, dropout: float):
-        super().__init__()
-        self.linear = linear
-        self.scale = scale
-        self.dropout = Dropout(dropout)
-        weight = dense_weight(linear)
-        self.m = mx.linalg.norm(weight.astype(mx.float32), axis=1)  # (out,)
-        self.lora_a = mx.zeros((weight.shape[1], rank))
-        self.lora_b = mx.zeros((rank, weight.shape[0]))
+        super().__init__(linear, rank, scale, dropout)
+        self.m = mx.linalg.norm(dense_weight(linear).astype(mx.float32), axis=1)  # (out,)
 
     def __call__(self, x: mx.array) -> mx.array:
         adapted = dense_weight(self.linear) + (self.scale * self.lora_b.T) @ self.lora_a.T  # (out, in)
         stretch = self.m / mx.stop_gradient(mx.linalg.norm(adapted, axis=1))  # (out,)
         base = self.linear(x)
         product = base - self.linear.bias if "bias" in self.linear else base
-        update = _low_rank(self.dropout(x), self.lora_a) @ self.lora_b
-        return base + ((stretch - 1) * product + (stretch * self.scale) * update).astype(x.dtype)
+        return base + ((stretch - 1) * product + (stretch * self.scale) * self.low_rank(x)).astype(x.dtype)
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, seed: int, kind: FineTuneType = "lora") -> nn.Module:
@@ -120,7 +116,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int, kind: FineTuneT
     for name, module in _adapted(model):
         a = initial_lora_a(name, config.rank, dense_weight(module.linear).shape[1], seed)  # (r, in)
         module.lora_a = mx.array(a.T)  # (in, r)
-    return _made_ours(model)
+    model.eval()  # new modules are in training mode, and would drop inputs
+    return model
 
 
 def new_dropout(model: nn.Module, key: mx.array) -> None:
@@ -208,12 +205,13 @@ def _made_ours(model: nn.Module) -> nn.Module:
     """With this module's layers and dropout in the places of mlx-lm's, and in evaluation mode."""
     ours = []
     for name, module in _adapted(model):
-        module.dropout = Dropout(_dropout(module))
-        if "linear" in module and module.lora_a.ndim == 2 and not isinstance(module, LoRALinear | DoRALinear):
-            kind: Any = DoRALinear if "m" in module else LoRALinear
+        if "linear" in module and module.lora_a.ndim == 2:  # not those of experts or embeddings
+            kind = DoRALinear if "m" in module else LoRALinear
             made = kind(module.linear, module.lora_a.shape[1], module.scale, _dropout(module))
             made.update({key: module[key] for key in ("lora_a", "lora_b", "m") if key in module})
             ours.append((name, made))
+        else:
+            module.dropout = Dropout(_dropout(module))
     _put(model, ours)
     model.eval()  # new modules are in training mode, and would drop inputs
     return model

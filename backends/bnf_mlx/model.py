@@ -151,9 +151,10 @@ def head_is_linear(model: nn.Module) -> bool:
         body, head = text.model, _head(model)
         if type(head) not in MATRICES or "bias" in head:
             return False
-        text.model = _Answering(body, body(ids).astype(mx.float32))
+        states = body(ids).astype(mx.float32)
+        text.model = _Answering(body, states)
         try:
-            logits, states = model(ids), text.model(ids)
+            logits = model(ids)
         finally:
             text.model = body
     except (AttributeError, TypeError, ValueError):  # no such parts: the model's own logits it is

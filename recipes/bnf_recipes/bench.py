@@ -165,8 +165,7 @@ class Measurement:
         """Write page and picture."""
         replace_file(self.path.with_suffix(".md"), page)
         save(figure, self.path.with_suffix(".png"))
-        self.console.print(f"figures  {self.path}", highlight=False, markup=False)
-        for kind, suffix in (("page", ".md"), ("picture", ".png")):
+        for kind, suffix in (("figures", ".json"), ("page", ".md"), ("picture", ".png")):
             self.console.print(f"{kind:<8} {self.path.with_suffix(suffix)}", highlight=False, markup=False)
         if not whole:
             self.console.print(
