@@ -30,7 +30,7 @@ $(VENV)/.model: $(INSTALLED)
 # MLX on Linux comes with a BLAS some sixty times slower than OpenBLAS, which `bnf` preloads where it finds it.
 openblas: $(INSTALLED)
 	@if [ "$$(uname -s)" = Linux ] && [ "$(BACKEND)" = mlx ] && \
-	   ! $(BIN)/python -c 'import sys; from bnf_recipes.blas import find_openblas; sys.exit(not find_openblas())'; then \
+	   ! $(BIN)/python -c 'import sys; from bnf_mlx.blas import find_openblas; sys.exit(not find_openblas())'; then \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	    apt-get update -qq && apt-get install -y -qq libopenblas0-pthread; \
 	  else \

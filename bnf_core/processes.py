@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bnf_core.batching import Array
 from bnf_core.errors import UserError
+from bnf_core.types import Array
 
 
 class Processes:

@@ -4,27 +4,17 @@ Every array that crosses this line is NumPy, so neither side needs to know the o
 N counts completion tokens, V the vocabulary, D the hidden size, B rows, T positions.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from numpy.typing import NDArray
-
-from bnf_core.batching import Batch, Example, Position
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
-from bnf_core.pieces import Piece
+from bnf_core.models.adapters import Layout
+from bnf_core.models.architecture import Grid
 from bnf_core.processes import Processes
-
-Array = NDArray[Any]
-
-
-class TokenStats(NamedTuple):
-    """What is known of each completion token, detached, float32, (N,); arrays of whichever framework made it."""
-
-    log_odds: Any
-    other_entropy: Any
-    token_loss: Any
+from bnf_core.storage.shards import Piece
+from bnf_core.types import Array, Batch, TokenStats
 
 
 @dataclass(frozen=True)
@@ -93,25 +83,9 @@ class Losses(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Step:
-    """All that one optimizer step needs, as this process sees it."""
-
-    number: int  # from 0
-    learning_rate: float
-    batches: list[tuple[Batch, Array]]  # this process's micro-batches, each with its ref_log_odds (N,)
-    examples: list[Example]  # of the global batch
-    position: Position  # where the data go on after this step
-
-
-# Called after every step, by every process: the step, the token statistics of its micro-batches, the global norm of
-# the gradient before clipping. Where the norm is not finite the step was not taken.
-Done = Callable[[Step, list[TokenStats], float], None]
-
-
 class Engine(Protocol):
     """A loaded model that can be trained, alone or as one of the `processes` of a run; then all of them must call
-    every method, in the same order. Only `fit` may draw random numbers, for dropout."""
+    every method, in the same order. Only `step` may draw random numbers, for dropout."""
 
     processes: Processes
     dtype: str  # of the weights that are not trained, or of all: float32, bfloat16 or float16
@@ -134,10 +108,22 @@ class Engine(Protocol):
         """Token statistics of the policy without gradients, as NumPy float32 (N,)."""
         ...
 
-    def fit(self, steps: Iterator[Step], done: Done, max_grad_norm: float | None) -> None:
-        """Take optimizer steps: the gradient of Σ coefficients · ℓ over all micro-batches and processes, clipped,
-        then AdamW. A step whose loss or gradient is not finite is not taken. Whatever `done` or `steps` raises ends
-        the training, and the model is as the last step left it."""
+    def step(
+        self, batches: Sequence[tuple[Batch, Array]], learning_rate: float, max_grad_norm: float | None
+    ) -> tuple[list[TokenStats], float]:
+        """Take one optimizer step: the gradient of Σ coefficients · ℓ over all micro-batches and processes, clipped,
+        then AdamW. A step whose loss or gradient is not finite is not taken.
+
+        Args:
+            batches: this process's micro-batches, each with its ref_log_odds (N,).
+            learning_rate: of this step.
+            max_grad_norm: clip the gradient to this norm; None: do not.
+        Returns:
+            the token statistics of each micro-batch as NumPy float32 (N,), and the global norm of the gradient before
+            clipping: not finite where the step was not taken.
+        Raises:
+            RuntimeError: the engine was loaded without anything to train and an optimizer.
+        """
         ...
 
     def state(self) -> dict[str, Array | Piece]:
@@ -162,11 +148,88 @@ class Engine(Protocol):
         ...
 
 
+class Inspector(Protocol):
+    """A model in float32 on the CPU, opened up for `bnf check-model`. Its modules go by
+    `bnf_core.models.model_config.module_path`, the same on every backend."""
+
+    def linear_layers(self) -> set[str]:
+        """Paths of what an adapter can be put on by name."""
+        ...
+
+    def trace(self, input_ids: Array) -> dict[str, tuple[Array, Array]]:
+        """First input and output of every module that is called for input_ids (B, T) int32, by path, in the order in
+        which they finish; the model itself is the path ""."""
+        ...
+
+    def observe(self, batch: Batch, lora: LoraConfig, seed: int) -> tuple[Array, Array, float, dict[str, Array]]:
+        """One training step's numbers with an adapter whose A and B are both drawn by `bnf_core.models.lora`.
+
+        Returns:
+            The log-odds without and with the adapter, (N,) each, the BNF loss, and the gradients by path: of
+            `….lora_a` (r, in), of `….lora_b` (out, r).
+        """
+        ...
+
+
+class Measures(Protocol):
+    """What a device has and what it does: memory and the speed of matrix products, for `bnf plan` and benchmarks."""
+
+    device: Any
+    memory: str  # what its figures count, in words
+    over_products: float  # seconds of a training step beside those of its bare matrix products, as benchmarks found
+
+    def facts(self) -> dict[str, str]:
+        """What a figure depends on, by name: `device`, `dtype`, versions."""
+        ...
+
+    def grid(self, batch: Batch) -> Grid:
+        """The sizes of a micro-batch as this backend computes it."""
+        ...
+
+    def products(self, shapes: Sequence[tuple[int, int, int]], *, train_weights: bool) -> Callable[[], None]:
+        """The matrix products that linear layers cannot do without, forward and backward and nothing else.
+
+        Args:
+            shapes: (tokens, inputs, outputs) of each layer.
+            train_weights: the gradient of the weights as well: three products a layer instead of two.
+        """
+        ...
+
+    def extra_memory(self, job: Callable[[], None]) -> float:
+        """Peak bytes of a job beyond what was held before; NaN where that cannot be told."""
+        ...
+
+    def peak_memory(self) -> float:
+        """Of this process so far, bytes."""
+        ...
+
+    def free_memory(self) -> float:
+        """Bytes that a run could still take; NaN where that cannot be told."""
+        ...
+
+    def runtime_memory(self) -> float:
+        """Bytes that this process holds by now, as `memory` counts them."""
+        ...
+
+    def wait(self) -> None:
+        """Until everything that was started is done."""
+        ...
+
+
 @runtime_checkable
 class Backend(Protocol):
-    """Found through the entry-point group `bnf.backends`; constructed without arguments."""
+    """Found through the entry-point group `bnf.backends`; constructed without arguments.
+
+    Making one, `name`, `requires`, `adapter_layout` and `prepare` need nothing but the core: no framework is loaded
+    before it is known to be there, and `prepare` has run."""
 
     name: str
+    requires: Sequence[str]  # packages without which it cannot run, as they are imported
+    adapter_layout: Layout | None  # of the adapters that it saves, loads and fuses; None: it has none
+
+    def prepare(self) -> None:
+        """Called once by a command, before the framework is loaded. It may start the process again."""
+        ...
 
     def losses(self, device: str = "auto") -> Losses: ...
 
@@ -205,4 +268,35 @@ class Backend(Protocol):
 
     def describe(self) -> dict[str, str]:
         """Versions, devices and measured facts for `bnf doctor`, plain text by name."""
+        ...
+
+    def notes(self, model: Path) -> list[str]:
+        """What to know of this checkpoint on this backend, in words; nothing for a family known to be right."""
+        ...
+
+    def inspector(self, model: Path) -> Inspector:
+        """Open a checkpoint folder for comparison.
+
+        Raises:
+            UserError: the model cannot be loaded.
+        """
+        ...
+
+    def measures(self, device: str = "auto", dtype: str = "auto", own_dtype: str | None = None) -> Measures:
+        """Of a device in a precision, as `--device` and `--dtype` name them.
+
+        Args:
+            own_dtype: the checkpoint's, where `auto` may mean that.
+        """
+        ...
+
+    def fuse(self, model: Path, adapter: Path, output: Path, *, dtype: str, dequantize: bool) -> None:
+        """Write a model and an adapter of this backend's layout as one model into the folder `output`, which is there.
+
+        Args:
+            dtype: of the weights written, or of the scales of quantised ones.
+            dequantize: write plain weights of a quantised model.
+        Raises:
+            UserError: the model cannot be loaded, or the adapter does not fit it.
+        """
         ...

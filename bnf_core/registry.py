@@ -6,11 +6,10 @@ import platform
 from importlib.metadata import entry_points
 
 from bnf_core.errors import UserError
+from bnf_core.models.adapters import Layout
 from bnf_core.protocol import Backend
 
 GROUP = "bnf.backends"
-# The packages without which a backend that ships here cannot run: missing ones are named before an import fails.
-NEEDS = {"torch": ("torch", "peft"), "mlx": ("mlx", "mlx_lm")}
 
 
 def names() -> list[str]:
@@ -19,8 +18,10 @@ def names() -> list[str]:
 
 
 def missing(name: str) -> list[str]:
-    """Packages that the named backend lacks here."""
-    return [package for package in NEEDS.get(name, ()) if importlib.util.find_spec(package) is None]
+    """Packages that the named backend lacks here, by its own account (`Backend.requires`)."""
+    point = next((point for point in entry_points(group=GROUP) if point.name == name), None)
+    requires = getattr(point.load(), "requires", ()) if point else ()
+    return [package for package in requires if importlib.util.find_spec(package) is None]
 
 
 def choose(name: str = "auto") -> str:
@@ -36,6 +37,20 @@ def choose(name: str = "auto") -> str:
         if not missing(candidate):
             return candidate
     raise UserError("no backend is installed: pip install 'bnf-align[torch]' or 'bnf-align[mlx]'")
+
+
+def for_layout(layout: Layout) -> Backend:
+    """The installed backend whose adapters have this layout.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [point.name for point in entry_points(group=GROUP) if getattr(point.load(), "adapter_layout", "") == layout]
+    here = [name for name in sorted(found) if not missing(name)]
+    if not here:
+        wanted = " or ".join(f"'bnf-align[{name}]'" for name in sorted(found)) or "a backend for it"
+        raise UserError(f"no backend for adapters of {layout} is installed: pip install {wanted}")
+    return get(here[0])
 
 
 def get(name: str = "auto") -> Backend:

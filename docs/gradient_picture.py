@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from bnf_align.run.pictures import save
 from bnf_core import oracle
-from bnf_recipes.pictures import save
 
 OUTPUT = Path(__file__).with_name("bnf_gradient.png")
 REFERENCES = {0.2: ("#E69F00", "-"), 0.6: ("#009E73", "--"), 0.9: ("#0072B2", "-.")}  # r: colour, line

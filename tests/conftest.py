@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 import tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing under test may reach for a network

@@ -23,8 +23,9 @@ from unittest import mock
 import numpy as np
 from safetensors.numpy import load_file
 
-from bnf_core import batching, plan
-from bnf_core.batching import Array, Batch
+from bnf_core.steps import batching
+from bnf_core.steps import steps as plan
+from bnf_core.types import Array, Batch
 
 # A constant, large learning rate: the weights must move, or nothing is shown. AdamW divides by √v + epsilon; with the
 # usual 1e-8 the round-off of a gradient that ought to be zero becomes a whole step, and no scale of the gradient shows
@@ -169,7 +170,7 @@ def averaged_gradients() -> Iterator[None]:
         with mock.patch.object(trainer, "sum_over", averaged):
             yield
     else:
-        from bnf_torch.model import ScoredModel
+        from bnf_torch.scored import ScoredModel
 
         forward = ScoredModel.forward
 
@@ -320,7 +321,7 @@ class Runs:
 
 def command(words: Sequence[str], patch: str = "") -> int:
     """Exit code of a command in this process, which it would otherwise replace where OpenBLAS is to be preloaded."""
-    from bnf_recipes import cli
+    from bnf_align import cli
 
     with PATCHES[patch](), mock.patch.dict(os.environ, LD_PRELOAD=os.environ.get("LD_PRELOAD", "")):
         return cli.run(words)

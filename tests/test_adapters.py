@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import tiny
 
 torch = pytest.importorskip("torch")
@@ -22,10 +23,10 @@ from mlx_lm import convert
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from safetensors.numpy import load_file, save_file
 
-from bnf_core.adapters import matrix_shapes, mlx_keys, read_adapter
+from bnf_align import cli
+from bnf_core.models.adapters import matrix_shapes, mlx_keys, read_adapter
 from bnf_mlx import adapter as mlx_adapter
 from bnf_mlx import model as mlx_model
-from bnf_recipes import cli
 from bnf_torch import adapter as torch_adapter
 from bnf_torch import model as torch_model
 

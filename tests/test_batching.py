@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnf_core.batching import Batch, Cut, Example, Rows, collate, epoch_order, micro_batches
+from bnf_core.steps.batching import Cut, Rows, collate, epoch_order, micro_batches
+from bnf_core.types import Batch, Example
 
 PAD = 999
 KEY = 3912133894988409304

@@ -12,14 +12,18 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from benchmarks import figures as bench
+from benchmarks import growth as bench_growth
+from benchmarks import loss as bench_loss
+from benchmarks import step as bench_step
+from benchmarks.figures import FLOOR, Case, Figures, MeasureConfig, Measurement, lines
+from benchmarks.interleaved import ContenderFailed, Work, apart, repeated, rounds
+from benchmarks.loss import BenchLossConfig
 from bnf_core import oracle
-from bnf_core.batching import Example, pairs
 from bnf_core.config import DataConfig, HardwareConfig
 from bnf_core.errors import UserError
-from bnf_recipes import bench, bench_growth, bench_loss, bench_step
-from bnf_recipes.bench import FLOOR, Case, Figures, MeasureConfig, Measurement, lines
-from bnf_recipes.bench_loss import BenchLossConfig
-from bnf_recipes.interleaved import ContenderFailed, Work, apart, repeated, rounds
+from bnf_core.steps.batching import pairs
+from bnf_core.types import Example
 
 QUIET = Console(quiet=True)
 
@@ -59,7 +63,7 @@ def test_a_process_of_its_own_gives_a_number_or_says_why_not() -> None:
 
 def test_only_a_contenders_own_work_is_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("bnf_recipes.interleaved.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("benchmarks.interleaved.time.perf_counter", lambda: clock[0])
 
     def contender(seconds: float) -> Work:
         def job() -> None:
@@ -170,7 +174,7 @@ def test_an_interrupted_measurement_goes_on(tmp_path: Path) -> None:
 
 def test_seconds_are_those_of_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr("bnf_recipes.interleaved.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("benchmarks.interleaved.time.perf_counter", lambda: clock[0])
 
     def job() -> None:
         clock[0] += 3.0
@@ -282,7 +286,7 @@ def test_a_step_is_measured_on_each_backend(
 def test_the_first_epoch_computes_the_reference_in_every_step(
     tiny_model: Path, feedback: Path, tmp_path: Path, backend_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bnf_core.reference import ReferenceCache
+    from bnf_core.steps.reference import ReferenceCache
 
     computed: list[int] = []
     learn = ReferenceCache._learn

@@ -7,20 +7,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from rich.console import Console
+
+import tiny
 
 pytest.importorskip("torch")
 pytest.importorskip("mlx_lm")
 
-import bnf_mlx.inspect
+import bnf_mlx.inspection
 import bnf_mlx.model
-import bnf_torch.inspect
-from bnf_core import registry
-from bnf_core.errors import UserError
-from bnf_core.families import mlx_config
-from bnf_recipes import cli
-from bnf_recipes.check_model import (
+import bnf_torch.inspection
+from bnf_align import cli
+from bnf_align.commands.check_model import (
     INPUT,
     OUTPUT,
     Comparison,
@@ -33,6 +31,9 @@ from bnf_recipes.check_model import (
     shared_targets,
     verdict,
 )
+from bnf_core import registry
+from bnf_core.errors import UserError
+from bnf_core.models.model_config import full_config
 
 GEMMA2 = {"head_dim": 8, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 3.0, "sliding_window": 64}
 
@@ -77,7 +78,7 @@ def test_agreement_is_exit_code_0_and_the_report_holds_every_module(
 def test_the_rope_trap_is_found_when_the_loader_does_not_see_to_it(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bnf_mlx.model, "mlx_config", lambda folder: json.loads((folder / "config.json").read_text()))
+    monkeypatch.setattr(bnf_mlx.model, "full_config", lambda folder: json.loads((folder / "config.json").read_text()))
     report = tmp_path / "check.json"
     assert cli.run(["check-model", str(tiny_model), "--backends", "torch,mlx", "--report", str(report)]) == 1
     out = capsys.readouterr().out
@@ -97,7 +98,7 @@ def test_rows_of_feedback_are_compared(tiny_model: Path, feedback: Path, capsys:
 
 
 def changed(**changes: Any) -> Callable[[Path], dict[str, Any]]:
-    return lambda folder: mlx_config(folder) | changes
+    return lambda folder: full_config(folder) | changes
 
 
 @pytest.mark.parametrize(
@@ -165,22 +166,22 @@ def test_a_config_read_wrongly_is_named(
 ) -> None:
     folder = model_of(tmp_path, family, settings)
     assert checked(folder).agree
-    monkeypatch.setattr(bnf_mlx.model, "mlx_config", mistake)
+    monkeypatch.setattr(bnf_mlx.model, "full_config", mistake)
     text = told(checked(folder))
     assert f"The first to part is {module}" in text
     assert cause in text
 
 
 def test_a_tensor_that_differs_is_found_in_its_module(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    load = bnf_mlx.inspect.load_model
+    load = bnf_mlx.inspection.load_model
 
     def rounded(*args: Any) -> Any:
         model = load(*args)
         layer = model.layers[1].mlp.up_proj
-        layer.weight = layer.weight.astype(bnf_mlx.inspect.mx.bfloat16).astype(bnf_mlx.inspect.mx.float32)
+        layer.weight = layer.weight.astype(bnf_mlx.inspection.mx.bfloat16).astype(bnf_mlx.inspection.mx.float32)
         return model
 
-    monkeypatch.setattr(bnf_mlx.inspect, "load_model", rounded)
+    monkeypatch.setattr(bnf_mlx.inspection, "load_model", rounded)
     text = told(checked(tiny_model))
     assert "The first to part is layers.1.mlp.up_proj" in text
     assert "its weights: dtype, quantisation" in text
@@ -189,13 +190,13 @@ def test_a_tensor_that_differs_is_found_in_its_module(tiny_model: Path, monkeypa
 def test_a_loss_with_the_right_value_and_the_wrong_gradient_is_found(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bnf_mlx.inspect import bnf_token_loss, mx
+    from bnf_mlx.inspection import bnf_token_loss, mx
 
     def half_the_gradient(odds: Any, entropy: Any, reference: Any) -> Any:
         loss = bnf_token_loss(odds, entropy, reference)
         return (loss + mx.stop_gradient(loss)) / 2
 
-    monkeypatch.setattr(bnf_mlx.inspect, "bnf_token_loss", half_the_gradient)
+    monkeypatch.setattr(bnf_mlx.inspection, "bnf_token_loss", half_the_gradient)
     result = checked(tiny_model)
     assert [c.agrees for c in result.comparisons] == [True, True, True, False]
     assert result.divergence is None
@@ -203,8 +204,8 @@ def test_a_loss_with_the_right_value_and_the_wrong_gradient_is_found(
 
 
 def test_another_adapter_is_found_though_no_module_parts(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = bnf_mlx.inspect.initial_lora_a
-    monkeypatch.setattr(bnf_mlx.inspect, "initial_lora_a", lambda module, *rest: draw(module + "?", *rest))
+    draw = bnf_mlx.inspection.initial_lora_a
+    monkeypatch.setattr(bnf_mlx.inspection, "initial_lora_a", lambda module, *rest: draw(module + "?", *rest))
     result = checked(tiny_model)
     assert [c.agrees for c in result.comparisons[:2]] == [True, False]
     assert result.divergence is None
@@ -261,7 +262,7 @@ def test_the_gradients_of_a_and_b_both_count_and_rounding_of_small_ones_does_not
 
 def test_looking_leaves_the_model_as_it_was(tiny_model: Path) -> None:
     ids = np.arange(12, dtype=np.int32)[None]
-    for inspect in (bnf_torch.inspect.Inspector, bnf_mlx.inspect.Inspector):
+    for inspect in (bnf_torch.inspection.Inspector, bnf_mlx.inspection.Inspector):
         looked_into = inspect(tiny_model)
         first = looked_into.trace(ids)
         assert list(first)[-1] == "" and first["layers.1.mlp"][1].shape == (1, 12, 32)

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 from safetensors.numpy import load_file, save_file
 
+import tiny
+from bnf_align import cli
+from bnf_align.commands.check_run import compare, read_run, update_error
 from bnf_core import registry
-from bnf_core.adapters import LowRank
-from bnf_recipes import cli
-from bnf_recipes.check_run import compare, read_run, update_error
+from bnf_core.models.adapters import LowRank
 
 STEPS = 20
 

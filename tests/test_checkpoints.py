@@ -19,14 +19,16 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from bnf_core import checkpoints, pieces
-from bnf_core.batching import Array, Example
-from bnf_core.checkpoints import Checkpoint, Checkpoints, changes, files_digest, model_digest, rows_digest, run_facts
 from bnf_core.config import DataConfig, TrainConfig
 from bnf_core.errors import UserError
-from bnf_core.files import agreed, replacing
-from bnf_core.pieces import Piece, State, StoredArrays, require_same_shapes, under
 from bnf_core.processes import ALONE, Processes
+from bnf_core.storage import checkpoints
+from bnf_core.storage import shards as pieces
+from bnf_core.storage.checkpoints import Checkpoint, Checkpoints, changes, run_facts
+from bnf_core.storage.digests import files_digest, model_digest, rows_digest
+from bnf_core.storage.files import agreed, replacing
+from bnf_core.storage.shards import Piece, State, StoredArrays, require_same_shapes, under
+from bnf_core.types import Array, Example
 
 
 class Together(Processes):
@@ -432,7 +434,7 @@ def _save_and_die(folder: Path, gathered: Path, rank: int, barrier: Any, step: i
 @pytest.fixture(scope="module")
 def run_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path, int, int | None], list[int]]]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bnf_core.checkpoints", "pytest"])
+    context.set_forkserver_preload(["bnf_core.storage.checkpoints", "pytest"])
 
     def run(folder: Path, step: int, dying: int | None = None) -> list[int]:
         barrier, gathered = context.Barrier(2), tmp_path_factory.mktemp("gathered")

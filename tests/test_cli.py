@@ -5,9 +5,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny
 
-from bnf_recipes import cli
+import tiny
+from bnf_align import cli
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:

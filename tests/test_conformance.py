@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import wrong_backends as wrong
 from safetensors.numpy import load_file
-from wrong_backends import NumpyBackend, OracleLosses
 
+import wrong_backends as wrong
+from bnf_align import cli
 from bnf_conformance import checks, runner, tolerances, vectors
 from bnf_conformance.page import to_html
 from bnf_conformance.report import Report, to_json
@@ -27,7 +27,7 @@ from bnf_conformance.tolerances import Tolerances
 from bnf_core import registry
 from bnf_core.errors import UserError
 from bnf_core.protocol import BatchResult, DenseResult
-from bnf_recipes import cli
+from wrong_backends import NumpyBackend, OracleLosses
 
 ROOT = Path(__file__).parents[1]
 
@@ -473,7 +473,7 @@ def test_the_example_backend_conforms_once_it_is_installed(tmp_path: Path) -> No
     command = [
         sys.executable,
         "-m",
-        "bnf_recipes.cli",
+        "bnf_align.cli",
         "conformance",
         "--backend",
         "example",
@@ -497,7 +497,7 @@ def test_the_example_backend_knows_no_code_of_this_project_but_the_protocol() ->
     imported = re.findall(r"^(?:from|import) (\S+)", (ROOT / "conformance/example/bnf_example.py").read_text(), re.M)
     assert {name for name in imported if name.startswith("bnf")} <= {
         "bnf_core.protocol",
-        "bnf_core.batching",
+        "bnf_core.steps.batching",
         "bnf_core.errors",
     }
 

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from bnf_align import cli
+from bnf_align.commands import data_check
 from bnf_core.config import DataCheckConfig, DataConfig
+from bnf_core.data.records import Feedback
+from bnf_core.data.sources import load_feedback
+from bnf_core.data.tokenization import Tokenized, load_tokenizer, tokenize
 from bnf_core.errors import UserError
-from bnf_core.records import Feedback
-from bnf_core.sources import load_feedback
-from bnf_core.tokenization import Tokenized, load_tokenizer, tokenize
-from bnf_recipes import cli, data_check
 
 
 def write(path: Path, rows: Sequence[Any]) -> Path:

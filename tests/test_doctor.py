@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from bnf_align.commands import doctor
 from bnf_core import oracle, registry
 from bnf_core.protocol import DenseResult
-from bnf_recipes import doctor
 
 
 class Losses:

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from rich.console import Console
+
+import tiny
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("mlx_lm")
 
-from bnf_core import families
+from bnf_align.commands.check_model import Result, compare, rows, verdict
 from bnf_core.errors import UserError
+from bnf_core.models import model_config
+from bnf_mlx import families
 from bnf_mlx.backend import MLXBackend
-from bnf_mlx.inspect import Inspector
-from bnf_recipes.check_model import Result, compare, rows, verdict
+from bnf_mlx.inspection import Inspector
 
 DOCS = Path(__file__).parents[1] / "docs"
 Settings = dict[str, Any]
@@ -277,7 +279,7 @@ def test_a_known_difference_is_there_and_is_told(
     folder = make(tmp_path, family, settings)
     result = checked(folder)
     assert not result.agree
-    assert any(note in text for text in families.mlx_notes(folder))
+    assert any(note in text for text in families.notes(folder))
     told = "\n".join(line for line in verdict(result) if not line.startswith("note:"))
     assert found in told
     if any(note in text for text in wrong(folder)):
@@ -318,36 +320,36 @@ def test_everything_that_is_claimed_is_tested() -> None:
 def test_rope_settings_move_to_where_mlx_lm_reads_them() -> None:
     llama3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0}
     config = {"rope_parameters": llama3 | {"partial_rotary_factor": 0.5}}
-    normalised = families.normalised_config(config)
+    normalised = model_config.normalised_config(config)
     assert normalised["rope_theta"] == 500000.0
     assert normalised["partial_rotary_factor"] == 0.5
     assert normalised["rope_scaling"]["rope_type"] == normalised["rope_scaling"]["type"] == "llama3"
     assert normalised["rope_scaling"]["low_freq_factor"] == 1.0
     assert list(config) == ["rope_parameters"], "the caller's dictionary is not changed"
     by_layer = {"full_attention": {"rope_theta": 1e6}, "sliding_attention": {"rope_theta": 1e4}}
-    normalised = families.normalised_config({"text_config": {"rope_parameters": by_layer}})["text_config"]
+    normalised = model_config.normalised_config({"text_config": {"rope_parameters": by_layer}})["text_config"]
     assert (normalised["rope_theta"], normalised["rope_local_base_freq"]) == (1e6, 1e4)
     assert normalised["rope_scaling"] is None
-    kept = families.normalised_config({"rope_theta": 7.0, "rope_parameters": {"rope_theta": 8.0}})
+    kept = model_config.normalised_config({"rope_theta": 7.0, "rope_parameters": {"rope_theta": 8.0}})
     assert kept["rope_theta"] == 7.0
 
 
 def test_a_config_of_before_a_renaming_keeps_what_it_says() -> None:
     old = {"model_type": "gpt_neox", "rotary_emb_base": 20_000, "rotary_pct": 0.5}
-    assert families.normalised_config(old).items() >= old.items()
+    assert model_config.normalised_config(old).items() >= old.items()
 
 
 def test_defaults_and_renamed_keys_are_found_inside_a_text_config_too(tmp_path: Path) -> None:
     config = {"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "hidden_size": 48}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    text = families.mlx_config(tmp_path)["text_config"]
+    text = model_config.full_config(tmp_path)["text_config"]
     assert text["hidden_size"] == 48 and text["num_attention_heads"] == 8
     assert (text["rope_theta"], text["rope_local_base_freq"]) == (1e6, 1e4)
 
 
 def test_infinity_is_a_number() -> None:
     config = {"time_step_limit": [0.0, {"__float__": "Infinity"}]}
-    assert families.normalised_config(config)["time_step_limit"] == [0.0, float("inf")]
+    assert model_config.normalised_config(config)["time_step_limit"] == [0.0, float("inf")]
 
 
 @pytest.mark.parametrize(
@@ -361,7 +363,7 @@ def test_infinity_is_a_number() -> None:
     ],
 )
 def test_modules_go_by_one_path(torch_name: str, mlx_name: str, path: str) -> None:
-    assert families.module_path(torch_name) == families.module_path(mlx_name) == path
+    assert model_config.module_path(torch_name) == model_config.module_path(mlx_name) == path
 
 
 # Training
@@ -374,7 +376,7 @@ def test_training_a_family_that_was_not_compared_says_so(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from bnf_recipes import cli
+    from bnf_align import cli
 
     monkeypatch.setenv("LD_PRELOAD", "")
     command = f"train --model {tiny_model} --data {feedback} --max-steps 1 --output {tmp_path}/run --backend"
@@ -388,7 +390,7 @@ def test_training_a_family_that_was_not_compared_says_so(
 def test_training_a_family_known_to_be_wrong_is_refused(
     feedback: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from bnf_recipes import cli
+    from bnf_align import cli
 
     monkeypatch.setenv("LD_PRELOAD", "")
     folder = make(tmp_path / "model", "glm", HEAD | {"vocab_size": 304})
@@ -402,7 +404,7 @@ def test_training_a_family_known_to_be_wrong_is_refused(
 
 
 def described() -> str:
-    """What the tables of bnf_core.families say, for docs/models.md."""
+    """What the tables of bnf_mlx.families say, for docs/models.md."""
     lines = ["## Verified", "", ", ".join(f"`{name}`" for name in sorted(families.VERIFIED)), ""]
     for title, is_wrong in (("Refused on MLX", True), ("Small or conditional differences", False)):
         lines += [f"## {title}", "", "| family | difference |", "|---|---|"]

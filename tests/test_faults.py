@@ -11,14 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 import tiny
+from bnf_align.arguments import parse
+from bnf_align.run.run_folder import RunFolder
+from bnf_core.config import TrainConfig
+from bnf_core.storage.checkpoints import Checkpoints
 from conftest import BACKENDS
 from invariance import BASE, WAYS, Runs, Trajectory, command, free_ports, launch, write_rows
-
-from bnf_core.checkpoints import Checkpoints
-from bnf_core.config import TrainConfig
-from bnf_recipes.arguments import parse
-from bnf_recipes.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_a_reference_of_another_model(runs: Runs, backend_name: str, tmp_path: P
 def test_a_folder_that_another_run_writes_to(runs: Runs, refuses: Refuses) -> None:
     pytest.importorskip("peft")
     words, run = runs.words("torch", "lora", f"{BASE} --save-every 1")
-    endless = [sys.executable, "-m", "bnf_recipes", *changed(words, epochs=100_000)]
+    endless = [sys.executable, "-m", "bnf_align", *changed(words, epochs=100_000)]
     process = subprocess.Popen(endless, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         wait_for_lines(run, 1, process)
@@ -182,8 +182,8 @@ def test_two_processes(runs: Runs, way: str, tmp_path: Path) -> None:
 
 
 LAUNCHERS = {
-    "torch": "torchrun --nproc-per-node 2 --master-port PORT -m bnf_recipes",
-    "mlx": "mlx.launch -n 2 --backend ring --starting-port PORT -- PYTHON -m bnf_recipes",
+    "torch": "torchrun --nproc-per-node 2 --master-port PORT -m bnf_align",
+    "mlx": "mlx.launch -n 2 --backend ring --starting-port PORT -- PYTHON -m bnf_align",
 }
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bnf_align.commands import import_gguf as module
+from bnf_align.commands.import_gguf import RECORD, find_gguf, import_gguf
 from bnf_core.errors import UserError
-from bnf_core.model_folder import resolve_model
-from bnf_recipes import import_gguf as module
-from bnf_recipes.import_gguf import RECORD, find_gguf, import_gguf
+from bnf_core.models.model_folder import resolve_model
 
 gguf = pytest.importorskip("gguf")
 pytest.importorskip("torch")

@@ -21,7 +21,7 @@ def loaded_after(statement: str) -> set[str]:
     [
         "import " + ", ".join(f"bnf_core.{name}" for name in CORE),
         "import bnf_conformance.runner, bnf_conformance.checks",
-        "import bnf_recipes",
+        "import bnf_align",
     ],
 )
 def test_the_core_and_the_conformance_suite_load_no_framework(statement: str) -> None:
@@ -30,7 +30,7 @@ def test_the_core_and_the_conformance_suite_load_no_framework(statement: str) ->
 
 def test_the_core_needs_none_of_the_other_packages() -> None:
     names = loaded_after("import " + ", ".join(f"bnf_core.{name}" for name in CORE))
-    assert names.isdisjoint({"bnf_torch", "bnf_mlx", "bnf_recipes", "bnf_conformance"})
+    assert names.isdisjoint({"bnf_torch", "bnf_mlx", "bnf_align", "bnf_conformance"})
 
 
 def test_a_backend_never_loads_the_other() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from conftest import BACKENDS
 from invariance import ALLOWED, UNSHARED, WAYS, Runs, Trajectory, complaints, launch
 

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from bnf_core.batching import Cut, Example, micro_batches
-from bnf_core.metrics import Meter
 from bnf_core.processes import Processes
-from bnf_core.protocol import TokenStats
+from bnf_core.steps.batching import Cut, micro_batches
+from bnf_core.steps.metrics import Meter
+from bnf_core.types import Example, TokenStats
 
 # Rows of 1, 3 and 2 completion tokens; the first two share a prompt.
 EXAMPLES = [

@@ -17,18 +17,20 @@ pytest.importorskip("mlx_lm")
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from bnf_core.batching import Example, collate
 from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
-from bnf_core.lora import initial_lora_a
-from bnf_core.protocol import Step
+from bnf_core.models.lora import initial_lora_a
+from bnf_core.steps.batching import collate
+from bnf_core.steps.steps import Step
+from bnf_core.types import Example
 from bnf_mlx.adapter import adapter_off, add_adapter, load_adapter, save_adapter
 from bnf_mlx.backend import MLXBackend
 from bnf_mlx.engine import MLXEngine
 from bnf_mlx.linear import linear_bnf_loss, linear_log_odds
 from bnf_mlx.losses import accurate_sum, token_log_odds
-from bnf_mlx.model import head_is_linear, head_weight, load_model
+from bnf_mlx.model import head_weight, load_model
 from bnf_mlx.optimizer import Optimizer
+from bnf_mlx.probes import head_is_linear
 from bnf_mlx.trainer import MicroStep
 
 CPU = mx.Device(mx.cpu)

@@ -18,14 +18,14 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
-from bnf_core.batching import Cut, Example, Rows
 from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.errors import TrainingStopped
-from bnf_core.pieces import Piece
-from bnf_core.plan import my_share, steps
 from bnf_core.processes import ALONE
-from bnf_core.protocol import Step, TokenStats
-from bnf_core.reference import ReferenceCache
+from bnf_core.steps.batching import Cut, Rows
+from bnf_core.steps.reference import ReferenceCache
+from bnf_core.steps.steps import Step, my_share, steps
+from bnf_core.storage.shards import Piece
+from bnf_core.types import Example, TokenStats
 from bnf_mlx import processes as module
 from bnf_mlx.backend import MLXBackend
 

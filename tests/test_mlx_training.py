@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import tiny
 
 mx = pytest.importorskip("mlx.core")
@@ -19,10 +20,11 @@ pytest.importorskip("mlx_lm")
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from bnf_core.batching import Batch, Cut, Example, collate, micro_batches
 from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
-from bnf_core.protocol import Step, TokenStats
+from bnf_core.steps.batching import Cut, collate, micro_batches
+from bnf_core.steps.steps import Step
+from bnf_core.types import Batch, Example, TokenStats
 from bnf_mlx import adapter
 from bnf_mlx.adapter import DoRALinear, add_adapter
 from bnf_mlx.backend import MLXBackend

@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from bnf_core.errors import UserError
-from bnf_core.model_folder import resolve_model
+from bnf_core.models.model_folder import resolve_model
 
 
 @pytest.fixture

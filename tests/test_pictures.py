@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from matplotlib.axes import Axes
 
-from bnf_recipes.pictures import BAD, GOOD, run_figure, run_picture
+from bnf_align.run.pictures import BAD, GOOD, run_figure, run_picture
 
 
 def train(step: int, good: float | None = 0.1, bad: float | None = -0.2, **more: Any) -> dict[str, Any]:
@@ -100,5 +100,5 @@ def test_any_run_gives_a_picture(tmp_path: Path, lines: list[dict[str, Any]]) ->
 
 def test_leaves_the_callers_matplotlib_alone() -> None:
     """In a fresh interpreter, because another test may have loaded pyplot."""
-    code = "import sys; from bnf_recipes.pictures import run_figure; run_figure([])"
+    code = "import sys; from bnf_align.run.pictures import run_figure; run_figure([])"
     subprocess.run([sys.executable, "-c", f"{code}; assert 'matplotlib.pyplot' not in sys.modules"], check=True)

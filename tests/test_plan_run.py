@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from rich.console import Console
 
-from bnf_core.batching import Cut, Example, Rows
+import tiny
+from benchmarks.growth import random_row
+from benchmarks.step import OURS, benchmark, peak_memory
+from bnf_align.commands import plan as plan_run
+from bnf_align.commands.train import train
+from bnf_align.run.feedback import TrainingData, load_split
 from bnf_core.config import DataConfig, FineTuneType, HardwareConfig, LoraConfig, TrainConfig
+from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import UserError
-from bnf_core.memory import Architecture, Grid, Training, memory
-from bnf_core.tokenization import load_tokenizer
-from bnf_recipes import plan_run
-from bnf_recipes.bench_growth import random_row
-from bnf_recipes.bench_step import OURS, benchmark, peak_memory
-from bnf_recipes.feedback import TrainingData, load_split
-from bnf_recipes.train import train
+from bnf_core.models.architecture import Architecture, Grid, Training, memory
+from bnf_core.steps.batching import Cut, Rows
+from bnf_core.types import Example
 
 VOCAB = 4000
 
@@ -180,7 +181,7 @@ def test_auto_batch_takes_what_fits(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from bnf_torch.benchmark import Benchmark
+    from benchmarks.torch_losses import Benchmark
 
     config = TrainConfig(
         str(tiny_model),

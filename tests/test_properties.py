@@ -9,18 +9,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-import wrong_backends as wrong
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from wrong_backends import OracleLosses
 
+import wrong_backends as wrong
 from bnf_conformance import checks, vectors
 from bnf_conformance.checks import Measurement, Outcome, Subject
 from bnf_conformance.tolerances import Tolerances
 from bnf_conformance.vectors import Case
 from bnf_core import oracle, registry
 from bnf_core.protocol import DenseResult, Losses
+from wrong_backends import OracleLosses
 
 MORE = int(os.environ.get("BNF_PROPERTY_EXAMPLES", "0"))
 INF = np.float32(np.inf)

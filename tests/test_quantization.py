@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import tiny
 
 mx = pytest.importorskip("mlx.core")
@@ -17,11 +18,12 @@ pytest.importorskip("mlx_lm")
 pytest.importorskip("torch")
 from mlx_lm import convert
 
-from bnf_core.batching import Example, collate
+from bnf_align import cli
 from bnf_core.errors import UserError
+from bnf_core.models.quantization import dequantize, unpack
 from bnf_core.protocol import Engine
-from bnf_core.quantization import dequantize, unpack
-from bnf_recipes import cli
+from bnf_core.steps.batching import collate
+from bnf_core.types import Example
 from bnf_torch.model import load_model, resolve_device, resolve_dtype
 
 

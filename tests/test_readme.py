@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bnf_recipes import cli
+from bnf_align import cli
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -43,7 +43,7 @@ def test_there_are_commands_and_the_make_targets_exist() -> None:
 def test_the_tree_names_every_module() -> None:
     tree = re.search(r"## The tree\n\n```\n(.*?)```", README, re.DOTALL)
     assert tree is not None
-    folders = ("bnf_core", "backends/bnf_torch", "recipes/bnf_recipes")
+    folders = ("bnf_core", "backends/bnf_torch", "recipes/bnf_align")
     modules = [path.name for folder in folders for path in (ROOT / folder).glob("*.py")]
     missing = [name for name in modules if name != "__init__.py" and name not in tree[1]]
     assert not missing

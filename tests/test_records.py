@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from bnf_core.data.records import Feedback, RowError, parse_row
 from bnf_core.errors import UserError
-from bnf_core.records import Feedback, RowError, parse_row
 
 AT = "feedback.jsonl:17"
 

@@ -15,18 +15,20 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
-import tiny
 from rich.console import Console
 
-from bnf_core import reference as module
-from bnf_core.batching import Array, Batch, Cut, Example, collate, micro_batches
+import tiny
+from bnf_align import cli
+from bnf_align.commands.reference import reference
 from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OptimizerConfig, ReferenceConfig, TrainConfig
+from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.processes import ALONE, Processes
-from bnf_core.reference import ReferenceCache, ReferenceWriter, StoredReference, fingerprint, open_reference
-from bnf_core.tokenization import load_tokenizer
-from bnf_recipes import cli
-from bnf_recipes.reference import reference
+from bnf_core.steps import reference as module
+from bnf_core.steps.batching import Cut, collate, micro_batches
+from bnf_core.steps.reference import ReferenceCache
+from bnf_core.storage.reference_folder import ReferenceWriter, StoredReference, fingerprint, open_reference
+from bnf_core.types import Array, Batch, Example
 
 QUIET = Console(quiet=True)
 FINGERPRINT = {"model": "a", "tokenizer": "b"}
@@ -507,7 +509,7 @@ def made(tiny_model: Path, feedback: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def examples(tiny_model: Path, feedback: Path) -> list[Example]:
-    from bnf_recipes.feedback import load_split
+    from bnf_align.run.feedback import load_split
 
     return load_split(str(feedback), "train", DataConfig(str(feedback)), load_tokenizer(tiny_model), QUIET)
 
@@ -579,8 +581,8 @@ def test_streamed_data_give_the_same_bytes(
 
 KILLED = """
 import os, signal, sys
-from bnf_core.reference import ReferenceWriter
-from bnf_recipes import cli
+from bnf_core.steps.reference import ReferenceWriter
+from bnf_align import cli
 write = ReferenceWriter.write
 def dying(self, state):
     if len(self.keys):
@@ -652,7 +654,7 @@ def test_what_stops_the_job_keeps_whole_shards(
 def test_two_processes_compute_what_one_does(
     made: Callable[[str], Path], tiny_model: Path, feedback: Path, tmp_path: Path, examples: list[Example]
 ) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "bnf_recipes.cli"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "bnf_align.cli"]
     words = ["reference", "--model", tiny_model, "--data", feedback, "--output", tmp_path, "--backend", "torch"]
     words += ["--device", "cpu", "--shard-rows", 5, "--micro-batch-size", 2]
     subprocess.run(
@@ -694,8 +696,8 @@ def test_training_reads_the_reference_and_never_computes_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With the folder of either backend: the losses of a run that computes it, to float32 round-off."""
+    from bnf_align.commands.train import train
     from bnf_core import registry
-    from bnf_recipes.train import train
 
     plain = train(train_config(tiny_model, feedback, tmp_path / "plain", backend_name), QUIET)
 

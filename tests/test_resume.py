@@ -24,16 +24,20 @@ import pytest
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from test_train import QUIET, config
 
-import bnf_recipes.train as module
-from bnf_core import batching, checkpoints, pieces, plan
-from bnf_core.checkpoints import Checkpoints, rows_digest
+import bnf_align.commands.train as module
+from bnf_align.arguments import parse
+from bnf_align.commands.train import train
+from bnf_align.run.run_folder import RunFolder
 from bnf_core.config import LoraConfig, OptimizerConfig, TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
-from bnf_recipes.arguments import parse
-from bnf_recipes.run_folder import RunFolder
-from bnf_recipes.train import train
+from bnf_core.steps import batching
+from bnf_core.steps import steps as plan
+from bnf_core.storage import checkpoints
+from bnf_core.storage import shards as pieces
+from bnf_core.storage.checkpoints import Checkpoints
+from bnf_core.storage.digests import rows_digest
+from test_train import QUIET, config
 
 TIMES = ("seconds", "tokens_per_second")
 STATE = "state-00001-of-00001.safetensors"
@@ -229,7 +233,7 @@ def _train_until(run: TrainConfig, operation: int, count: Any) -> None:
 def processes() -> multiprocessing.context.ForkServerContext:
     """Real processes that need not import the frameworks each."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bnf_recipes.train", "peft", "torch", "mlx_lm", "pytest", "datasets"])
+    context.set_forkserver_preload(["bnf_align.commands.train", "peft", "torch", "mlx_lm", "pytest", "datasets"])
     return context
 
 
@@ -296,7 +300,7 @@ def test_killed_at_any_operation_on_files(
 
 
 def _command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "bnf_recipes.cli", *map(str, words)]
+    return [sys.executable, "-m", "bnf_align.cli", *map(str, words)]
 
 
 def _stop(command: list[str], log: Path, lines: int, number: signal.Signals) -> tuple[int, str]:
@@ -591,7 +595,7 @@ def test_the_new_folder_is_on_disk_before_it_takes_the_old_ones_place(
 
 
 def test_a_folder_lost_between_two_renames_is_put_back(tmp_path: Path) -> None:
-    from bnf_core.files import replacing
+    from bnf_core.storage.files import replacing
 
     (tmp_path / ".adapter.replaced").mkdir()
     (tmp_path / ".adapter.replaced" / "weights").write_text("old")

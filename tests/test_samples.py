@@ -6,13 +6,13 @@ from typing import Any
 
 import pytest
 
+from bnf_align.run.samples import Samples, page
 from bnf_core import registry
-from bnf_core.batching import Example
 from bnf_core.config import LoraConfig
+from bnf_core.data.tokenization import load_tokenizer, stop_ids
 from bnf_core.errors import UserError
 from bnf_core.protocol import Engine
-from bnf_core.tokenization import load_tokenizer, stop_ids
-from bnf_recipes.samples import Samples, page
+from bnf_core.types import Example
 
 
 class Parrot:

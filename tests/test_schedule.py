@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from bnf_core.config import OptimizerConfig
-from bnf_core.lora import initial_lora_a
-from bnf_core.schedule import learning_rate
+from bnf_core.models.lora import initial_lora_a
+from bnf_core.steps.schedule import learning_rate
 
 
 @pytest.mark.parametrize(

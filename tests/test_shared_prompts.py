@@ -9,10 +9,11 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from bnf_core.batching import Batch, Cut, Example, Rows, collate, micro_batches
 from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
-from bnf_core.pages import pages
+from bnf_core.steps.batching import Cut, Rows, collate, micro_batches
+from bnf_core.types import Batch, Example
+from bnf_mlx.pages import pages
 
 PAD = 99
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from bnf_core.data.records import Feedback, RowError
+from bnf_core.data.sources import digest, has_split, load_feedback, prompt_group, split_by_prompt
 from bnf_core.errors import UserError
-from bnf_core.records import Feedback, RowError
-from bnf_core.sources import digest, has_split, load_feedback, prompt_group, split_by_prompt
 
 ROW = '{"prompt": "q", "completion": "a", "label": true}'
 CHAT = [{"role": "user", "content": "q"}]
@@ -30,7 +30,8 @@ def lines(path: str) -> list[str]:
 
 def test_importing_the_data_modules_loads_no_framework_and_no_reader() -> None:
     code = (
-        "import sys, bnf_core.records, bnf_core.sources, bnf_core.tokenization, bnf_core.batching\n"
+        "import sys, bnf_core.data.records, bnf_core.data.sources, bnf_core.data.tokenization\n"
+        "import bnf_core.steps.batching\n"
         "heavy = ('torch', 'mlx', 'transformers', 'datasets', 'pyarrow', 'pandas', 'jinja2')\n"
         "print([m for m in heavy if m in sys.modules])"
     )

@@ -12,14 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny
 
-from bnf_core.batching import Example, Position
+import tiny
+from bnf_core.data.records import Feedback, RowError
+from bnf_core.data.sources import load_feedback
+from bnf_core.data.streaming import FeedbackStream, shuffle
+from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import UserError
-from bnf_core.records import Feedback, RowError
-from bnf_core.sources import load_feedback
-from bnf_core.streaming import FeedbackStream, shuffle
-from bnf_core.tokenization import load_tokenizer
+from bnf_core.types import Example, Position
 
 Batches = Iterator[tuple[list[Example], Position]]
 
@@ -163,7 +163,7 @@ def test_going_on_decodes_none_of_the_rows_that_were_used(tmp_path: Path, monkey
         decoded.append(text)
         return json.JSONDecoder().decode(text)
 
-    monkeypatch.setattr("bnf_core.readers.json.loads", counted)
+    monkeypatch.setattr("bnf_core.data.readers.json.loads", counted)
     next(stream(path, shuffle_buffer=10).batches(4, position))
     assert len(decoded) == 4
 
@@ -186,7 +186,7 @@ def test_all_forms_of_the_same_data_stream_alike(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    from bnf_core import readers
+    from bnf_core.data import readers
 
     rows = [good(i) for i in range(3 * readers.PARQUET_ROWS // 2)]
     half = len(rows) // 2
@@ -350,8 +350,8 @@ def test_a_broken_shard_is_named(tmp_path: Path, content: bytes) -> None:
 
 PEAK = """
 import sys
-from bnf_core.batching import Example
-from bnf_core.streaming import FeedbackStream
+from bnf_core.steps.batching import Example
+from bnf_core.data.streaming import FeedbackStream
 
 def peak():  # of this program alone: getrusage starts with what the parent had
     with open("/proc/self/status") as file:

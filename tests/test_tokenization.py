@@ -8,12 +8,12 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from bnf_core import tokenization
-from bnf_core.batching import Example
 from bnf_core.config import Template
+from bnf_core.data import tokenization
+from bnf_core.data.records import Feedback, Message, RowError, Text
+from bnf_core.data.tokenization import load_tokenizer, prompt_ids, stop_ids, tokenize
 from bnf_core.errors import UserError
-from bnf_core.records import Feedback, Message, RowError, Text
-from bnf_core.tokenization import load_tokenizer, prompt_ids, stop_ids, tokenize
+from bnf_core.types import Example
 
 SENTENCES = ["The capital of France is Paris.", "The capital of Italy is Rome.", "12 12 12 user assistant system"] * 9
 

@@ -16,8 +16,9 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-import torch_worker
 from safetensors.torch import load_file
+
+import torch_worker
 
 ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("torch_worker.py")

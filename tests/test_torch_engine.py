@@ -14,22 +14,23 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-import tiny
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
-from bnf_core import plan
-from bnf_core.batching import Cut, Example, Rows, collate, micro_batches
+import tiny
 from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes
-from bnf_core.protocol import Step, TokenStats
-from bnf_core.reference import ReferenceCache
+from bnf_core.steps import steps as plan
+from bnf_core.steps.batching import Cut, Rows, collate, micro_batches
+from bnf_core.steps.reference import ReferenceCache
+from bnf_core.steps.steps import Step
+from bnf_core.types import Example, TokenStats
 from bnf_torch.backend import TorchBackend
 from bnf_torch.engine import TorchEngine
-from bnf_torch.model import head_is_linear
 from bnf_torch.optimizer import Optimizer, adamw
+from bnf_torch.probes import head_is_linear
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant")
 LORA = LoraConfig(rank=4, alpha=8)

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from bnf_align import cli
+from bnf_align.run import tracking
+from bnf_align.run.tracking import Trackers, check_trackers, open_trackers
 from bnf_core.errors import UserError
-from bnf_recipes import cli, tracking
-from bnf_recipes.tracking import Trackers, check_trackers, open_trackers
 
 SETTINGS = {"model": "tiny", "max_steps": None, "lora": {"rank": 4, "targets": ["q_proj", "v_proj"]}}
 FLAT = {"model": "tiny", "max_steps": None, "lora.rank": 4, "lora.targets": "q_proj, v_proj"}
@@ -191,7 +192,7 @@ def test_wandb_without_a_login_says_what_to_do(tmp_path: Path) -> None:
 from pathlib import Path
 from rich.console import Console
 from bnf_core.errors import UserError
-from bnf_recipes.tracking import open_trackers
+from bnf_align.run.tracking import open_trackers
 try:
     open_trackers(["wandb"], Path({str(tmp_path)!r}), {{}}, 0, Console())
 except UserError as error:
@@ -360,5 +361,5 @@ def test_a_broken_memory_is_named(tmp_path: Path) -> None:
 
 
 def test_no_client_is_loaded_before_it_is_wanted() -> None:
-    code = "import sys, bnf_recipes.tracking; print(sorted({'wandb', 'trackio', 'tensorboardX'} & set(sys.modules)))"
+    code = "import sys, bnf_align.run.tracking; print(sorted({'wandb', 'trackio', 'tensorboardX'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

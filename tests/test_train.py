@@ -13,11 +13,11 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
 
+from bnf_align.commands.train import RunResult, train
 from bnf_core import registry
-from bnf_core.batching import Array, Batch
 from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OptimizerConfig, TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
-from bnf_recipes.train import RunResult, train
+from bnf_core.types import Array, Batch
 
 QUIET = Console(quiet=True)
 
@@ -104,8 +104,8 @@ def test_both_backends_take_the_same_road(tiny_model: Path, feedback: Path, tmp_
 def test_a_saved_adapter_scores_as_the_trained_one(
     tiny_model: Path, feedback: Path, tmp_path: Path, backend_name: str
 ) -> None:
+    from bnf_align.commands.evaluate import evaluate
     from bnf_core.config import EvaluateConfig
-    from bnf_recipes.evaluate import evaluate
 
     run = train(config(tiny_model, feedback, tmp_path / "run", backend_name), QUIET)
     hardware = HardwareConfig(backend=backend_name, device="cpu", dtype="float32")
@@ -120,7 +120,7 @@ def test_a_saved_adapter_scores_as_the_trained_one(
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_adapter(
     tiny_model: Path, feedback: Path, tmp_path: Path, backend_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import bnf_recipes.train as module
+    import bnf_align.commands.train as module
 
     class Poisoned(module.ReferenceCache):
         asked = 0
@@ -153,7 +153,7 @@ def test_a_finished_run_is_not_overwritten_unless_asked(tiny_model: Path, feedba
 
 
 def test_an_interrupt_saves_the_adapter(tiny_model: Path, feedback: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bnf_recipes.cli", "train", "--model", str(tiny_model), "--data", str(feedback)]
+    command = [sys.executable, "-m", "bnf_align.cli", "train", "--model", str(tiny_model), "--data", str(feedback)]
     command += ["--backend", "torch", "--device", "cpu", "--output", str(tmp_path / "run"), "--epochs", "100000"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     metrics = tmp_path / "run" / "metrics.jsonl"

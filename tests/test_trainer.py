@@ -14,17 +14,17 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
 import datasets
-import tiny
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel
 from rich.console import Console
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+import tiny
+from bnf_align.commands.reference import reference
+from bnf_align.commands.train import train
 from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OptimizerConfig, ReferenceConfig, TrainConfig
 from bnf_core.errors import UserError
-from bnf_recipes.reference import reference
-from bnf_recipes.train import train
 from bnf_torch.trainer import BNFConfig, BNFTrainer
 
 QUIET = Console(quiet=True)

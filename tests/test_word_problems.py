@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from bnf_recipes.word_problems import TEMPLATES, final_answer, generate, last_number, slip, solve, write
-from bnf_recipes.word_problems import _problems as problems
+from bnf_align.word_problems import TEMPLATES, final_answer, generate, last_number, slip, solve, write
+from bnf_align.word_problems import _problems as problems
 
 ARITHMETIC = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
 

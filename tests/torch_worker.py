@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from bnf_core import plan
-from bnf_core.batching import Cut, Example, Rows, micro_batches
-from bnf_core.checkpoints import Checkpoints
 from bnf_core.config import LoraConfig, OptimizerConfig
-from bnf_core.metrics import Meter
-from bnf_core.reference import ReferenceCache
+from bnf_core.steps import steps as plan
+from bnf_core.steps.batching import Cut, Rows, micro_batches
+from bnf_core.steps.metrics import Meter
+from bnf_core.steps.reference import ReferenceCache
+from bnf_core.storage.checkpoints import Checkpoints
+from bnf_core.types import Example
 from bnf_torch.backend import TorchBackend
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant")

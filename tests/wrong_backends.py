@@ -12,9 +12,9 @@ import numpy as np
 
 from bnf_conformance.vectors import rounded
 from bnf_core import oracle
-from bnf_core.batching import Batch
 from bnf_core.processes import Processes
-from bnf_core.protocol import Array, BatchResult, DenseResult, Engine, FusedResult, Losses
+from bnf_core.protocol import BatchResult, DenseResult, Engine, FusedResult, Losses
+from bnf_core.types import Array, Batch
 
 
 class OracleLosses:

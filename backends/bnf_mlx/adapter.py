@@ -1,6 +1,7 @@
 """LoRA and DoRA through mlx-lm: added, switched off for the reference, saved and loaded in mlx-lm's own layout."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from bnf_core.adapters import WEIGHTS, mlx_keys, require_adapter
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
-from bnf_core.files import replacing
-from bnf_core.lora import initial_lora_a
+from bnf_core.models.adapters import WEIGHTS, mlx_keys, require_adapter
+from bnf_core.models.lora import initial_lora_a
+from bnf_core.models.model_config import normalised_config
+from bnf_core.storage.files import replacing
 from bnf_mlx.model import dense_weight
 
 
@@ -83,7 +85,7 @@ class DoRALinear(LoRALinear):
 
 
 def add_adapter(model: nn.Module, config: LoraConfig, seed: int, kind: FineTuneType = "lora") -> nn.Module:
-    """A fresh float32 adapter, `lora` or `dora`: A as drawn by `bnf_core.lora`, B zero, m the norms of the rows.
+    """A fresh float32 adapter, `lora` or `dora`: A as drawn by `bnf_core.models.lora`, B zero, m the norms of the rows.
 
     Raises:
         UserError: a target that is no linear layer of this model's decoder layers; a DoRA adapter that mlx-lm could
@@ -241,3 +243,47 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _last(path: str) -> str:
     return path.rpartition(".")[2]
+
+
+def fuse(model: Path, adapter: Path, output: Path, dtype: str, dequantize: bool) -> None:
+    """`Backend.fuse`."""
+    from mlx_lm.tuner.utils import load_adapters
+    from mlx_lm.utils import dequantize_model, save_model
+
+    from bnf_mlx.model import DTYPES, cast_weights, load_model, resolve_device
+
+    device = resolve_device("auto")
+    with mx.stream(device):
+        loaded = load_model(model, device, None)
+        try:
+            load_adapters(loaded, str(adapter))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{adapter}: this adapter does not fit the model: {reason}") from error
+        expected = dict(tree_flatten(loaded.trainable_parameters()))
+        if absent := sorted(expected.keys() - set(mx.load(str(adapter / WEIGHTS["mlx"])))):
+            raise UserError(f"{adapter}: {len(absent)} tensors are missing, the first is {absent[0]}")
+        fused = []
+        for name, module in loaded.named_modules():
+            if not hasattr(module, "fuse"):
+                continue
+            packed = module.get("linear", module.get("embedding"))
+            module.set_dtype(mx.float32)  # the scales of packed weights as well
+            whole = module.fuse(dequantize=True)
+            whole.set_dtype(DTYPES[dtype])
+            if "scales" in packed and not dequantize:
+                whole = whole.to_quantized(group_size=packed.group_size, bits=packed.bits, mode=packed.mode)
+            fused.append((name, whole))
+        loaded.update_modules(tree_unflatten(fused))
+        if dequantize:
+            cast_weights(loaded, mx.float32)
+            dequantize_model(loaded)
+        cast_weights(loaded, DTYPES[dtype])
+        save_model(output, loaded)
+    for path in model.iterdir():
+        if path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, output / path.name)
+    config = normalised_config(json.loads((model / "config.json").read_text(encoding="utf-8")))
+    if dequantize:
+        config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+    (output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

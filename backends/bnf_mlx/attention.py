@@ -33,7 +33,7 @@ class Segments:
 
 
 class PageTable(NamedTuple):
-    """`bnf_core.pages.Pages` on the device."""
+    """`bnf_mlx.pages.Pages` on the device."""
 
     offsets: mx.array  # (R,)
     lengths: mx.array  # (R,)

@@ -5,19 +5,24 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import mlx.core as mx
-
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
-from bnf_core.families import require_right_on_mlx
+from bnf_core.models.adapters import Layout
 from bnf_core.processes import Processes
-from bnf_core.protocol import Engine, Losses
+from bnf_core.protocol import Engine, Inspector, Losses, Measures
 
 SLOW_GFLOPS = 10  # the reference BLAS does 1 to 2 on any processor, an optimised one tens a core
 
 
 class MLXBackend:
     name = "mlx"
+    requires = ("mlx", "mlx_lm")
+    adapter_layout: Layout = "mlx"
+
+    def prepare(self) -> None:
+        from bnf_mlx.blas import preload_openblas
+
+        preload_openblas()
 
     def losses(self, device: str = "auto") -> Losses:
         from bnf_mlx.model import resolve_device
@@ -49,8 +54,11 @@ class MLXBackend:
         gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> Engine:
+        import mlx.core as mx
+
         from bnf_mlx import adapter as adapters
         from bnf_mlx.engine import MLXEngine
+        from bnf_mlx.families import require_right_on_mlx
         from bnf_mlx.model import Checkpoint, load_model, resolve_device, resolve_dtype, unfreeze
         from bnf_mlx.processes import processes
 
@@ -83,7 +91,29 @@ class MLXBackend:
             loaded, where, optimizer, whole=whole, gradient_checkpointing=gradient_checkpointing, processes=members
         )
 
+    def notes(self, model: Path) -> list[str]:
+        from bnf_mlx.families import notes
+
+        return notes(model)
+
+    def inspector(self, model: Path) -> Inspector:
+        from bnf_mlx.inspection import MLXInspector
+
+        return MLXInspector(model)
+
+    def measures(self, device: str = "auto", dtype: str = "auto", own_dtype: str | None = None) -> Measures:
+        from bnf_mlx.memory import MLXMeasures
+
+        return MLXMeasures(device, dtype, own_dtype)
+
+    def fuse(self, model: Path, adapter: Path, output: Path, *, dtype: str, dequantize: bool) -> None:
+        from bnf_mlx.adapter import fuse
+
+        fuse(model, adapter, output, dtype, dequantize)
+
     def describe(self) -> dict[str, str]:
+        import mlx.core as mx
+
         facts = {"mlx": version("mlx"), "mlx-lm": version("mlx-lm"), "devices": ", ".join(self.devices())}
         if mx.is_available(mx.gpu):
             facts["gpu"] = str(mx.device_info(mx.gpu).get("device_name", "unknown"))
@@ -99,6 +129,8 @@ class MLXBackend:
 
 
 def _cpu_gflops(size: int = 512) -> float:
+    import mlx.core as mx
+
     with mx.stream(mx.cpu):
         a = mx.ones((size, size))
         mx.eval(a @ a)

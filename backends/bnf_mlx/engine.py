@@ -1,53 +1,36 @@
 """A loaded MLX model that scores, trains and generates: bnf_core.protocol.Engine."""
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from bnf_core.batching import Batch
 from bnf_core.config import OptimizerConfig
 from bnf_core.errors import UserError
-from bnf_core.files import agreed
-from bnf_core.pages import pages
-from bnf_core.pieces import Piece, require_same_shapes, under
 from bnf_core.processes import ALONE, Processes
-from bnf_core.protocol import Array, Done, Step, TokenStats
-from bnf_mlx import adapter, trainer
+from bnf_core.storage.files import agreed
+from bnf_core.storage.shards import Piece, require_same_shapes, under
+from bnf_core.types import Array, Batch, TokenStats
+from bnf_mlx import adapter
 from bnf_mlx.attention import Layout, PageTable, paged_caches, segments_of
 from bnf_mlx.linear import linear_log_odds
 from bnf_mlx.losses import bnf_token_loss, token_log_odds
-from bnf_mlx.model import (
-    Checkpoint,
-    completion_hidden,
-    completion_logits,
-    head_is_linear,
-    head_weight,
-    packing_head_axes,
-    sharing_head_axes,
-)
+from bnf_mlx.model import Checkpoint, completion_hidden, completion_logits, head_weight
 from bnf_mlx.optimizer import Optimizer, flat
+from bnf_mlx.pages import pages
+from bnf_mlx.probes import head_is_linear, packing_head_axes, sharing_head_axes
+from bnf_mlx.processes import sum_over
+from bnf_mlx.scored import Gradients, Inputs, MicroStep, wired_memory
 
 # A compiled step is computed for grids of a width, and numbers of tokens, that are multiples of these: each shape is
 # compiled once, and there are to be few.
 PAD_COLUMNS, PAD_TOKENS = 32, 64
-
-
-class Inputs(NamedTuple):
-    """A micro-batch on the device."""
-
-    ids: mx.array  # (B, T); of a shared one, pages
-    segment_ids: mx.array | None  # (B, T) where it is packed
-    pages: PageTable | None  # where prompts are shared
-    positions: mx.array  # (N,) in the flattened grid
-    targets: mx.array  # (N,)
-    reference: mx.array  # (N,) log-odds
-    coefficients: mx.array  # (N,)
 
 
 class MLXEngine:
@@ -102,10 +85,28 @@ class MLXEngine:
         with mx.stream(self.device):
             return TokenStats(*map(np.array, self.stats(self.inputs(batch, ref_log_odds))))
 
-    def fit(self, steps: Iterator[Step], done: Done, max_grad_norm: float | None) -> None:
+    def step(
+        self, batches: Sequence[tuple[Batch, Array]], learning_rate: float, max_grad_norm: float | None
+    ) -> tuple[list[TokenStats], float]:
         if self.optimizer is None:
             raise RuntimeError("this engine was loaded without anything to train and an optimizer")
-        trainer.fit(self, self.optimizer, steps, done, max_grad_norm)
+        with mx.stream(self.device), wired_memory():
+            loss, stats, gradients = 0.0, [], Gradients()
+            for batch, ref_log_odds in batches:
+                micro_loss, micro_stats, added = self.micro_step(batch, ref_log_odds)
+                loss += micro_loss
+                stats.append(micro_stats)
+                gradients = {name: gradients[name] + g if gradients else g for name, g in added.items()}
+                mx.eval(gradients)
+            norm = math.nan
+            if math.isfinite(self.processes.sum(np.array([loss]))[0]):  # so on every process, or on none
+                norm = self.optimizer.update(sum_over(self.processes, gradients), learning_rate, max_grad_norm)
+            mx.clear_cache()  # shapes vary: what is kept for one is rarely of use to the next
+        return stats, norm
+
+    @cached_property
+    def micro_step(self) -> MicroStep:
+        return MicroStep(self)
 
     def inputs(self, batch: Batch, ref_log_odds: Array, *, pad: bool = False) -> Inputs:
         """A batch on the device; with `pad`, of one of few shapes: more columns of padding, and the last token again

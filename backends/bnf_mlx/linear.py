@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 
-from bnf_core.protocol import TokenStats
+from bnf_core.types import TokenStats
 from bnf_mlx.kernels import exponentials
 from bnf_mlx.losses import accurate_sum, custom_function, loss_and_slope
 

@@ -6,8 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from bnf_core.batching import Batch
-from bnf_core.protocol import Array, BatchResult, DenseResult, FusedResult
+from bnf_core.protocol import BatchResult, DenseResult, FusedResult
+from bnf_core.types import Array, Batch
 from bnf_mlx.linear import linear_bnf_loss
 from bnf_mlx.losses import bnf_token_loss, token_log_odds
 from bnf_mlx.model import DTYPES

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 import mlx.core as mx
 import numpy as np
 
-from bnf_core.batching import Array
 from bnf_core.errors import TrainingStopped
 from bnf_core.processes import ALONE, Processes
+from bnf_core.types import Array
 
 BUCKET_BYTES = 32 * 2**20  # of gradients sent at a time; mlx.nn.average_gradients has the same
 

@@ -17,10 +17,11 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from bnf_core.adapters import WEIGHTS, require_adapter
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
-from bnf_core.lora import initial_lora_a
+from bnf_core.models.adapters import WEIGHTS, require_adapter
+from bnf_core.models.lora import initial_lora_a
+from bnf_torch.model import DTYPES, load_model, save_model
 
 
 class LowRank(nn.Linear):
@@ -57,7 +58,7 @@ class _WidenedProduct(torch.autograd.Function):
 
 
 def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int, *, dora: bool = False) -> PeftModel:
-    """A fresh float32 adapter: A as drawn by `bnf_core.lora`, B zero.
+    """A fresh float32 adapter: A as drawn by `bnf_core.models.lora`, B zero.
 
     Args:
         dora: learn each column's magnitude apart from its direction as well (arXiv 2402.09353).
@@ -153,3 +154,10 @@ def save_adapter(model: PeftModel | PreTrainedModel, tensors: Mapping[str, Tenso
     if not isinstance(model, PeftModel):
         raise UserError("there is no adapter to save")
     model.save_pretrained(str(folder), state_dict=dict(tensors), save_embedding_layers=False)
+
+
+def fuse(model: Path, adapter: Path, output: Path, dtype: str) -> None:
+    """`Backend.fuse`: plain weights, always."""
+    adapted: Any = load_adapter(load_model(model, torch.device("cpu"), torch.float32), adapter)
+    fused = adapted.merge_and_unload()
+    save_model(fused, {name: p.detach().to(DTYPES[dtype]) for name, p in fused.named_parameters()}, output, model)

@@ -1,28 +1,37 @@
 """The PyTorch backend as the entry point `bnf.backends` gives it: bnf_core.protocol.Backend."""
 
 from pathlib import Path
-
-import torch
-from peft import PeftModel
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
+from bnf_core.models.adapters import Layout
 from bnf_core.processes import Processes
-from bnf_core.protocol import Engine, Losses
-from bnf_torch import adapter as adapters
-from bnf_torch.model import devices, load_model, resolve_device, resolve_dtype
+from bnf_core.protocol import Engine, Inspector, Losses, Measures
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
 
 class TorchBackend:
     name = "torch"
+    requires = ("torch", "transformers", "peft")
+    adapter_layout: Layout = "peft"
+
+    def prepare(self) -> None:
+        """Nothing: PyTorch is as fast as it comes."""
 
     def losses(self, device: str = "auto") -> Losses:
+        from bnf_torch.model import resolve_device
         from bnf_torch.numpy_losses import TorchLosses
 
         return TorchLosses(resolve_device(device))
 
     def devices(self) -> list[str]:
+        from bnf_torch.model import devices
+
         return devices()
 
     def processes(self) -> Processes:
@@ -44,7 +53,11 @@ class TorchBackend:
         gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> Engine:
+        import torch
+
+        from bnf_torch import adapter as adapters
         from bnf_torch.engine import TorchEngine
+        from bnf_torch.model import load_model, resolve_device, resolve_dtype
         from bnf_torch.processes import TorchProcesses, local_rank
 
         group = self.processes()
@@ -77,8 +90,27 @@ class TorchBackend:
             gradient_checkpointing=gradient_checkpointing,
         )
 
+    def notes(self, model: Path) -> list[str]:
+        return []
+
+    def inspector(self, model: Path) -> Inspector:
+        from bnf_torch.inspection import TorchInspector
+
+        return TorchInspector(model)
+
+    def measures(self, device: str = "auto", dtype: str = "auto", own_dtype: str | None = None) -> Measures:
+        from bnf_torch.memory import TorchMeasures
+
+        return TorchMeasures(device, dtype)
+
+    def fuse(self, model: Path, adapter: Path, output: Path, *, dtype: str, dequantize: bool) -> None:
+        from bnf_torch.adapter import fuse
+
+        fuse(model, adapter, output, dtype)
+
     def describe(self) -> dict[str, str]:
         import peft
+        import torch
         import transformers
 
         facts = {
@@ -94,14 +126,14 @@ class TorchBackend:
 
 
 def _check(
-    fine_tune_type: FineTuneType | None, adapter: Path | None, load_in_4bit: bool, sharded: bool, dtype: torch.dtype
+    fine_tune_type: FineTuneType | None, adapter: Path | None, load_in_4bit: bool, sharded: bool, dtype: "torch.dtype"
 ) -> None:
     """Raises UserError where settings do not go together."""
     if fine_tune_type == "full" and load_in_4bit:
         raise UserError("4-bit weights cannot be trained: use fine_tune_type lora, or leave out hardware.load_in_4bit")
     if fine_tune_type == "full" and adapter is not None:
         raise UserError(f"full fine-tuning starts from a model, and {adapter} is an adapter: merge it into one first")
-    if fine_tune_type == "full" and dtype == torch.float16:
+    if fine_tune_type == "full" and str(dtype) == "torch.float16":
         raise UserError("full fine-tuning in float16 would need loss scaling: use --dtype bfloat16 or float32")
     if load_in_4bit and sharded:
         raise UserError("4-bit weights are not sharded: use DDP (recipes/configs/accelerate/ddp.yaml)")

@@ -1,7 +1,7 @@
 """A loaded PyTorch model that scores, trains and generates: bnf_core.protocol.Engine."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import cast
@@ -13,18 +13,18 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from transformers import GenerationConfig, PreTrainedModel
 
-from bnf_core.batching import Batch
 from bnf_core.config import OptimizerConfig
 from bnf_core.errors import UserError
-from bnf_core.files import replacing
-from bnf_core.pieces import Piece, require_same_shapes, under
 from bnf_core.processes import ALONE, Processes
-from bnf_core.protocol import Array, Done, Step, TokenStats
+from bnf_core.storage.files import replacing
+from bnf_core.storage.shards import Piece, require_same_shapes, under
+from bnf_core.types import Array, Batch, TokenStats
 from bnf_torch import adapter
 from bnf_torch.attention import LAYOUT
-from bnf_torch.model import ScoredModel, head_weight, save_model
+from bnf_torch.model import head_weight, save_model
 from bnf_torch.optimizer import Optimizer, adamw
 from bnf_torch.processes import gradients_wait, like, lost_processes, piece, spread, whole
+from bnf_torch.scored import ScoredModel
 
 
 class TorchEngine:
@@ -153,14 +153,18 @@ class TorchEngine:
 
     # Training
 
-    def fit(self, steps: Iterator[Step], done: Done, max_grad_norm: float | None) -> None:
-        from bnf_torch.trainer import fit  # transformers' Trainer takes a second to import
-
+    def step(
+        self, batches: Sequence[tuple[Batch, Array]], learning_rate: float, max_grad_norm: float | None
+    ) -> tuple[list[TokenStats], float]:
         if self.optimizer is None:
             raise RuntimeError("this engine was loaded without anything to train and an optimizer")
-        fit(self, steps, done, max_grad_norm)
+        _, stats, norm = self.accumulate(batches, max_grad_norm)
+        self.optimizer.step(learning_rate)
+        return stats, norm
 
-    def accumulate(self, step: Step, max_grad_norm: float | None) -> tuple[float, list[TokenStats], float]:
+    def accumulate(
+        self, batches: Sequence[tuple[Batch, Array]], max_grad_norm: float | None
+    ) -> tuple[float, list[TokenStats], float]:
         """Gradients of one step over all its micro-batches and processes, clipped.
 
         Returns:
@@ -171,8 +175,8 @@ class TorchEngine:
         self.scored.train()
         stats, loss = [], 0.0
         with lost_processes():
-            for i, (batch, ref_log_odds) in enumerate(step.batches):
-                with nullcontext() if self._syncs(i, len(step.batches)) else gradients_wait(self.to_train):
+            for i, (batch, ref_log_odds) in enumerate(batches):
+                with nullcontext() if self._syncs(i, len(batches)) else gradients_wait(self.to_train):
                     micro_loss, micro_stats = self.to_train(**self._inputs(batch, ref_log_odds))
                     (micro_loss * self.processes.count).backward()  # of which DDP and FSDP take the mean
                 loss += float(micro_loss.detach())

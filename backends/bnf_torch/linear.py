@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from bnf_core.protocol import TokenStats
+from bnf_core.types import TokenStats
 from bnf_torch.losses import loss_and_slope
 
 CHUNK_BYTES = 48 * 2**20  # of one chunk's exponentials where there is no CUDA

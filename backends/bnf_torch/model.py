@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +14,12 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as progress
 
-from bnf_core.batching import Example, collate
 from bnf_core.errors import UserError
-from bnf_core.families import normalised_config
-from bnf_core.protocol import TokenStats
-from bnf_core.quantization import Quantization, quantization_of
-from bnf_torch.attention import LAYOUT, attending
-from bnf_torch.linear import linear_bnf_loss
-from bnf_torch.losses import bnf_token_loss, token_log_odds
+from bnf_core.models.model_config import normalised_config
+from bnf_core.models.quantization import Quantization, quantization_of
+from bnf_torch.attention import attending
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OWN_WINDOWS = ("gpt_neo",)  # their attention looks so far back in the grid, whatever the mask: no short test shows it
 QUANTIZED = ("quantization", "quantization_config")  # keys of the config of a model that MLX quantised
 
 
@@ -177,7 +172,7 @@ def completion_hidden(model: PreTrainedModel, input_ids: Tensor, positions: Tens
     whose `layout` tells `attending` what is where.
     """
     with attending(model, **layout) as options:
-        hidden = _body(model)(input_ids=input_ids, use_cache=False, **options).last_hidden_state  # (B, T, D)
+        hidden = decoder(model)(input_ids=input_ids, use_cache=False, **options).last_hidden_state  # (B, T, D)
     return hidden.flatten(0, 1)[positions]
 
 
@@ -187,130 +182,5 @@ def completion_logits(model: PreTrainedModel, input_ids: Tensor, positions: Tens
         return model(input_ids=input_ids, use_cache=False, **options).logits.flatten(0, 1)[positions]
 
 
-@torch.no_grad()
-def head_is_linear(model: PreTrainedModel) -> bool:
-    """Whether the logits are hidden @ head.T and nothing else. Some families scale or cap them or add a bias;
-    comparing is surer than a list of them."""
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:  # may be below half precision's tolerance
-        return False
-    head = head_weight(model)
-    positions = torch.arange(8, device=head.device)
-    ids = positions.unsqueeze(0) % len(head)
-
-    def louder(module: nn.Module, inputs: Any, output: Any) -> Any:  # so that a mild cap shows in half precision
-        output.last_hidden_state = output.last_hidden_state * 32
-        return output
-
-    hook = _body(model).register_forward_hook(louder)
-    try:
-        logits = completion_logits(model, ids, positions)
-        linear = completion_hidden(model, ids, positions) @ head.T
-    finally:
-        hook.remove()
-    if linear.shape != logits.shape:
-        return False
-    tolerance = 1e-5 if logits.dtype == torch.float32 else 2e-2
-    return bool((logits.float() - linear.float()).abs().max() <= tolerance * linear.float().abs().max())
-
-
-@torch.no_grad()
-def keeps_packed_apart(model: PreTrainedModel) -> bool:
-    """Whether two sequences in one row give the states that they give in rows of their own. Recurrent layers and
-    attention code of a family's own may not heed `position_ids`; comparing is surer than a list."""
-    head = head_weight(model)
-    every = torch.arange(8, device=head.device)
-    ids, restarting = every % len(head), every.unsqueeze(0) % 4
-    try:
-        packed = completion_hidden(model, ids.unsqueeze(0), every, position_ids=restarting).float()
-    except (TypeError, ValueError):  # it takes no position_ids
-        return False
-    apart = completion_hidden(model, ids.view(2, 4), every).float()
-    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-    return bool((packed - apart).abs().max() <= tolerance * apart.abs().max())
-
-
-@torch.no_grad()
-def shares_prompts(model: PreTrainedModel) -> bool:
-    """Whether two completions that share their prompt give the states that they give in rows of their own. Recurrent
-    layers, and attention that takes no masks or makes its own, do not; comparing is surer than a list."""
-    if getattr(model.config, "model_type", "") in OWN_WINDOWS:
-        return False
-    device, top = head_weight(model).device, len(head_weight(model))
-    ids = [tuple(i % top for i in part) for part in (range(1, 5), range(5, 8), range(8, 12))]
-    rows = [Example(ids[0], completion, True) for completion in ids[1:]]
-
-    def states(shared: bool, *layout: str) -> Tensor:
-        batch = collate(rows, 2, bins=[[0, 1]] if shared else None, share_prompts=shared)
-        names = ("input_ids", "positions", *layout)
-        return completion_hidden(model, **{n: torch.tensor(getattr(batch, n)).long().to(device) for n in names}).float()
-
-    apart = states(False)
-    leak = (states(True) - apart).square().mean()
-    try:
-        error = (states(True, *LAYOUT) - apart).square().mean()
-    except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):  # a mask that it cannot take
-        return False
-    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-    return bool(error.sqrt() <= min(tolerance * apart.square().mean().sqrt(), leak.sqrt() / 5))
-
-
-class ScoredModel(nn.Module):
-    """A causal language model whose forward pass ends in the loss: what DDP and FSDP wrap. Outside of the forward
-    pass a sharded head is not there to compute a loss with.
-
-    Args:
-        model: with its adapter's layers, if any, inside.
-        autocast: compute in this precision, whatever the weights'; None: in theirs.
-    """
-
-    def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None = None):
-        super().__init__()
-        self.model = model
-        self.autocast = autocast
-        self.fused = self.packs = self.shares = False
-
-    def probe(self) -> None:
-        """Find out what the model's code does. To be called once, before everything else."""
-        self.fused = head_is_linear(self.model)
-        self.packs = keeps_packed_apart(self.model)
-        self.shares = shares_prompts(self.model)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        targets: Tensor,
-        ref_log_odds: Tensor,
-        coefficients: Tensor,
-        **layout: Tensor,
-    ) -> tuple[Tensor, TokenStats]:
-        """Σ coefficients · ℓ, and the statistics of each token.
-
-        Args:
-            input_ids: (B, T) int64.
-            positions: (N,) int64, into the flattened grid.
-            targets: (N,) int64.
-            ref_log_odds: (N,) float32.
-            coefficients: (N,) float32.
-            layout: (B, T) int64 each: `position_ids` of a packed grid, all of LAYOUT of a shared one.
-        """
-        with torch.autocast(input_ids.device.type, self.autocast) if self.autocast else nullcontext():
-            if self.fused:
-                hidden = completion_hidden(self.model, input_ids, positions, **layout)  # (N, D)
-            else:
-                logits = completion_logits(self.model, input_ids, positions, **layout)  # (N, V)
-        if self.fused:
-            dtype = self.autocast or hidden.dtype
-            return linear_bnf_loss(
-                hidden.to(dtype), head_weight(self.model).to(dtype), targets, ref_log_odds, coefficients
-            )
-        log_odds, entropy = token_log_odds(logits, targets)
-        token_loss = bnf_token_loss(log_odds, entropy, ref_log_odds)
-        return torch.dot(coefficients, token_loss), TokenStats(log_odds.detach(), entropy, token_loss.detach())
-
-    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
-        return self.model.generate(*args, **kwargs)  # type: ignore[operator]
-
-
-def _body(model: PreTrainedModel) -> nn.Module:
+def decoder(model: PreTrainedModel) -> nn.Module:
     return model.get_decoder()

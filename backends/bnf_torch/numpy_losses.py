@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnf_core.batching import Batch
-from bnf_core.protocol import Array, BatchResult, DenseResult, FusedResult
+from bnf_core.protocol import BatchResult, DenseResult, FusedResult
+from bnf_core.types import Array, Batch
 from bnf_torch.linear import linear_bnf_loss
 from bnf_torch.losses import bnf_token_loss, token_log_odds
 from bnf_torch.model import DTYPES

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bnf_core.config import OptimizerConfig
-from bnf_core.protocol import Array
+from bnf_core.types import Array
 from bnf_torch.processes import like, whole
 
 
@@ -42,9 +42,12 @@ class Optimizer:
             self.torch.zero_grad(set_to_none=True)
         return norm
 
-    def set_learning_rate(self, learning_rate: float) -> None:
+    def step(self, learning_rate: float) -> None:
+        """Apply the gradients, and let go of them."""
         for group in self.torch.param_groups:
             group["lr"] = learning_rate
+        self.torch.step()
+        self.torch.zero_grad(set_to_none=True)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Step counts and moments as `name of the parameter/step`, /exp_avg and /exp_avg_sq; none before a step."""

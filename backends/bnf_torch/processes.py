@@ -16,11 +16,11 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils.logging import disable_progress_bar
 
-from bnf_core.batching import Array
 from bnf_core.errors import TrainingStopped, UserError
-from bnf_core.pieces import Piece
 from bnf_core.processes import ALONE, Processes
-from bnf_torch.model import ScoredModel
+from bnf_core.storage.shards import Piece
+from bnf_core.types import Array
+from bnf_torch.scored import ScoredModel
 
 # What torch.distributed says, in messages of no class of their own, when another process is gone.
 LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "imed out", "imeout", "NCCL", "ncclRemoteError")

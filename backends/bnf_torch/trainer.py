@@ -1,9 +1,7 @@
-"""transformers' Trainer around an engine: the loop under `bnf train`, and BNFTrainer for Python."""
+"""BNFTrainer: transformers' Trainer around an engine."""
 
 import copy
 import logging
-import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +13,6 @@ from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -24,22 +21,25 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from bnf_core import plan
-from bnf_core.batching import Batch, Cut, Example, Position, Rows
-from bnf_core.checkpoints import Checkpoint, Checkpoints, Facts, rows_digest
 from bnf_core.config import DataConfig, HardwareConfig, OptimizerConfig, Template
+from bnf_core.data.records import Feedback, RowError
+from bnf_core.data.sources import find_source, no_rows, source_of
+from bnf_core.data.streaming import FeedbackStream
+from bnf_core.data.tokenization import load_tokenizer, pad_id, tokenize
 from bnf_core.errors import UserError
-from bnf_core.files import agreed
-from bnf_core.metrics import Meter
-from bnf_core.model_folder import resolve_model
-from bnf_core.pieces import under
+from bnf_core.models.model_folder import resolve_model
 from bnf_core.processes import Processes
-from bnf_core.protocol import Done, Step, TokenStats
-from bnf_core.records import Feedback, RowError
-from bnf_core.reference import ReferenceCache, StoredReference, fingerprint, open_reference
-from bnf_core.sources import find_source, no_rows, source_of
-from bnf_core.streaming import FeedbackStream
-from bnf_core.tokenization import load_tokenizer, pad_id, tokenize
+from bnf_core.steps import steps as plan
+from bnf_core.steps.batching import Cut, Rows
+from bnf_core.steps.metrics import Meter
+from bnf_core.steps.reference import ReferenceCache
+from bnf_core.steps.steps import Step
+from bnf_core.storage.checkpoints import Checkpoint, Checkpoints, Facts
+from bnf_core.storage.digests import rows_digest
+from bnf_core.storage.files import agreed
+from bnf_core.storage.reference_folder import StoredReference, fingerprint, open_reference
+from bnf_core.storage.shards import under
+from bnf_core.types import Batch, Example, Position
 from bnf_torch import adapter
 from bnf_torch.engine import TorchEngine
 from bnf_torch.model import load_model, resolve_dtype
@@ -64,98 +64,6 @@ UNSUPPORTED: Mapping[str, Any] = {
     "dataloader_drop_last": False,
     "use_liger_kernel": False,
 }
-
-
-class EngineTrainer(Trainer):
-    """transformers' training loop, in which an engine computes. What its dataloader gives is a whole optimizer step,
-    so the loop's own gradient accumulation is 1."""
-
-    engine: TorchEngine
-    stats: list[TokenStats]  # of this process's micro-batches of the last step
-    norm: float  # of the last step's gradient, before clipping
-
-    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        return self.engine.to_train  # the engine has wrapped it already
-
-    def _move_model_to_device(self, *args: Any, **kwargs: Any) -> None:
-        """It is where the engine put it."""
-
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> tuple[list[Any], None]:
-        step = next(epoch_iterator, None)
-        return [] if step is None else [step], None
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        loss, self.stats, self.norm = self.engine.accumulate(inputs, self.args.max_grad_norm or None)
-        return torch.tensor(loss, device=self.args.device)
-
-    def _clip_grad_norm(self, model: nn.Module) -> float:
-        return self.norm  # of gradients that the engine has clipped
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
-        return self.norm
-
-    def floating_point_ops(self, inputs: Any) -> int:
-        return 0  # not counted
-
-
-# The loop under `bnf train`
-
-
-def fit(engine: TorchEngine, steps: Iterator[Step], done: Done, max_grad_norm: float | None) -> None:
-    """Take steps until there are no more, each at its own learning rate, and call `done` after each."""
-    cuda = [engine.device] if engine.device.type == "cuda" else []
-    # The trainer makes a folder and seeds the generators: neither is wanted here.
-    with tempfile.TemporaryDirectory() as folder:
-        with torch.random.fork_rng(cuda):
-            trainer = _StepTrainer(engine, steps, done, max_grad_norm, folder)
-        trainer.train()
-
-
-class _StepTrainer(EngineTrainer):
-    def __init__(
-        self, engine: TorchEngine, steps: Iterator[Step], done: Done, max_grad_norm: float | None, folder: str
-    ):
-        assert engine.optimizer is not None
-        self.engine, self.steps = engine, steps
-        args = TrainingArguments(
-            folder,
-            use_cpu=engine.device.type == "cpu",
-            max_steps=sys.maxsize,  # as many as there are
-            max_grad_norm=max_grad_norm or 0.0,
-            lr_scheduler_type="constant",
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
-        callbacks: list[TrainerCallback] = [_Done(self, done)]
-        super().__init__(engine.model, args, callbacks=callbacks, optimizers=(engine.optimizer.torch, None))
-        self.remove_callback(PrinterCallback)
-
-    def get_train_dataloader(self) -> Any:
-        return self.steps
-
-    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> tuple[list[Any], None]:
-        samples, _ = super().get_batch_samples(epoch_iterator)
-        self.control.should_training_stop = not samples
-        return samples, None
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        assert self.engine.optimizer is not None
-        self.step = inputs
-        self.engine.optimizer.set_learning_rate(inputs.learning_rate)
-        return super().training_step(model, inputs)
-
-
-class _Done(TrainerCallback):
-    def __init__(self, trainer: _StepTrainer, done: Done):
-        self.trainer, self.done = trainer, done
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        self.done(self.trainer.step, self.trainer.stats, self.trainer.norm)
-
-
-# Python
 
 
 @dataclass
@@ -196,8 +104,11 @@ class BNFConfig(TrainingArguments):
         super().__post_init__()
 
 
-class BNFTrainer(EngineTrainer):
+class BNFTrainer(Trainer):
     """Aligns a causal language model with the BNF loss; used as TRL's trainers are.
+
+    transformers' loop, in which the engine of `bnf train` computes. What its dataloader gives is a whole optimizer
+    step, so the loop's own gradient accumulation is 1.
 
     Args:
         model: a folder or Hub id, or a model; with an adapter on it, or `peft_config`, that alone is trained, and
@@ -284,12 +195,31 @@ class BNFTrainer(EngineTrainer):
         self.engine.optimizer = Optimizer(self.engine.trainable, getattr(optimizer, "optimizer", optimizer))
         return optimizer
 
+    def _wrap_model(self, model: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        return self.engine.to_train  # the engine has wrapped it already
+
+    def _move_model_to_device(self, *args: Any, **kwargs: Any) -> None:
+        """It is where the engine put it."""
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], *args: Any, **kwargs: Any) -> tuple[list[Any], None]:
+        step = next(epoch_iterator, None)
+        return [] if step is None else [step], None
+
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        loss = super().training_step(model, inputs)
-        for (batch, ref_log_odds), measured in zip(inputs.batches, self.stats, strict=True):
+        loss, stats, self.norm = self.engine.accumulate(inputs.batches, self.args.max_grad_norm or None)
+        for (batch, ref_log_odds), measured in zip(inputs.batches, stats, strict=True):
             self.meter.add(batch, measured, ref_log_odds)
         self.position = inputs.position
-        return loss
+        return torch.tensor(loss, device=self.args.device)
+
+    def _clip_grad_norm(self, model: nn.Module) -> float:
+        return self.norm  # of gradients that the engine has clipped
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float:
+        return self.norm
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0  # not counted
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """With what the meter saw since the last time, where it is the loss of training that is logged."""
@@ -312,7 +242,7 @@ class BNFTrainer(EngineTrainer):
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
-        """Metrics by the names of `bnf_core.metrics.Meter`, over all rows and processes; no predictions."""
+        """Metrics by the names of `bnf_core.steps.metrics.Meter`, over all rows and processes; no predictions."""
         meter = Meter()
         for batch, ref_log_odds in dataloader:
             meter.add(batch, self.engine.evaluate(batch, ref_log_odds), ref_log_odds)

@@ -17,8 +17,8 @@ from bnf_conformance import vectors
 from bnf_conformance.tolerances import BITS, LEAST_EXPONENT, Tolerances
 from bnf_conformance.vectors import Case
 from bnf_core import oracle
-from bnf_core.batching import Batch
 from bnf_core.protocol import Losses
+from bnf_core.types import Batch
 
 Float = NDArray[np.float64]
 Yardstick = dict[str, float]  # error of the framework's own cross-entropy, by quantity

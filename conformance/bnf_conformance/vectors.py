@@ -22,8 +22,9 @@ from numpy.typing import ArrayLike, NDArray
 from safetensors.numpy import load_file, save
 
 from bnf_core import oracle
-from bnf_core.batching import Batch, Example, collate
 from bnf_core.errors import UserError
+from bnf_core.steps.batching import collate
+from bnf_core.types import Batch, Example
 
 Array = NDArray[Any]
 

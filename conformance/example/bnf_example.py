@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bnf_core.batching import Batch
 from bnf_core.errors import UserError
-from bnf_core.protocol import Array, BatchResult, DenseResult, FusedResult
+from bnf_core.protocol import BatchResult, DenseResult, FusedResult
+from bnf_core.types import Array, Batch
 
 F = np.float32
 

@@ -1,0 +1,72 @@
+"""The forward pass that ends in the loss."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from bnf_core.types import TokenStats
+from bnf_torch.linear import linear_bnf_loss
+from bnf_torch.losses import bnf_token_loss, token_log_odds
+from bnf_torch.model import completion_hidden, completion_logits, head_weight
+from bnf_torch.probes import head_is_linear, keeps_packed_apart, shares_prompts
+
+
+class ScoredModel(nn.Module):
+    """A causal language model whose forward pass ends in the loss: what DDP and FSDP wrap. Outside of the forward
+    pass a sharded head is not there to compute a loss with.
+
+    Args:
+        model: with its adapter's layers, if any, inside.
+        autocast: compute in this precision, whatever the weights'; None: in theirs.
+    """
+
+    def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None = None):
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+        self.fused = self.packs = self.shares = False
+
+    def probe(self) -> None:
+        """Find out what the model's code does. To be called once, before everything else."""
+        self.fused = head_is_linear(self.model)
+        self.packs = keeps_packed_apart(self.model)
+        self.shares = shares_prompts(self.model)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        targets: Tensor,
+        ref_log_odds: Tensor,
+        coefficients: Tensor,
+        **layout: Tensor,
+    ) -> tuple[Tensor, TokenStats]:
+        """Σ coefficients · ℓ, and the statistics of each token.
+
+        Args:
+            input_ids: (B, T) int64.
+            positions: (N,) int64, into the flattened grid.
+            targets: (N,) int64.
+            ref_log_odds: (N,) float32.
+            coefficients: (N,) float32.
+            layout: (B, T) int64 each: `position_ids` of a packed grid, all of LAYOUT of a shared one.
+        """
+        with torch.autocast(input_ids.device.type, self.autocast) if self.autocast else nullcontext():
+            if self.fused:
+                hidden = completion_hidden(self.model, input_ids, positions, **layout)  # (N, D)
+            else:
+                logits = completion_logits(self.model, input_ids, positions, **layout)  # (N, V)
+        if self.fused:
+            dtype = self.autocast or hidden.dtype
+            return linear_bnf_loss(
+                hidden.to(dtype), head_weight(self.model).to(dtype), targets, ref_log_odds, coefficients
+            )
+        log_odds, entropy = token_log_odds(logits, targets)
+        token_loss = bnf_token_loss(log_odds, entropy, ref_log_odds)
+        return torch.dot(coefficients, token_loss), TokenStats(log_odds.detach(), entropy, token_loss.detach())
+
+    def generate(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.model.generate(*args, **kwargs)  # type: ignore[operator]

@@ -1,0 +1,1 @@
+"""Measured side by side: the loss, a whole step, and how both grow, beside other trainers."""

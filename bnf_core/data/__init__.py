@@ -1,0 +1,1 @@
+"""Rows of feedback: read, checked, and turned into tokens."""

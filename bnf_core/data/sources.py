@@ -1,0 +1,322 @@
+"""Where feedback comes from: files, folders of them and Hub data sets, read row by row with line numbers; and how its
+prompts are grouped and split.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnf_core.data.readers import READERS, RawRow, number_rows
+from bnf_core.data.records import Feedback, RowError, Text
+from bnf_core.errors import UserError
+from bnf_core.storage.digests import files_digest
+
+# The names a split may have, best first. Held-out data that is only called test serves as valid.
+SPLITS = {"train": ("train",), "valid": ("valid", "validation", "test"), "test": ("test",)}
+# What follows the name where a split is several files: -0, _07, -00000-of-00004, with a hash behind it on the Hub.
+SHARD = r"[-_.]?\d+(-of-\d+)?(-[0-9a-f]{16})?"
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of one split, wherever they are."""
+
+    name: str  # for messages
+    read: Callable[[], Iterator[RawRow]]  # all rows from the first; UserError if they can't be read, or have changed
+    files: Sequence[Path] = ()  # none for what is not read from files
+
+
+@dataclass(frozen=True)
+class LoadedFeedback:
+    rows: list[Feedback]
+    skipped: list[str]  # the message of every bad row, when they are to be skipped
+
+
+def load_feedback(path_or_name: str, split: str = "train", skip_bad_rows: bool = False) -> LoadedFeedback:
+    """Read feedback from wherever it is, all of it into memory.
+
+    Args:
+        path_or_name: a .jsonl, .json, .csv or .parquet file, a folder with train, valid and test files of those
+            kinds, or a Hub data set as owner/name.
+        split: train, valid or test; a single file is the split it is asked for.
+        skip_bad_rows: list bad rows in `skipped` instead of stopping at the first.
+    Raises:
+        RowError: a bad row, unless they are to be skipped.
+        UserError: nothing there, not readable, no such split, no row or no good row.
+    """
+    loaded = LoadedFeedback([], [])
+    for row in find_source(path_or_name, split).read():
+        try:
+            loaded.rows.extend(row.feedback())
+        except RowError as error:
+            if not skip_bad_rows:
+                raise
+            loaded.skipped.append(str(error))
+    if loaded.skipped and not loaded.rows:
+        raise UserError(
+            f"{path_or_name}: none of its {len(loaded.skipped)} rows is usable; the first: {loaded.skipped[0]}"
+        )
+    if not loaded.rows:
+        raise no_rows(path_or_name, split)
+    return loaded
+
+
+def read_rows(path_or_name: str, split: str) -> Iterator[tuple[str, Any]]:
+    """(file:line, row as it stands there or the RowError met in decoding it) of one split, unchecked.
+
+    Raises:
+        RowError: a file that is broken from some row on.
+        UserError: nothing there, not readable, no such split.
+    """
+    for row in find_source(path_or_name, split).read():
+        try:
+            yield row.source, row.columns()
+        except RowError as error:
+            yield row.source, error
+
+
+def no_rows(path_or_name: str, split: str) -> UserError:
+    return UserError(f"{path_or_name}: no rows in the {split} split. Expected at least one row of feedback.")
+
+
+def has_split(path_or_name: str, split: str) -> bool:
+    """Whether `load_feedback(path_or_name, split)` has data of its own for that split.
+
+    A single file is all train. Asks the Hub for a Hub data set.
+
+    Raises:
+        UserError: nothing there, or an unknown split.
+    """
+    path = Path(path_or_name).expanduser()
+    names = _split_names(split)
+    if path.is_dir():
+        return bool(_split_files(path, names))
+    if path.exists():
+        return split == "train"
+    _check_hub_name(path_or_name)
+    return not set(names).isdisjoint(_hub_splits(path_or_name))
+
+
+def prompt_group(prompt: Text) -> int:
+    """A number below 2^63 that equal prompts share, and no others: 63 bits of a hash of the content."""
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+    kind = b"text" if isinstance(prompt, str) else b"messages"
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=kind).digest()) >> 1
+
+
+def split_by_prompt(rows: Sequence[Feedback], fraction: float, seed: int) -> tuple[list[Feedback], list[Feedback]]:
+    """Hold out a share of the prompts, with all of their rows: no prompt is on both sides.
+
+    Args:
+        rows: feedback; both sides keep its order.
+        fraction: share of the prompts to hold out, above 0 and below 1; at least one prompt goes to either side.
+        seed: the same seed and prompts give the same split.
+    Returns:
+        train, held_out
+    Raises:
+        UserError: fewer than two prompts, or a share out of range.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"the share of prompts to hold out is {fraction}: expected a number above 0 and below 1")
+    groups = [prompt_group(row.prompt) for row in rows]
+    prompts = list(dict.fromkeys(groups))  # in order of appearance
+    count = len(prompts)
+    if count < 2:
+        raise UserError(
+            f"cannot hold out prompts: the data has {count} different prompt{'' if count == 1 else 's'}, expected at "
+            "least 2. Give held-out data in a file of its own, or train without."
+        )
+    held = min(max(round(fraction * count), 1), count - 1)
+    chosen = {prompts[i] for i in np.random.Generator(np.random.PCG64(seed)).permutation(count)[:held]}
+    sides: tuple[list[Feedback], list[Feedback]] = ([], [])
+    for row, group in zip(rows, groups, strict=True):
+        sides[group in chosen].append(row)
+    return sides
+
+
+# Finding the rows
+
+
+def find_source(path_or_name: str, split: str, streaming: bool = False) -> Source:
+    """One split of a file, a folder or a Hub data set, as `load_feedback` describes them; nothing is read yet.
+
+    Args:
+        streaming: read a Hub data set over the network, row by row, instead of fetching it first.
+    Raises:
+        UserError: nothing there, no such split, shards missing, or an unknown kind of file.
+    """
+    path = Path(path_or_name).expanduser()
+    names = _split_names(split)
+    if path.is_dir():
+        files = _split_files(path, names)
+        if not files:
+            held = ", ".join(sorted(p.name for p in path.iterdir())[:8]) or "nothing"
+            raise UserError(
+                f"{path}: no {split} file in this folder, which holds {held}. Expected "
+                f"{' or '.join(names)} with one of the endings {', '.join(READERS)}, or such files numbered as "
+                f"{names[0]}-0, or in a folder {names[0]}."
+            )
+        _check_shards(path, files, split)
+        return _files(path_or_name, files)
+    if not path.exists():
+        _check_hub_name(path_or_name)
+        return _hub(path_or_name, names, streaming)
+    if path.suffix.lower() not in READERS:
+        raise UserError(f"{path}: unknown kind of file. Expected one of the endings {', '.join(READERS)}.")
+    return _files(path_or_name, [path])
+
+
+def source_of(rows: Iterable[Any], split: str) -> Source:
+    """Rows from Python: mappings, such as those of a `datasets.IterableDataset`, read anew each time.
+
+    An iterator is spent after one epoch; what `iter` begins anew, such as a list, is not.
+    """
+    name = f"{type(rows).__name__}[{split}]"
+    return Source(name, partial(number_rows, rows, name))
+
+
+def digest(path_or_name: str, split: str) -> str:
+    """Of the files of a split, as `files_digest`, or the name alone of a Hub data set.
+
+    Raises:
+        UserError: as `find_source`, or a file that cannot be read.
+    """
+    source = find_source(path_or_name, split, streaming=True)
+    if not source.files:
+        return source.name
+    try:
+        return files_digest(source.files)
+    except OSError as error:
+        raise _unreadable(Path(error.filename or path_or_name), error) from error
+
+
+def _split_names(split: str) -> tuple[str, ...]:
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}: expected {', '.join(SPLITS)}")
+    return SPLITS[split]
+
+
+# Files
+
+
+def _files(name: str, paths: Sequence[Path]) -> Source:
+    return Source(name, partial(_read_files, {path: _stamp(path) for path in paths}), paths)
+
+
+def _read_files(stamps: dict[Path, tuple[int, int]]) -> Iterator[RawRow]:
+    """One file after the other, each the same as when it was found: otherwise no order of rows can be gone on with."""
+    for path, stamp in stamps.items():
+        _check_unchanged(path, stamp)
+        try:
+            yield from READERS[path.suffix.lower()](path)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        _check_unchanged(path, stamp)
+
+
+def _check_unchanged(path: Path, stamp: tuple[int, int]) -> None:
+    if _stamp(path) != stamp:
+        raise UserError(
+            f"{path}: has changed since it was first read. Start again with data that stays as it is; a run that is "
+            "to go on needs the file as it was."
+        )
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size in bytes, and time of the last change in nanoseconds."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    return status.st_size, status.st_mtime_ns
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot be read: {error.strerror or error}")
+
+
+def _split_files(folder: Path, names: Sequence[str]) -> list[Path]:
+    """The files of the first of these names that has any, in the order of their names."""
+    for name in names:
+        own = re.compile(f"{name}({SHARD})?")
+        here = [p for p in folder.iterdir() if own.fullmatch(p.stem)]
+        inside = folder / name
+        within = [p for p in inside.iterdir() if not p.name.startswith(".")] if inside.is_dir() else []
+        if files := [p for p in here + within if p.suffix.lower() in READERS and p.is_file()]:
+            return sorted(files)
+    return []
+
+
+def _check_shards(folder: Path, files: Sequence[Path], split: str) -> None:
+    """That the files are parts of one split, rather than several copies of it, and all there."""
+    if len(files) > 1 and (
+        len({p.parent for p in files}) > 1
+        or len({p.stem for p in files}) < len(files)
+        or any(p.parent == folder and p.stem in SPLITS[split] for p in files)
+    ):
+        found = " and ".join(str(p.relative_to(folder)) for p in files[:4])
+        raise UserError(f"{folder}: {found} are both the {split} split. Keep one, or give the file itself.")
+    totals = {int(match[1]) for p in files if (match := re.search(r"\d-of-(\d+)", p.stem))}
+    if totals and totals != {len(files)}:
+        wanted = " or ".join(map(str, sorted(totals)))
+        raise UserError(
+            f"{folder}: the {split} split is {wanted} files by their names, found {len(files)}: "
+            f"{', '.join(p.name for p in files[:4])}. Fetch the missing ones, and keep no others."
+        )
+
+
+# The Hub
+
+
+def _check_hub_name(name: str) -> None:
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) or Path(name).suffix.lower() in READERS:
+        raise UserError(
+            f"{name}: no such file or folder. Expected a {', '.join(READERS)} file, a folder with such files, or a "
+            "Hub data set as owner/name. Relative paths start at the current folder."
+        )
+
+
+def _hub(name: str, names: Sequence[str], streaming: bool) -> Source:
+    known = _hub_splits(name)
+    split = next((n for n in names if n in known), None)
+    if split is None:
+        raise UserError(f"{name}: this Hub data set has no {names[0]} split, only {', '.join(known)}")
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, split=split, streaming=streaming)
+    except Exception as error:  # a dozen kinds, from three libraries
+        raise _hub_error(name, error) from error
+    full = f"{name}[{split}]"
+    return Source(full, partial(_read_hub, rows, name, full))
+
+
+def _read_hub(rows: Iterable[Any], name: str, full: str) -> Iterator[RawRow]:
+    try:
+        yield from number_rows(rows, full)
+    except Exception as error:  # the same, in the midst of a stream
+        raise _hub_error(name, error) from error
+
+
+def _hub_splits(name: str) -> list[str]:
+    import datasets
+
+    try:
+        return [str(split) for split in datasets.get_dataset_split_names(name)]
+    except Exception as error:  # a dozen kinds, from three libraries
+        raise _hub_error(name, error) from error
+
+
+def _hub_error(name: str, error: Exception) -> UserError:
+    return UserError(
+        f"{name}: there is no such file or folder here, and as a Hub data set it cannot be loaded: "
+        f"{' '.join(str(error).split()) or type(error).__name__}. Check the spelling, the connection and, for a "
+        "private data set, `hf auth login`; or download its files and give their folder."
+    )

@@ -1,0 +1,1 @@
+"""What is known of a model without a framework: its folder, configuration, sizes, adapters."""

@@ -1,0 +1,157 @@
+"""A checkpoint's config as both frameworks read it, and the names that both have for a model's modules.
+
+transformers keeps everything rotary in one table, renames keys between versions and leaves out whatever has its
+default. mlx-lm's models look for the names that each family was published with and, where they find none, stop or
+silently take a default of their own. A normalised config says it both ways.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+Config = dict[str, Any]
+
+# Where layers of two types have tables of their own, mlx-lm's top-level keys mean the first's.
+GLOBAL_LAYERS, LOCAL_LAYERS = "full_attention", "sliding_attention"
+
+# What a family's mlx-lm model reads, from transformers' resolved config.
+DERIVED: Mapping[str, Mapping[str, Callable[[Config], Any]]] = {
+    "apertus": {"mlp_bias": lambda _: False, "post_norm": lambda _: False, "qk_norm": lambda _: True},
+    "exaone4": {
+        "sliding_window_pattern": lambda c: "".join("L" if t == LOCAL_LAYERS else "G" for t in c["layer_types"])
+    },
+    "exaone_moe": {"is_moe_layer": lambda c: [kind == "sparse" for kind in c["mlp_layer_types"]]},
+    "gemma4_text": {
+        "global_head_dim": lambda c: next(iter(c["per_layer_config"].values()))["head_dim"],
+    },
+    "gpt2": {"n_ctx": lambda c: c["n_positions"]},
+    "gpt_neox": {"rotary_emb_base": lambda c: c["rope_theta"], "rotary_pct": lambda c: c["partial_rotary_factor"]},
+    "granitemoehybrid": {
+        "layer_types": lambda c: ["mamba" if t == "linear_attention" else "attention" for t in c["layer_types"]],
+        "position_embedding_type": lambda c: c["position_embedding_type"] or "nope",
+    },
+    "lfm2": {"block_dim": lambda c: c["hidden_size"]},
+    "minimax_m2": {"shared_intermediate_size": lambda _: 0},
+    "qwen3_5_moe_text": {"model_type": lambda _: "qwen3_5_moe"},
+    "qwen3_5_text": {"model_type": lambda _: "qwen3_5"},
+    "solar_open": {
+        "first_k_dense_replace": lambda _: 0,
+        "partial_rotary_factor": lambda c: c.get("partial_rotary_factor", 1.0),
+    },
+}
+
+# What stands before the decoder's own modules, and what its list of layers is called.
+DECODER = re.compile(r"^(?:language_model\.)?(?:model|transformer|gpt_neox|backbone)\.")
+LAYERS = re.compile(r"^\w+\.(?=\d)")
+
+
+def module_path(name: str) -> str:
+    """A module's name within the decoder, the same in transformers and mlx-lm: `model.layers.0.mlp` and
+    `gpt_neox.h.0.mlp` are both `layers.0.mlp`."""
+    return LAYERS.sub("layers.", DECODER.sub("", name))
+
+
+def full_config(folder: Path) -> Config:
+    """The config of a checkpoint folder, complete with transformers' defaults and the keys that mlx-lm reads.
+
+    Raises:
+        OSError, ValueError: config.json cannot be read.
+    """
+    return normalised_config(_merged(resolved_config(folder), raw_config(folder)))
+
+
+def normalised_config(config: Config) -> Config:
+    """A config, complete with transformers' defaults, as mlx-lm reads it; what it says already is kept."""
+    config = {key: _float(value) for key, value in config.items()}
+    if isinstance(text := config.get("text_config"), dict):
+        config["text_config"] = normalised_config(text)
+    _spread_rope(config)
+    for key, derive in DERIVED.get(str(config.get("model_type")), {}).items():
+        with suppress(LookupError):  # a config from before the key it is derived from: it has the derived one
+            config[key] = derive(config)
+    return config
+
+
+def _spread_rope(config: Config) -> None:
+    """Copy the rotary table's entries to the top-level keys of before transformers 5."""
+    config.setdefault("rope_scaling", None)
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return
+    if isinstance(rope.get(GLOBAL_LAYERS), dict):  # one table for each type of layer
+        if isinstance(local := rope.get(LOCAL_LAYERS), dict):
+            config.setdefault("rope_local_base_freq", local.get("rope_theta"))
+        rope = rope[GLOBAL_LAYERS]
+    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+        if key in rope and config.get(key) is None:
+            config[key] = rope[key]
+    if rope.get("rope_type", "default") != "default" and config["rope_scaling"] is None:
+        config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} | {"type": rope["rope_type"]}
+    if rope_scaling(config) == "longrope":
+        # mlx-lm rotates by the long factors always, transformers only in rows beyond the original length.
+        config["rope_scaling"] |= {"long_factor": config["rope_scaling"].get("short_factor")}
+
+
+def _float(value: Any) -> Any:
+    """transformers writes an infinity, which JSON has no word for, as {"__float__": "Infinity"}."""
+    if isinstance(value, dict) and set(value) == {"__float__"}:
+        return float(value["__float__"])
+    return [_float(v) for v in value] if isinstance(value, list) else value
+
+
+def raw_config(folder: Path) -> Config:
+    config: Config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config
+
+
+def resolved_config(folder: Path) -> Config:
+    """The config with every default of transformers', under its present names and the published ones; empty for a
+    model that only mlx-lm knows."""
+    from transformers import AutoConfig
+
+    try:
+        return _named_both_ways(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _named_both_ways(config: Any) -> Config:
+    full: Config = config.to_dict()
+    for published, present in config.attribute_map.items():
+        if present in full:
+            full.setdefault(published, full[present])
+    if (text := getattr(config, "text_config", None)) is not None:
+        full["text_config"] = _named_both_ways(text)
+    return full
+
+
+def _merged(defaults: Config, config: Config) -> Config:
+    merged = defaults | config
+    if isinstance(config.get("text_config"), dict) and isinstance(defaults.get("text_config"), dict):
+        merged["text_config"] = defaults["text_config"] | config["text_config"]
+    return merged
+
+
+def rope_scaling(config: Config) -> str | None:
+    scaling = config.get("rope_scaling") or {}
+    kind: str | None = scaling.get("rope_type", scaling.get("type"))
+    return kind
+
+
+def family_of(folder: Path) -> str:
+    """The checkpoint's model_type."""
+    return str(raw_config(folder).get("model_type"))
+
+
+def transformers_config(folder: Path) -> Config:
+    """The config as transformers holds it, under its present names alone; empty for a model it does not know."""
+    from transformers import AutoConfig
+
+    try:
+        config: Config = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return config

@@ -1,0 +1,1 @@
+"""From rows to optimizer steps: batches, references, schedules, the loop, metrics."""

@@ -1,0 +1,112 @@
+"""The reference's log-odds, one float32 per completion token: computed once per row, in memory or in a folder.
+
+    ref/index.json                 what the reference is of, and the shards with their SHA-256
+        shard-00000.safetensors    keys (R,) uint64, lengths (R,) int32, log_odds (Σ lengths,) float32
+
+A row is known by `Example.key`, a hash of its tokens. So neither order, epochs, duplicates nor batching matter, and a
+folder can serve any part of the data it was made of, or grow by more. Among ten million rows, two of one 64-bit key
+have odds of 3 in a million.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bnf_core.errors import UserError
+from bnf_core.processes import Processes
+from bnf_core.storage.reference_folder import StoredReference
+from bnf_core.types import Array, Batch
+
+if TYPE_CHECKING:
+    pass
+
+Fingerprint = dict[str, str]  # what the reference depends on, by name
+
+FORMAT = 1
+INDEX = "index.json"
+
+
+class ReferenceCache:
+    """Looks up a batch's reference log-odds: those it has met, then those stored, and computes the others.
+
+    Args:
+        compute: (N,) reference log-odds of a batch, such as `Engine.reference_log_odds`; None: all must be stored.
+        stored: what was computed beforehand.
+    """
+
+    def __init__(self, compute: Callable[[Batch], Array] | None, stored: StoredReference | None = None):
+        self._compute = compute
+        self._stored = stored
+        self._computed: dict[int, Array] = {}
+
+    def __call__(self, batch: Batch) -> Array:
+        """(N,) float32, in the order of the batch's tokens.
+
+        Raises:
+            UserError: a row is not stored, and there is nothing to compute it with.
+        """
+        if self.missing(batch):
+            self._learn(batch)
+        return np.concatenate([np.zeros(0, np.float32), *map(self._value, batch.keys.tolist())])
+
+    def missing(self, batch: Batch) -> bool:
+        """Whether any row of the batch has to be computed."""
+        return any(key not in self._computed and not self._is_stored(key) for key in batch.keys.tolist())
+
+    def fill(self, batches: Sequence[Batch], processes: Processes) -> None:
+        """Know the rows of these batches and of those that the other processes give, as many each. Where one has to
+        compute, all do, together; then each learns what the others computed."""
+        computed = [key for batch in batches if processes.any(self.missing(batch)) for key in self._learn(batch)]
+        if not processes.any(bool(computed)):
+            return
+        mine = self.state(computed)
+        shares = [processes.gather(mine[name]) for name in mine]
+        for share in zip(*shares, strict=True):
+            self.merge(dict(zip(mine, share, strict=True)))
+
+    def state(self, keys: Iterable[int] | None = None) -> dict[str, Array]:
+        """What was computed here, or these rows of it: keys (R,) uint64, how many tokens each row has (R,) int32,
+        and all their log-odds, flat, float32."""
+        chosen = list(self._computed if keys is None else keys)
+        values = [self._computed[key] for key in chosen]
+        return {
+            "keys": np.asarray(chosen, np.uint64),
+            "lengths": np.asarray([len(value) for value in values], np.int32),
+            "log_odds": np.concatenate([np.zeros(0, np.float32), *values]),
+        }
+
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        """Know what another cache knew. Computing it again would not do where bits matter: a row's log-odds
+        depend, in the last one, on the rows it shares a batch with, and those differ from epoch to epoch."""
+        self._computed = {}
+        self.merge(state)
+
+    def merge(self, state: Mapping[str, Array]) -> None:
+        """Learn what another process computed; what is known already stays."""
+        ends = np.cumsum(state["lengths"], dtype=np.int64)
+        for key, length, end in zip(state["keys"].tolist(), state["lengths"].tolist(), ends.tolist(), strict=True):
+            self._computed.setdefault(key, state["log_odds"][end - length : end].copy())
+
+    def _learn(self, batch: Batch) -> list[int]:
+        """Compute a batch, and keep those of its rows that were not known: their keys."""
+        if self._compute is None:
+            raise UserError(
+                f"{self._stored.folder if self._stored else 'the reference cache'} lacks rows of this data: run "
+                "`bnf reference` with the same data and --output, which adds them"
+            )
+        values = self._compute(batch).astype(np.float32)
+        learned = []
+        for row, key in enumerate(batch.keys.tolist()):
+            if key not in self._computed and not self._is_stored(key):
+                self._computed[key] = values[batch.rows == row]
+                learned.append(key)
+        return learned
+
+    def _value(self, key: int) -> Array:
+        if key in self._computed or self._stored is None:
+            return self._computed[key]
+        return self._stored[key]
+
+    def _is_stored(self, key: int) -> bool:
+        return self._stored is not None and key in self._stored

@@ -1,0 +1,85 @@
+"""The optimizer steps of a run: which rows, in which micro-batches, on which process, at which learning rate."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from bnf_core.config import OptimizerConfig, TrainConfig
+from bnf_core.processes import Processes
+from bnf_core.protocol import Engine
+from bnf_core.steps.batching import Cut, micro_batches
+from bnf_core.steps.reference import ReferenceCache
+from bnf_core.steps.schedule import learning_rate
+from bnf_core.types import Array, Batch, Example, Position
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that one optimizer step needs, as this process sees it."""
+
+    number: int  # from 0
+    learning_rate: float
+    batches: list[tuple[Batch, Array]]  # this process's micro-batches, each with its ref_log_odds (N,)
+    examples: list[Example]  # of the global batch
+    position: Position  # where the data go on after this step
+
+
+class Data(Protocol):
+    """Where the rows of a run come from: `batching.Rows` or `streaming.FeedbackStream`."""
+
+    def batches(
+        self, batch_size: int, position: Position | None = None
+    ) -> Iterator[tuple[list[Example], Position]]: ...
+
+
+def cut_of(config: TrainConfig, engine: Engine | None = None) -> Cut:
+    """How a run of this model cuts its batches; without one, on one process by a model that can share prompts."""
+    return Cut(
+        config.micro_batch_size,
+        config.data.max_length if config.packing else None,
+        config.group_by_length,
+        multiple_of=engine.processes.count if engine else 1,
+        share_prompts=config.share_prompts and (engine is None or engine.shares_prompts),
+    )
+
+
+def steps(
+    data: Data,
+    *,
+    batch_size: int,
+    num_steps: int,
+    optimizer: OptimizerConfig,
+    cut: Cut,
+    reference: ReferenceCache,
+    processes: Processes,
+    pad_id: int = 0,
+    start: int = 0,
+    position: Position | None = None,
+) -> Iterator[Step]:
+    """Steps start..num_steps as this process sees them; every process must draw them all, in step."""
+    batches = data.batches(batch_size, position)
+    for number in range(start, num_steps):
+        examples, position = next(batches)
+        yield Step(
+            number=number,
+            learning_rate=learning_rate(number, num_steps, optimizer),
+            batches=with_reference(my_share(examples, cut, processes, pad_id), reference, processes),
+            examples=examples,
+            position=position,
+        )
+
+
+def my_share(examples: Sequence[Example], cut: Cut, processes: Processes, pad_id: int = 0) -> list[Batch]:
+    """This process's micro-batches of a global batch: as many as any other process has."""
+    batches = micro_batches(examples, cut, pad_id)
+    return batches[processes.share(batches)]
+
+
+def with_reference(
+    batches: Sequence[Batch], reference: ReferenceCache, processes: Processes
+) -> list[tuple[Batch, Array]]:
+    """Micro-batches with their ref_log_odds. Where any process has to compute some, all run the model together,
+    and tell each other what they found."""
+    if processes.count > 1:
+        reference.fill(batches, processes)
+    return [(batch, reference(batch)) for batch in batches]

@@ -1,0 +1,1 @@
+"""What is written: all or nothing, verified, in shards."""

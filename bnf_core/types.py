@@ -1,0 +1,70 @@
+"""What flows through a run: rows of feedback as tokens, batches of them, and what a backend says of each token."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Position = dict[str, int]  # where in the data a run is; JSON
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenised row of feedback."""
+
+    prompt_ids: tuple[int, ...]  # at least one token, or nothing predicts the first of the completion
+    completion_ids: tuple[int, ...]  # at least one token, the end-of-turn token included
+    label: bool  # True: preferred, False: dispreferred
+    group: int = 0  # rows with one prompt share a number: they are compared with each other
+    source: str = ""  # file:line, for messages
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+    @property
+    def key(self) -> int:
+        """64 bits of a hash of the tokens: what the row is known by, wherever it is met."""
+        ids = np.asarray((len(self.prompt_ids), *self.prompt_ids, *self.completion_ids), "<i4")
+        return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A grid of token ids and, flat, every completion token to be scored.
+
+    S sequences (rows of feedback) lie in a grid of B rows and T columns, one to a row or, packed, several one
+    after another, padded on the right; N of their tokens are completion tokens. The hidden state (or logits) at
+    `positions[i]` of the flattened (B·T) grid predicts `targets[i]`: what is not listed does not count, so
+    nothing needs to be shifted or masked. A grid that is neither packed nor shared needs no attention mask in a
+    causal model; otherwise a token sees the earlier tokens of its own segment, and all of the segment that its own one
+    goes on from.
+
+    Where sequences share a prompt, it is a segment, and each completion is another that goes on from it. The last
+    token of the prompt then predicts the first of every completion, so that `positions` names it several times.
+    """
+
+    input_ids: Array  # (B, T) int32
+    position_ids: Array  # (B, T) int32, from 0 in each sequence
+    segment_ids: Array  # (B, T) int32, from 0 in each grid row; padding is a segment of its own
+    prefix_ids: Array  # (B, T) int32, the segment that a token's own goes on from: a shared prompt, or itself
+    packed: bool  # whether any grid row holds sequences of more than one prompt, or one prompt more than once
+    shared: bool  # whether any prompt is there once for several sequences
+    lengths: Array  # (S,) int32, tokens of each sequence
+    positions: Array  # (N,) int64
+    targets: Array  # (N,) int32
+    rows: Array  # (N,) int32, the sequence in this batch, 0..S
+    coefficients: Array  # (N,) float32: label / (|y| · sequences in the global batch)
+    labels: Array  # (S,) int32: +1 preferred, −1 dispreferred
+    groups: Array  # (S,) int64, `Example.group`
+    keys: Array  # (S,) uint64, `Example.key`
+
+
+class TokenStats(NamedTuple):
+    """What is known of each completion token, detached, float32, (N,); arrays of whichever framework made it."""
+
+    log_odds: Any
+    other_entropy: Any
+    token_loss: Any

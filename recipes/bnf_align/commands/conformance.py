@@ -1,0 +1,93 @@
+"""`bnf conformance`: check backends' losses and gradients against the float64 oracle."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from bnf_conformance import runner
+from bnf_conformance.page import to_html
+from bnf_conformance.report import Report, to_json
+from bnf_core import registry
+from bnf_core.config import HardwareConfig
+from bnf_core.errors import UserError
+from bnf_core.protocol import Backend
+from bnf_core.storage.files import replace_file
+
+
+@dataclass
+class ConformanceConfig:
+    """Check a backend's losses and gradients against the float64 oracle. `--device` takes several: cpu,cuda."""
+
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    all: bool = False
+    """Check every installed backend."""
+    tier: str = "auto"
+    """Which tolerances hold: cpu, cuda, tf32 or metal; by default those of the device."""
+    report: str | None = None
+    """Write every result to this file: .html for a person, .json for a CI."""
+
+    def __post_init__(self) -> None:
+        if self.report is not None and Path(self.report).suffix not in (".html", ".json"):
+            raise ValueError(f"report is {self.report!r}: expected a name that ends in .html or .json")
+        if self.all and self.hardware.backend != "auto":
+            raise ValueError(f"all is true: expected false with backend {self.hardware.backend!r}")
+
+
+def conformance(config: ConformanceConfig, console: Console) -> int:
+    """Exit code 0 if every check passed, 1 if one failed.
+
+    Raises:
+        UserError: no such backend, device or tier, or a report that cannot be written.
+    """
+    if config.report is not None and not Path(config.report).parent.is_dir():
+        raise UserError(f"report {config.report}: no folder {Path(config.report).parent}")
+    absent: dict[str, str] = {}
+    backends = _installed(absent) if config.all else [registry.get(config.hardware.backend)]
+    reports = []
+    for backend in backends:
+        for device in config.hardware.device.split(","):
+            if config.all and device != "auto" and device not in backend.devices():
+                absent[f"{backend.name} on {device}"] = f"it offers {', '.join(backend.devices())}"
+                continue
+            report = runner.run(backend, device, tier=config.tier)
+            console.print(report.table())
+            reports.append(report)
+    for name, why in absent.items():
+        console.print(f"{name}: not checked, {why}", markup=False, highlight=False)
+    if not reports:
+        raise UserError(f"device {config.hardware.device!r}: no installed backend has it")
+    if config.report is not None:
+        _write(Path(config.report), reports, absent)
+        console.print(f"report  {config.report}", highlight=False)
+    return 0 if all(report.ok for report in reports) else 1
+
+
+def _installed(absent: dict[str, str]) -> list[Backend]:
+    found = []
+    for name in registry.names():
+        if missing := registry.missing(name):
+            absent[name] = f"not installed (no {', '.join(missing)})"
+        else:
+            found.append(registry.get(name))
+    return found
+
+
+def _write(path: Path, reports: list[Report], absent: dict[str, str]) -> None:
+    try:
+        replace_file(path, (to_html if path.suffix == ".html" else to_json)(reports, absent))
+    except OSError as error:
+        raise UserError(f"report {path}: {error.strerror}") from error
+
+
+Config = ConformanceConfig
+
+
+def backends(config: ConformanceConfig) -> list[str]:
+    if config.all:
+        return [name for name in registry.names() if not registry.missing(name)]
+    return [config.hardware.backend]
+
+
+def run(config: ConformanceConfig, console: Console) -> int:
+    return conformance(config, console)

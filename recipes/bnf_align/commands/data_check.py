@@ -1,0 +1,447 @@
+"""`bnf data check`: every row of feedback judged before a run depends on it.
+
+One pass, linear in the rows: parse each, measure it, and look its prompt and completion up among those seen before.
+"""
+
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, NullLocator
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase
+
+from bnf_align.run.pictures import AFTER, BAD, GOOD, PLAIN, save
+from bnf_align.run.progress import bar
+from bnf_core.config import DataCheckConfig, DataConfig
+from bnf_core.data import sources
+from bnf_core.data.records import Feedback, RowError, Text, parse_row
+from bnf_core.data.tokenization import load_tokenizer, tokenize
+from bnf_core.errors import UserError
+from bnf_core.models.model_folder import ALLOWED, HUB_ID
+
+CHUNK = 500  # rows tokenised in one call
+EXAMPLES = 3  # how many rows of each finding are printed; the report has them all
+BAR_WIDTH = 10
+
+RawRow = tuple[str, Any]  # file:line, and the row there or the RowError met in reading it
+
+
+class Size(NamedTuple):
+    """How long one completion and its prompt are, in tokens or characters, before anything is cut."""
+
+    source: str  # file:line
+    label: bool
+    prompt: int
+    completion: int
+
+    @property
+    def whole(self) -> int:
+        return self.prompt + self.completion
+
+    # As `bnf_core.data.tokenization.tokenize` cuts: the prompt gives way, down to one token.
+
+    def prompt_cut(self, max_length: int) -> bool:
+        return self.prompt + min(self.completion, max_length - 1) > max_length
+
+    def completion_cut(self, max_length: int) -> bool:
+        return self.completion > max_length - 1
+
+
+@dataclass(frozen=True)
+class CheckedFile:
+    rows: int  # as they stand in the file: a pair is one
+    bad_rows: list[str]  # a message for each, with file:line and field
+    sizes: list[Size]  # of every usable completion: a pair has two
+    prompts: int  # different ones
+    prompts_with_both: int  # with a completion labelled good and one labelled bad
+
+
+@dataclass
+class Repeats:
+    """Completions that occur again after the same prompt, found by the digest of both."""
+
+    duplicates: list[tuple[str, str]] = field(default_factory=list)  # where it was first, where it is again
+    contradictions: list[tuple[str, str]] = field(default_factory=list)  # where labelled good, where labelled bad
+    _places: dict[object, dict[bool, str]] = field(default_factory=dict)  # digest -> label -> the first file:line
+
+    def add(self, row: Feedback) -> None:
+        places = self._places.setdefault(_digest(row), {})
+        if row.label in places:
+            self.duplicates.append((places[row.label], row.source))
+            return
+        places[row.label] = row.source
+        if len(places) == 2:
+            self.contradictions.append((places[True], places[False]))
+
+
+@dataclass(frozen=True)
+class DataReport:
+    files: dict[str, CheckedFile]
+    repeats: Repeats
+    unit: str  # tokens or characters
+    max_length: int | None  # in tokens; None where only characters are known
+
+    @property
+    def bad_rows(self) -> list[str]:
+        return [message for file in self.files.values() for message in file.bad_rows]
+
+    @property
+    def sizes(self) -> list[Size]:
+        return [size for file in self.files.values() for size in file.sizes]
+
+    @property
+    def prompts_cut(self) -> list[Size]:
+        """Rows whose prompt would lose its beginning."""
+        return [size for size in self.sizes if self.max_length and size.prompt_cut(self.max_length)]
+
+    @property
+    def completions_cut(self) -> list[Size]:
+        """Rows whose completion, too long by itself, would lose its end."""
+        return [size for size in self.sizes if self.max_length and size.completion_cut(self.max_length)]
+
+    def histogram(self) -> list[dict[str, int]]:
+        """Rows by length, each line twice as wide as the one before: from, to, prompt, completion, whole."""
+        counts = {part: Counter(map(_bucket, values)) for part, values in _parts(self.sizes).items()}
+        found = sorted(set().union(*counts.values()))
+        return [
+            {"from": _first_of(k), "to": _last_of(k)} | {part: count[k] for part, count in counts.items()}
+            for k in (range(found[0], found[-1] + 1) if found else ())
+        ]
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `--report` writes."""
+        return {
+            "files": {name: _counts(file) for name, file in self.files.items()},
+            "unit": self.unit,
+            "lengths": {part: _statistics(values) for part, values in _parts(self.sizes).items()},
+            "histogram": self.histogram(),
+            "max_length": self.max_length,
+            "prompts_cut": [size._asdict() for size in self.prompts_cut],
+            "completions_cut": [size._asdict() for size in self.completions_cut],
+            "duplicates": [{"first": first, "again": again} for first, again in self.repeats.duplicates],
+            "contradictions": [{"good": good, "bad": bad} for good, bad in self.repeats.contradictions],
+            "bad_rows": self.bad_rows,
+        }
+
+
+def data_check(config: DataCheckConfig, console: Console) -> DataReport:
+    """Check all rows, print what was found, and write the report and the picture that are asked for.
+
+    Bad rows are part of the result, not an error.
+
+    Raises:
+        UserError: no such data, model or split, no rows at all, a tokenizer without what the rows need, or a
+            report or picture that cannot be written.
+    """
+    tokenizer = None if config.model is None else _tokenizer(config.model)
+    repeats, files = Repeats(), {}
+    for name, rows in _read(config.data.path, config.split).items():
+        files[name] = _check(name, rows, config.data, tokenizer, repeats, console)
+    report = DataReport(
+        files,
+        repeats,
+        unit="characters" if tokenizer is None else "tokens",
+        max_length=None if tokenizer is None else config.data.max_length,
+    )
+    _print(report, config.data, console)
+    try:
+        if config.report:
+            _with_folder(config.report).write_text(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
+        if config.picture and report.sizes:
+            save(figure(report), _with_folder(config.picture))
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from error
+    return report
+
+
+# Reading
+
+
+def _read(path: str, split: str) -> dict[str, list[RawRow]]:
+    """The rows of each file, by its name; `all` is every split that the data has."""
+    splits = [split]
+    if split == "all":
+        splits = [name for name in sources.SPLITS if sources.has_split(path, name)] or ["train"]
+    files = {}
+    for name in splits:
+        rows = list(_rows(path, name))
+        if not rows:
+            raise UserError(f"{path}: no rows in the {name} split. Expected at least one row of feedback.")
+        # By file, because test may serve as valid and is then met twice.
+        files[rows[0][0].rpartition(":")[0]] = rows
+    return files
+
+
+def _rows(path: str, split: str) -> Iterator[RawRow]:
+    try:
+        yield from sources.read_rows(path, split)
+    except RowError as error:  # a file that is broken from here on: its last row
+        yield error.source, error
+
+
+def _tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or a Hub model; weights are neither fetched nor needed."""
+    folder = Path(model).expanduser()
+    if not folder.exists() and HUB_ID.fullmatch(model):
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(model, allow_patterns=[p for p in ALLOWED if "safetensors" not in p]))
+        except Exception as error:  # the Hub's client has dozens of ways to fail, of several HTTP libraries
+            raise UserError(
+                f"model {model!r}: no such folder here, and its tokenizer cannot be fetched from the Hub: "
+                f"{' '.join(str(error).split())}"
+            ) from error
+    return load_tokenizer(folder)
+
+
+# Checking
+
+
+def _check(
+    name: str,
+    rows: Sequence[RawRow],
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    repeats: Repeats,
+    console: Console,
+) -> CheckedFile:
+    bad_rows: list[str] = []
+    feedback: list[Feedback] = []
+    sizes: list[Size] = []
+    with bar(f"check {Path(name).name}", len(rows), console) as progress:
+        for at in range(0, len(rows), CHUNK):
+            parsed: list[Feedback] = []
+            for source, row in rows[at : at + CHUNK]:
+                try:
+                    if isinstance(row, RowError):
+                        raise row
+                    parsed.extend(parse_row(row, source))
+                except RowError as error:
+                    bad_rows.append(str(error))
+                progress.advance()
+            measured, refused = _measure(parsed, config, tokenizer)
+            sizes += measured
+            bad_rows += refused
+            feedback += parsed
+    for item in feedback:
+        repeats.add(item)
+    labels: dict[int, set[bool]] = {}
+    for item in feedback:
+        labels.setdefault(sources.prompt_group(item.prompt), set()).add(item.label)
+    return CheckedFile(len(rows), bad_rows, sizes, len(labels), sum(len(both) == 2 for both in labels.values()))
+
+
+def _measure(
+    rows: Sequence[Feedback], config: DataConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[list[Size], list[str]]:
+    """Sizes of the rows, and a message for each row that the tokenizer or its chat template refuses."""
+    if tokenizer is None:
+        return [Size(r.source, r.label, _characters(r.prompt), _characters(r.completion)) for r in rows], []
+
+    def sizes(part: Sequence[Feedback], skip_bad_rows: bool) -> tuple[list[Size], list[str]]:
+        tokens = tokenize(
+            part, tokenizer, template=config.template, max_length=sys.maxsize, skip_bad_rows=skip_bad_rows
+        )
+        found = [Size(e.source, e.label, len(e.prompt_ids), len(e.completion_ids)) for e in tokens.examples]
+        return found, tokens.skipped
+
+    try:
+        found, refused = sizes(rows, skip_bad_rows=True)
+    except UserError:  # all of them are refused, or the tokenizer lacks something: one at a time tells which
+        found, refused = [], []
+        for row in rows:
+            try:
+                found += sizes([row], skip_bad_rows=False)[0]
+            except RowError as error:
+                refused.append(str(error))
+    return found, list(dict.fromkeys(refused))  # both halves of a pair are refused for the same prompt
+
+
+def _characters(text: Text) -> int:
+    return len(text) if isinstance(text, str) else sum(len(message["content"]) for message in text)
+
+
+def _digest(row: Feedback) -> object:
+    """The same for equal prompts and completions, whatever the label; small, however long they are."""
+    text = json.dumps([row.prompt, row.completion], sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).digest()
+
+
+# Counting
+
+
+def _parts(sizes: Sequence[Size]) -> dict[str, list[int]]:
+    return {
+        "prompt": [s.prompt for s in sizes],
+        "completion": [s.completion for s in sizes],
+        "whole": [s.whole for s in sizes],
+    }
+
+
+def _bucket(length: int) -> int:
+    """0: nothing, 1: 1, 2: 2, 3: 3 to 4, 4: 5 to 8, and so on: powers of two end a bucket, as they do a limit."""
+    return (length - 1).bit_length() + 1 if length else 0
+
+
+def _first_of(bucket: int) -> int:
+    return _last_of(bucket - 1) + 1 if bucket else 0
+
+
+def _last_of(bucket: int) -> int:
+    return 2 ** (bucket - 1) if bucket else 0
+
+
+def _statistics(values: Sequence[int]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {"shortest": min(values), "median": float(np.median(values)), "longest": max(values), "sum": sum(values)}
+
+
+def _counts(file: CheckedFile) -> dict[str, int]:
+    good = sum(size.label for size in file.sizes)
+    return {
+        "rows": file.rows,
+        "bad_rows": len(file.bad_rows),
+        "labelled_good": good,
+        "labelled_bad": len(file.sizes) - good,
+        "prompts": file.prompts,
+        "prompts_with_both": file.prompts_with_both,
+    }
+
+
+# Showing
+
+
+def _print(report: DataReport, config: DataConfig, console: Console) -> None:
+    def line(text: str, style: str = "") -> None:
+        console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+    for message in report.bad_rows:
+        line(message, "red")
+    console.print(_summary(report))
+    if report.sizes:
+        console.print(_histogram(report))
+    for title, places in _findings(report):
+        line(f"{title}: {len(places):,}", "yellow" if places else "")
+        for place in places[:EXAMPLES]:
+            line(f"  {place}")
+        if len(places) > EXAMPLES:
+            line(f"  and {len(places) - EXAMPLES:,} more", "dim")
+    if report.max_length is None:
+        line(f"longer than {config.max_length} tokens: not known without --model, whose tokenizer counts them", "dim")
+    total = sum(file.rows for file in report.files.values())
+    if report.bad_rows:
+        line(f"{len(report.bad_rows):,} of {total:,} rows are bad: see above", "red")
+    else:
+        line(f"all {total:,} rows are good", "green")
+
+
+def _summary(report: DataReport) -> Table:
+    table = Table("", *(Path(name).name for name in report.files))
+    counts = [_counts(file) for file in report.files.values()]
+    completions = [max(1, c["labelled_good"] + c["labelled_bad"]) for c in counts]
+    for name, text in (("rows", "rows"), ("bad_rows", "bad rows")):
+        table.add_row(text, *(f"{c[name]:,}" for c in counts))
+    for name, text in (("labelled_good", "completions labelled good"), ("labelled_bad", "completions labelled bad")):
+        table.add_row(text, *(f"{c[name]:,} ({c[name] / of:.1%})" for c, of in zip(counts, completions, strict=True)))
+    table.add_row("different prompts", *(f"{c['prompts']:,}" for c in counts))
+    table.add_row("prompts with good and bad ones", *(f"{c['prompts_with_both']:,}" for c in counts))
+    table.add_row(report.unit, *(f"{sum(s.whole for s in file.sizes):,}" for file in report.files.values()))
+    return table
+
+
+def _histogram(report: DataReport) -> Table:
+    parts = _parts(report.sizes)
+    lines = report.histogram()
+    table = Table(report.unit, "prompt", "completion", "both together")
+    table.columns[0].justify = "right"
+    most = {part: max(line[part] for line in lines) for part in parts}
+    for line in lines:
+        span = f"{line['from']:,}–{line['to']:,}" if line["from"] < line["to"] else f"{line['to']:,}"
+        table.add_row(span, *(_bar(line[part], most[part], len(str(most[part])) + 1) for part in parts))
+    table.add_section()
+    table.add_row("median", *(f"{np.median(values):,.0f}" for values in parts.values()))
+    table.add_row("longest", *(f"{max(values):,}" for values in parts.values()))
+    return table
+
+
+def _bar(count: int, most: int, width: int) -> str:
+    filled = -(-count * BAR_WIDTH // most)  # rounded up, so that a single row shows
+    return f"{count:>{width},} {'█' * filled}".rstrip()
+
+
+def _findings(report: DataReport) -> Iterable[tuple[str, list[str]]]:
+    if report.max_length is not None:
+        limit = f"over {report.max_length:,} tokens"
+        yield f"prompts that lose their beginning, with the completion {limit}", _places(report.prompts_cut)
+        yield f"completions that lose their end, with one token of prompt {limit}", _places(report.completions_cut)
+    yield "duplicates: prompt, completion and label as before", [f"{b} as {a}" for a, b in report.repeats.duplicates]
+    yield (
+        "contradictions: prompt and completion with both labels",
+        [f"{good} good, {bad} bad" for good, bad in report.repeats.contradictions],
+    )
+
+
+def _places(sizes: Sequence[Size]) -> list[str]:
+    return [
+        f"{s.source} prompt {s.prompt:,}, {'good' if s.label else 'bad'} completion {s.completion:,}" for s in sizes
+    ]
+
+
+def figure(report: DataReport) -> Figure:
+    """Three histograms on one axis of length: prompts, completions by label, and both together with the limit."""
+    sizes = report.sizes
+    result = Figure(figsize=(11, 3.8), layout="constrained")
+    prompts, completions, whole = result.subplots(1, 3, sharex=True)
+    shortest = max(1, min(min(size.prompt, size.completion) for size in sizes))
+    longest = max(size.whole for size in sizes)
+    # Wider and wider bins for a logarithmic axis, on whole numbers; an empty prompt is drawn at 1.
+    edges = np.unique(np.geomspace(shortest, longest + 1, 61).round()) - 0.5
+
+    prompts.hist([max(s.prompt, 1) for s in sizes], edges, color=PLAIN)
+    prompts.set_title("Prompts", fontsize=11, loc="left")
+    for label, name, style in ((True, "good", {"color": GOOD}), (False, "bad", {"color": BAD, "linestyle": "--"})):
+        values = [s.completion for s in sizes if s.label is label]
+        if values:
+            completions.hist(values, edges, histtype="step", linewidth=1.8, label=f"{name}: {len(values):,}", **style)
+    completions.set_title("Completions, by label", fontsize=11, loc="left")
+    completions.legend(fontsize=8, frameon=False)
+    whole.hist([s.whole for s in sizes], edges, color=PLAIN)
+    whole.set_title("Prompt and completion", fontsize=11, loc="left")
+    if report.max_length is not None:
+        whole.axvline(report.max_length, color=AFTER, linewidth=1.8, label=f"max_length {report.max_length:,}")
+        whole.legend(fontsize=8, frameon=False)
+    for axes in (prompts, completions, whole):
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel(report.unit)
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
+    prompts.set_ylabel("rows")
+    return result
+
+
+def _with_folder(name: str) -> Path:
+    path = Path(name).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+Config = DataCheckConfig
+POSITIONAL = ("--data",)
+
+
+def run(config: DataCheckConfig, console: Console) -> int:
+    return 2 if data_check(config, console).bad_rows else 0

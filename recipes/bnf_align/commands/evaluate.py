@@ -1,0 +1,48 @@
+"""`bnf evaluate`: score labelled completions under a model, beside its own reference."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+
+from bnf_align.run.feedback import load_split
+from bnf_align.run.scoring import score, table
+from bnf_core import registry
+from bnf_core.config import EvaluateConfig
+from bnf_core.data.tokenization import load_tokenizer, pad_id
+from bnf_core.models.model_folder import resolve_model
+from bnf_core.steps.batching import Cut
+from bnf_core.steps.metrics import Metrics
+from bnf_core.steps.reference import ReferenceCache
+
+
+def evaluate(config: EvaluateConfig, console: Console) -> Metrics:
+    """Metrics of one file: log-odds shift against the adapter-off reference, preference accuracy and the rest of
+    `bnf_core.steps.metrics.Meter`.
+
+    Raises:
+        UserError: a missing model, adapter or file, or a bad row.
+    """
+    folder = resolve_model(config.model)
+    tokenizer = load_tokenizer(folder)
+    examples = load_split(config.data.path, config.split, config.data, tokenizer, console)
+    engine = registry.get(config.hardware.backend).load(
+        folder,
+        device=config.hardware.device,
+        dtype=config.hardware.dtype,
+        adapter=Path(config.adapter) if config.adapter else None,
+    )
+    reference = ReferenceCache(engine.reference_log_odds)
+    cut = Cut(config.micro_batch_size, share_prompts=engine.shares_prompts)
+    metrics = score(engine, reference, examples, cut, pad_id(tokenizer), console)
+    if config.report:
+        Path(config.report).write_text(json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+Config = EvaluateConfig
+
+
+def run(config: EvaluateConfig, console: Console) -> int:
+    console.print(table({"value": evaluate(config, console)}))
+    return 0

@@ -1,0 +1,37 @@
+"""`bnf generate`: greedy completions, to look at what a model says."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from bnf_align.run.completions import complete
+from bnf_core import registry
+from bnf_core.config import GenerateConfig
+from bnf_core.data.tokenization import load_tokenizer, stop_ids
+from bnf_core.models.model_folder import resolve_model
+
+
+def generate(config: GenerateConfig) -> str:
+    """The completion of one prompt.
+
+    Raises:
+        UserError: a missing model or adapter, or no chat template where one is wanted.
+    """
+    folder = resolve_model(config.model)
+    tokenizer = load_tokenizer(folder)
+    engine = registry.get(config.hardware.backend).load(
+        folder,
+        device=config.hardware.device,
+        dtype=config.hardware.dtype,
+        adapter=Path(config.adapter) if config.adapter else None,
+    )
+    stops = stop_ids(tokenizer, folder)
+    return complete(engine, tokenizer, [config.prompt], config.template, config.max_tokens, stops)[0]
+
+
+Config = GenerateConfig
+
+
+def run(config: GenerateConfig, console: Console) -> int:
+    print(generate(config))
+    return 0

@@ -1,0 +1,145 @@
+"""`bnf reference`: the reference's log-odds of every row, computed once into a folder for `bnf train --reference`."""
+
+import time
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from transformers import PreTrainedTokenizerBase
+
+from bnf_align.run.feedback import load_split, read_once
+from bnf_align.run.progress import Bar, bar
+from bnf_core import registry
+from bnf_core.config import DataConfig, ReferenceConfig, TrainConfig
+from bnf_core.data import sources
+from bnf_core.data.tokenization import load_tokenizer, pad_id
+from bnf_core.errors import TrainingStopped
+from bnf_core.models.model_folder import resolve_model
+from bnf_core.protocol import Engine
+from bnf_core.steps.batching import Cut
+from bnf_core.steps.reference import ReferenceCache
+from bnf_core.steps.steps import my_share
+from bnf_core.storage.reference_folder import ReferenceWriter, StoredReference, fingerprint
+from bnf_core.storage.reference_folder import open_reference as open_folder
+from bnf_core.types import Array, Example
+
+
+def reference(config: ReferenceConfig, console: Console) -> StoredReference:
+    """Compute what the output folder lacks, on one process or many.
+
+    Raises:
+        UserError: bad input, or the folder holds the reference of something else; it is as it was.
+        TrainingStopped: interrupted, no more can be written, or the model gives no number. What was computed stays,
+            and the same call goes on from there.
+    """
+    backend, hardware, folder = registry.get(config.hardware.backend), config.hardware, Path(config.output).expanduser()
+    processes = backend.processes()
+    if processes.rank > 0:
+        console = Console(quiet=True)
+    model = resolve_model(config.model)
+    tokenizer = load_tokenizer(model)
+    path, split = config.data.path, config.split
+    splits = [split] if split != "all" else [s for s in sources.SPLITS if sources.has_split(path, s)] or ["train"]
+    rows = _rows(splits, config.data, tokenizer, console)
+    engine = backend.load(model, device=hardware.device, dtype=hardware.dtype, load_in_4bit=hardware.load_in_4bit)
+    writer = ReferenceWriter(
+        folder,
+        fingerprint(model, tokenizer, config.data, hardware, engine.dtype),
+        {"backend": backend.name},
+        shard_rows=config.shard_rows,
+        overwrite=config.overwrite,
+        processes=processes,
+    )
+    for message in writer.damaged:
+        console.print(f"[yellow]computed again: {escape(message)}[/yellow]", highlight=False, soft_wrap=True)
+    cut = Cut(config.micro_batch_size, multiple_of=processes.count, share_prompts=engine.shares_prompts)
+    pad = pad_id(tokenizer)
+    try:
+        with bar("reference", _batches(rows, writer, cut, console), console) as progress:
+            for window in writer.windows(rows, f"{path} ({', '.join(splits)})"):
+                writer.write(_compute(window, engine, cut, pad, progress))
+    except (OSError, KeyboardInterrupt) as error:
+        reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{folder} could not be written: {error}"
+        raise TrainingStopped(
+            f"{reason}; {len(writer.keys):,} rows are stored. The same command goes on from there"
+        ) from error
+    stored = StoredReference(folder)
+    tokens = sum(shard["tokens"] for shard in stored.shards)
+    console.print(
+        f"{escape(str(folder))}: {len(stored.keys):,} different rows, {tokens:,} completion tokens",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return stored
+
+
+def open_reference(
+    config: TrainConfig,
+    model: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    engine: Engine,
+    rows: Sequence[Example] = (),
+) -> StoredReference | None:
+    """The reference that a run was given, if any.
+
+    Args:
+        rows: what must be in it.
+    Raises:
+        UserError: it is damaged, of another model, tokenizer, …, or lacks rows.
+    """
+    if config.reference is None:
+        return None
+    expected = fingerprint(model, tokenizer, config.data, config.hardware, engine.dtype)
+    stored = open_folder(config.reference, expected)
+    stored.require(rows)
+    return stored
+
+
+def _rows(
+    splits: Sequence[str], data: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> Iterable[Example]:
+    """A list, or, streamed, an iterator."""
+    if data.streaming:
+        return chain.from_iterable(read_once(split, data, tokenizer, console) for split in splits)
+    return [e for split in splits for e in load_split(data.path, split, data, tokenizer, console)]
+
+
+def _batches(rows: Iterable[Example], writer: ReferenceWriter, cut: Cut, console: Console) -> int | None:
+    """How many batches are to be computed; of streamed rows nobody knows."""
+    if not isinstance(rows, list):
+        return None
+    new = len({e.key for e in rows}.difference(writer.keys.tolist()))
+    if new < len(rows):
+        console.print(f"{new:,} of {len(rows):,} rows are still to be computed, each once", highlight=False)
+    whole, rest = divmod(new, writer.shard_rows)
+    at_once = cut.micro_batch_size * cut.multiple_of
+    return whole * -(-writer.shard_rows // at_once) + -(-rest // at_once)
+
+
+def _compute(window: Sequence[Example], engine: Engine, cut: Cut, pad: int, progress: Bar) -> dict[str, Array]:
+    """The state of a cache that knows these rows and no others, in their order."""
+    cache = ReferenceCache(engine.reference_log_odds)
+    for batch in my_share(window, cut, engine.processes, pad):
+        started = time.perf_counter()
+        cache.fill([batch], engine.processes)
+        speed = batch.lengths.sum() * engine.processes.count / (time.perf_counter() - started)
+        progress.advance(**{"tok/s": f"{speed:,.0f}"})
+    state = cache.state(e.key for e in window)
+    rows = np.repeat(np.arange(len(window)), state["lengths"])[np.isnan(state["log_odds"])]
+    if len(rows):
+        raise TrainingStopped(
+            f"the log-odds of {', '.join(window[i].source for i in np.unique(rows)[:3])} are not a number under this "
+            f"model in {engine.dtype}: try another --dtype, or leave the rows out"
+        )
+    return state
+
+
+Config = ReferenceConfig
+
+
+def run(config: ReferenceConfig, console: Console) -> int:
+    reference(config, console)
+    return 0

@@ -1,0 +1,350 @@
+"""`bnf train`: alignment with the BNF loss on either backend, on one process or many. The engine takes the steps;
+here is all that happens around them."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NoReturn
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from transformers import PreTrainedTokenizerBase
+
+from bnf_align.commands.reference import open_reference
+from bnf_align.run.auto_batch import auto_micro_batch
+from bnf_align.run.feedback import TrainingData, load_training_data
+from bnf_align.run.interrupts import Interrupts
+from bnf_align.run.pictures import run_picture
+from bnf_align.run.progress import bar
+from bnf_align.run.run_folder import RunFolder
+from bnf_align.run.samples import Samples
+from bnf_align.run.scoring import score, table
+from bnf_align.run.tracking import check_trackers, open_trackers
+from bnf_core import registry
+from bnf_core.config import TrainConfig
+from bnf_core.data.tokenization import load_tokenizer, pad_id, stop_ids
+from bnf_core.errors import TrainingStopped, UserError
+from bnf_core.models.model_folder import resolve_model
+from bnf_core.protocol import Engine
+from bnf_core.steps import loop
+from bnf_core.steps import steps as plan
+from bnf_core.steps.batching import collate
+from bnf_core.steps.metrics import Meter, Metrics
+from bnf_core.steps.reference import ReferenceCache
+from bnf_core.steps.steps import Step
+from bnf_core.storage.checkpoints import Facts, changes, run_facts
+from bnf_core.storage.shards import under
+from bnf_core.types import Position, TokenStats
+
+# More to measure at each evaluation, such as the accuracy of generated answers.
+Evaluator = Callable[[Engine], Metrics]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    folder: Path
+    trained: Path  # the adapter, or after full fine-tuning the model
+    picture: Path
+    before: Metrics | None  # held-out metrics before the first step
+    after: Metrics | None  # and after the last
+    first: bool = True  # of the processes of the run, the one that talks
+
+
+def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = None) -> RunResult:
+    """Train, and leave an adapter or model in the run folder with its checkpoints, config, metrics and picture.
+
+    Raises:
+        UserError: bad input; nothing has been written by then but an empty run folder.
+        TrainingStopped: the loss or gradient is not finite (the last good weights are saved), an interrupt (after
+            a checkpoint), or nothing more can be written.
+    """
+    check_trackers(config.report_to)
+    backend = registry.get(config.hardware.backend)
+    processes = backend.processes()
+    if processes.rank > 0:
+        console = Console(quiet=True)
+    checkpoint = resolve_model(config.model)
+    for note in backend.notes(checkpoint):
+        console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
+    tokenizer = load_tokenizer(checkpoint)
+    data = load_training_data(config, tokenizer, console)
+    if config.sample_every and not data.held_out:
+        raise UserError("sample_every needs held-out rows, whose prompts it completes: give some with --valid")
+    facts = run_facts(config, checkpoint, data.digest, data.held_out_digest)
+    for name, value in (config.flat() | facts).items():
+        processes.require_same(name, str(value))
+    with RunFolder(config, processes).held():
+        engine = backend.load(
+            checkpoint,
+            device=config.hardware.device,
+            dtype=config.hardware.dtype,
+            load_in_4bit=config.hardware.load_in_4bit,
+            adapter=Path(config.adapter) if config.adapter else None,
+            fine_tune_type=config.fine_tune_type,
+            lora=config.lora,
+            optimizer=config.optimizer,
+            gradient_checkpointing=config.gradient_checkpointing,
+            seed=config.seed,
+        )
+        if config.auto_batch:
+            config = replace(config, micro_batch_size=auto_micro_batch(config, checkpoint, data, engine))
+            console.print(f"{config.micro_batch_size} rows at a time fit into the free memory", highlight=False)
+        return _Training(config, engine, data, facts, checkpoint, tokenizer, console, evaluator).run()
+
+
+class _Training:
+    """One run: the steps it still has to take, and what is done after each. Every process runs the same code; only
+    the first one writes."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        engine: Engine,
+        data: TrainingData,
+        facts: Facts,
+        checkpoint: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        console: Console,
+        evaluator: Evaluator | None,
+    ):
+        self.config, self.engine, self.data, self.facts = config, engine, data, facts
+        self.console, self.evaluator, self.tokenizer = console, evaluator, tokenizer
+        self.stops = stop_ids(tokenizer, checkpoint)
+        self.pad = pad_id(tokenizer)
+        self.processes = engine.processes
+        self.first = self.processes.rank == 0
+        self.folder = RunFolder(config, self.processes)
+        self.cut = plan.cut_of(config, engine)
+        stored = open_reference(config, checkpoint, tokenizer, engine, data.in_memory)
+        # Streamed rows that are not stored can be computed only as long as the model's own weights stay.
+        computes = stored is None or config.fine_tune_type != "full"
+        self.reference = ReferenceCache(engine.reference_log_odds if computes else None, stored)
+        self.num_steps = data.num_steps(config)
+        self.position: Position | None = None
+        self.evaluations: dict[int, Metrics] = {}
+        self.saved_at: int | None = None
+
+    def run(self) -> RunResult:
+        self._try()
+        start = self._start()
+        self.console.print(
+            f"{self.num_steps} steps of {self.config.batch_size} rows on {self.processes.count} process"
+            f"{'es' if self.processes.count > 1 else ''}; run folder {self.folder.path}",
+            highlight=False,
+        )
+        names = self.config.report_to if self.first else []
+        with (
+            open_trackers(names, self.folder.path, self.config.flat(), start, self.console) as self.trackers,
+            bar("train", self.num_steps - start, self.console) as self.progress,
+            Interrupts() as self.interrupts,
+        ):
+            if self.config.fine_tune_type == "full" and start == 0:
+                self._compute_reference()
+            self.samples = self._samples(start)
+            self._watch(start)
+            self.started = time.perf_counter()
+            loop.train(self.engine, self._steps(start), self._after, self.config.optimizer.max_grad_norm)
+        after = self.evaluations[max(self.evaluations)] if self.evaluations else None
+        picture = self.folder.path / "run.png"
+        if self.first:
+            with self.folder.writing():
+                picture = run_picture(self.folder.path)
+        return RunResult(self.folder.path, self.folder.trained, picture, self.evaluations.get(0), after, self.first)
+
+    def _try(self) -> None:
+        """Score the row with the highest token id, beside padding: what the model refuses it refuses now, before
+        anything that is there is touched."""
+        if rows := self.data.in_memory:
+            highest = max(rows, key=lambda e: max(e.prompt_ids + e.completion_ids))
+            tried = [highest, highest, min(rows, key=len)]
+            batch = collate(tried, len(tried), self.pad, bins=[[0, 1], [2]] if self.config.packing else None)
+            self.engine.evaluate(batch, np.zeros(len(batch.targets), np.float32))
+
+    def _steps(self, start: int) -> Iterator[Step]:
+        return plan.steps(
+            self.data.rows,
+            batch_size=self.config.batch_size,
+            num_steps=self.num_steps,
+            optimizer=self.config.optimizer,
+            cut=self.cut,
+            reference=self.reference,
+            processes=self.processes,
+            pad_id=self.pad,
+            start=start,
+            position=self.position,
+        )
+
+    def _after(self, step: Step, stats: list[TokenStats], norm: float) -> None:
+        meter = Meter()
+        for (batch, ref_log_odds), measured in zip(step.batches, stats, strict=True):
+            meter.add(batch, measured, ref_log_odds)
+        meter.gather(self.processes)
+        metrics, done = meter.result(), step.number + 1
+        if not math.isfinite(norm):
+            self._not_finite(step, metrics)
+        self.position = step.position
+        seconds, self.started = time.perf_counter() - self.started, time.perf_counter()
+        speed = sum(map(len, step.examples)) / seconds
+        self._log(
+            "train",
+            done,
+            metrics
+            | {
+                "learning_rate": step.learning_rate,
+                "grad_norm": norm,
+                "tokens_per_second": speed,
+                "seconds": seconds,
+            },
+        )
+        self.progress.advance(
+            loss=f"{metrics['loss']:+.3f}",
+            good=_signed(metrics["log_odds_shift/good"]),
+            bad=_signed(metrics["log_odds_shift/bad"]),
+            **{"tok/s": f"{speed:,.0f}"},
+        )
+        last = done == self.num_steps
+        if last or _due(done, self.config.save_every):
+            self._save(done)
+        if self.processes.any(self.interrupts.received) and (not last or self._evaluation_due(done)):
+            self._stop(done)
+        self._watch(done)
+        self.started = time.perf_counter()
+
+    def _watch(self, step: int) -> None:
+        """What users watch: held-out metrics and samples, where they are due."""
+        if self._evaluation_due(step):
+            assert self.data.held_out is not None
+            try:
+                with self.interrupts.at_once(allowed=self.processes.count == 1):
+                    metrics = score(self.engine, self.reference, self.data.held_out, self.cut, self.pad, self.console)
+                    metrics |= self.evaluator(self.engine) if self.evaluator else {}
+            except KeyboardInterrupt:
+                self._stop(step)
+            self.evaluations[step] = metrics
+            self._log("eval", step, metrics)
+        if self.samples and _due(step, self.config.sample_every):
+            with self.folder.writing():
+                self.samples.write(step, self.engine)
+
+    def _samples(self, start: int) -> Samples | None:
+        if self.config.sample_every is None or self.data.held_out is None:
+            return None
+        with self.folder.writing():
+            return Samples(
+                self.folder.path if self.first else None,
+                self.data.held_out,
+                self.tokenizer,
+                self.stops,
+                count=self.config.sample_count,
+                max_tokens=self.config.sample_tokens,
+                start=start,
+            )
+
+    def _evaluation_due(self, step: int) -> bool:
+        if self.data.held_out is None or step in self.evaluations:
+            return False
+        return step in (0, self.num_steps) or _due(step, self.config.eval_every)
+
+    def _log(self, kind: Literal["train", "eval"], step: int, metrics: Mapping[str, float | None]) -> None:
+        if self.first:
+            self.folder.log(kind=kind, step=step, **metrics)
+            self.trackers.log(kind, step, metrics)
+
+    def _save(self, step: int) -> None:
+        if step == self.saved_at:
+            return
+        known = {f"reference/{name}": array for name, array in self.reference.state().items()} if self.first else {}
+        self.folder.save(step, self.engine, known, self.facts, self.position)
+        self.saved_at = step
+
+    def _stop(self, step: int) -> NoReturn:
+        self._save(step)
+        raise TrainingStopped(
+            f"interrupted after step {step}; what is trained so far is in {self.folder.trained}. "
+            f"To go on: {self.folder.how_to_go_on}"
+        )
+
+    def _not_finite(self, step: Step, metrics: Metrics) -> NoReturn:
+        with self.folder.writing():
+            self.engine.save(self.folder.trained)
+        what = "gradient" if math.isfinite(metrics["loss"] or 0.0) else "loss"
+        raise TrainingStopped(
+            f"step {step.number + 1}: the {what} is not finite; the weights as they were before this step are in "
+            f"{self.folder.trained}. Rows of the batch: {', '.join(e.source for e in step.examples)}"
+        )
+
+    def _compute_reference(self) -> None:
+        """Where all weights are trained there is no adapter to switch off: the reference is computed beforehand."""
+        examples = self.data.examples
+        if examples is None:
+            if self.config.reference is None:
+                raise UserError(
+                    "full fine-tuning on streamed data needs the reference beforehand: make it with `bnf reference`, "
+                    "then pass --reference"
+                )
+            return
+        mine = plan.my_share(examples, self.cut, self.processes, self.pad)
+        with bar("reference", len(mine), self.console) as progress:
+            for batch in mine:
+                plan.with_reference([batch], self.reference, self.processes)
+                progress.advance()
+
+    def _start(self) -> int:
+        """Prepare the run folder, and with `resume` bring everything back to the newest whole checkpoint; returns how
+        many steps are done.
+
+        Raises:
+            UserError: there is nothing to resume, or it is of another run.
+        """
+        found, refused = self.folder.checkpoints.newest(self.processes) if self.config.resume else (None, [])
+        for message in refused:
+            self.console.print(f"[yellow]{escape(message)}[/yellow]", highlight=False, soft_wrap=True)
+        if found is None:
+            if refused:
+                raise UserError(f"no checkpoint of {self.folder.path} can be used: pass --overwrite to start it anew")
+            self.folder.start()
+            if self.config.resume:
+                self.console.print(f"no checkpoint in {self.folder.path}: starting from the beginning", highlight=False)
+            return 0
+        changed = changes(found.facts, self.facts)
+        if changed and not self.config.resume_anyway:
+            raise UserError(
+                f"{found.folder} is of another run than this:\n  "
+                + "\n  ".join(changed)
+                + "\nChange it back, or pass --resume-anyway to go on all the same"
+            )
+        self.engine.load_state(found.arrays)
+        self.position = found.position
+        # The reference is known by the rows' tokens, and holds as long as the weights it was computed with.
+        if not any(line.startswith("weights of the model") for line in changed):
+            self.reference.load_state(under("reference", found.arrays))
+        self.console.print(f"going on after step {found.step}, from {found.folder}", highlight=False)
+        for line in changed:
+            self.console.print(f"[yellow]  changed: {escape(line)}[/yellow]", highlight=False, soft_wrap=True)
+        self.evaluations = self.folder.go_on(found.step, self.engine)
+        self.saved_at = found.step
+        return found.step
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.2f}"
+
+
+Config = TrainConfig
+
+
+def run(config: TrainConfig, console: Console) -> int:
+    result = train(config, console)
+    if not result.first:
+        return 0
+    if result.before is not None and result.after is not None:
+        console.print(table({"before": result.before, "after": result.after}, "held-out rows"))
+    console.print(f"trained  {result.trained}\npicture  {result.picture}", highlight=False, markup=False)
+    return 0

@@ -1,0 +1,105 @@
+"""How many rows at a time fit into the memory of a device, by the formulae of `bnf_core.models.architecture`."""
+
+import math
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from bnf_align.run.feedback import TrainingData
+from bnf_core import registry
+from bnf_core.config import HardwareConfig, TrainConfig
+from bnf_core.errors import UserError
+from bnf_core.models.architecture import Architecture, Memory, Training, memory
+from bnf_core.protocol import Engine, Measures
+from bnf_core.steps.batching import Cut, Rows, micro_batches
+from bnf_core.steps.steps import cut_of
+
+BATCHES = 500  # of which the largest micro-batch is found
+MARGIN = 0.9  # of the free memory is used
+
+
+def measures_of(hardware: HardwareConfig, model: Architecture) -> Measures:
+    """The backend's, in the precision of the run."""
+    return registry.get(hardware.backend).measures(hardware.device, hardware.dtype, own_dtype=model.dtype)
+
+
+def training_of(config: TrainConfig, measures: Measures) -> Training:
+    """What the formulae need to know of a run on the device that is measured."""
+    facts = measures.facts()
+    device = str(measures.device)
+    on_cpu = "cpu" in device.lower()
+    glibc = platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ
+    return Training(
+        backend=config.hardware.backend,
+        device=device,
+        dtype=facts["dtype"],
+        kind=config.fine_tune_type,
+        lora=config.lora,
+        load_in_4bit=config.hardware.load_in_4bit,
+        gradient_checkpointing=config.gradient_checkpointing,
+        fragmented=config.hardware.backend == "torch" and on_cpu and glibc,
+    )
+
+
+def peak(
+    model: Architecture,
+    training: Training,
+    measures: Measures,
+    data: TrainingData,
+    batch_size: int,
+    cut: Cut,
+    runtime: float = 0.0,
+) -> Memory:
+    """Of the micro-batch that takes most, among those of the first epoch's first batches and of the longest rows."""
+    assert isinstance(data.rows, Rows)
+    longest = sorted(data.rows.examples, key=len)[-batch_size:]
+    first = islice(data.rows.batches(batch_size), min(BATCHES, data.rows.steps_per_epoch(batch_size)))
+    batches = [longest, *(chosen for chosen, _ in first)]
+    grids = {measures.grid(part) for chosen in batches for part in micro_batches(chosen, cut)}
+    return max((memory(model, training, grid, runtime) for grid in grids), key=lambda found: found.total)
+
+
+def largest(needs: Callable[[int], float], most: int, free: float) -> int:
+    """The largest micro-batch size, up to `most`, that fits into so many free bytes; 0 if none does."""
+    if math.isnan(free):
+        return most
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if needs(middle) <= MARGIN * free else (low, middle - 1)
+    return low
+
+
+def auto_micro_batch(config: TrainConfig, folder: Path, data: TrainingData, engine: Engine) -> int:
+    """The micro-batch size of `--auto-batch`, once the model is loaded: what fits on every process.
+
+    Raises:
+        UserError: not even one row fits, or the formulae do not know this kind of model or data.
+    """
+    model = Architecture.of(folder)
+    measures = measures_of(config.hardware, model)
+    training, cut, free = training_of(config, measures), cut_of(config, engine), measures.free_memory()
+    if data.examples is None:
+        raise UserError("auto_batch needs rows that are not streamed: set micro_batch_size instead")
+
+    def needs(size: int) -> float:
+        found = peak(model, training, measures, data, config.batch_size, replace(cut, micro_batch_size=size))
+        return found.total - found.weights
+
+    mine = np.array([largest(needs, config.batch_size, free)])
+    size = int(min(part[0] for part in engine.processes.gather(mine)))
+    if size == 0:
+        raise UserError(
+            f"not even one row fits: it takes {gib(needs(1))} GiB beside the model, and {gib(free)} GiB are free. "
+            "Lower data.max_length, or set gradient_checkpointing"
+        )
+    return size
+
+
+def gib(value: float) -> str:
+    return f"{value / 2**30:.2f}"

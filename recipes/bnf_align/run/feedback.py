@@ -1,0 +1,168 @@
+"""Loading feedback as tokens: the first step of every job that reads data."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from bnf_core.config import DataConfig, TrainConfig
+from bnf_core.data import sources
+from bnf_core.data.records import Feedback
+from bnf_core.data.streaming import FeedbackStream
+from bnf_core.data.tokenization import tokenize
+from bnf_core.errors import UserError
+from bnf_core.steps.batching import Rows
+from bnf_core.steps.steps import Data
+from bnf_core.storage.digests import rows_digest, tokenizer_digest
+from bnf_core.types import Example
+
+
+def load_split(
+    path: str, split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> list[Example]:
+    """The tokenised rows of one file, or of one split of a folder or Hub data set.
+
+    Raises:
+        UserError: a missing file or a bad row.
+    """
+    return _tokenized(_rows(path, split, config, console), split, config, tokenizer, console)
+
+
+def stream(
+    split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, shuffle_buffer: int = 1, seed: int = 0
+) -> FeedbackStream:
+    """The tokenised rows of one split, read as they are needed; in the order of the data, unless it is shuffled.
+
+    Raises:
+        UserError: nothing there, or no such split.
+    """
+
+    def tokenized(rows: list[Feedback]) -> list[Example]:
+        return tokenize(rows, tokenizer, template=config.template, max_length=config.max_length).examples
+
+    return FeedbackStream(
+        config.path, split, tokenized, shuffle_buffer=shuffle_buffer, seed=seed, skip_bad_rows=config.skip_bad_rows
+    )
+
+
+def read_once(
+    split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> Iterator[Example]:
+    """The tokenised rows of one split, a thousand in memory at a time.
+
+    Raises:
+        UserError: a missing file or a bad row.
+    """
+    rows = stream(split, config, tokenizer)
+    yield from rows.examples()
+    _list_skipped(rows.skipped, rows.source.name, console, rows.skipped_count)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on and is evaluated on."""
+
+    rows: Data
+    examples: Sequence[Example] | None  # the training rows; None where they are streamed
+    digest: str  # of the training rows, or of the files they are streamed from
+    held_out: list[Example] | None
+
+    def num_steps(self, config: TrainConfig) -> int:
+        """How many optimizer steps the run has: those of its epochs, but at most `max_steps`, which streams need."""
+        if not isinstance(self.rows, Rows):
+            assert config.max_steps is not None
+            return config.max_steps
+        steps = self.rows.steps_per_epoch(config.batch_size) * config.epochs
+        return min(steps, config.max_steps or steps)
+
+    @property
+    def in_memory(self) -> list[Example]:
+        """Training rows that are not streamed, and held-out rows."""
+        return [*(self.examples or ()), *(self.held_out or ())]
+
+    @property
+    def held_out_digest(self) -> str | None:
+        return None if self.held_out is None else rows_digest(self.held_out)
+
+
+def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, console: Console) -> TrainingData:
+    """Training rows, and held-out rows where the config or the data folder has any.
+
+    Raises:
+        UserError: a missing file or a bad row.
+    """
+    data, valid = config.data, None
+    if config.valid is not None:
+        valid = _rows(config.valid, "valid", data, console)
+    elif sources.has_split(data.path, "valid"):
+        valid = _rows(data.path, "valid", data, console)
+    if data.streaming:
+        return _streamed(config, tokenizer, valid, console)
+    train = _rows(data.path, "train", data, console)
+    if valid is None and config.valid_fraction > 0:
+        train, valid = sources.split_by_prompt(train, config.valid_fraction, config.seed)
+    examples = _tokenized(train, "train", data, tokenizer, console)
+    return TrainingData(
+        rows=Rows(examples, config.seed),
+        examples=examples,
+        digest=rows_digest(examples),
+        held_out=None if valid is None else _tokenized(valid, "valid", data, tokenizer, console),
+    )
+
+
+def _streamed(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, valid: list[Feedback] | None, console: Console
+) -> TrainingData:
+    data = config.data
+    if valid is None and config.valid_fraction > 0:
+        raise UserError(
+            "valid_fraction cannot hold out rows of streamed data: give held-out rows in a file, with --valid"
+        )
+
+    return TrainingData(
+        rows=stream("train", data, tokenizer, shuffle_buffer=data.shuffle_buffer, seed=config.seed),
+        examples=None,
+        digest=f"{sources.digest(data.path, 'train')}, tokenizer {tokenizer_digest(tokenizer)}",
+        held_out=None if valid is None else _tokenized(valid, "valid", data, tokenizer, console),
+    )
+
+
+def _rows(path: str, split: str, config: DataConfig, console: Console) -> list[Feedback]:
+    loaded = sources.load_feedback(path, split, skip_bad_rows=config.skip_bad_rows)
+    _list_skipped(loaded.skipped, path, console)
+    return loaded.rows
+
+
+def _tokenized(
+    rows: Sequence[Feedback], name: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> list[Example]:
+    tokens = tokenize(
+        rows, tokenizer, template=config.template, max_length=config.max_length, skip_bad_rows=config.skip_bad_rows
+    )
+    _list_skipped(tokens.skipped, name, console)
+    examples = tokens.examples
+    good = sum(e.label for e in examples)
+    console.print(
+        f"{name}: {len(examples):,} rows ({good:,} good, {len(examples) - good:,} bad), "
+        f"{sum(map(len, examples)):,} tokens",
+        highlight=False,
+    )
+    if tokens.prompts_cut or tokens.completions_cut:
+        console.print(
+            f"[yellow]  longer than {config.max_length} tokens: {tokens.prompts_cut:,} prompts cut from the left, "
+            f"{tokens.completions_cut:,} completions from the right[/yellow]"
+        )
+    if config.template == "auto" and tokenizer.chat_template and isinstance(rows[0].prompt, str):
+        console.print(
+            "[dim]  plain strings are used as they are; --template chat wraps them in the chat template[/dim]"
+        )
+    return examples
+
+
+def _list_skipped(messages: Sequence[str], name: str, console: Console, count: int | None = None) -> None:
+    if messages:
+        first = f", the first {len(messages)}" if count and count > len(messages) else ""
+        console.print(f"[yellow]skipped {count or len(messages)} bad rows of {name}{first}:[/yellow]")
+        for message in messages:
+            console.print(f"  {message}", markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,44 @@
+"""Scoring rows under a model beside its reference, and metrics as a table."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from bnf_align.run.progress import bar
+from bnf_core.protocol import Engine
+from bnf_core.steps import steps as plan
+from bnf_core.steps.batching import Cut
+from bnf_core.steps.metrics import Meter, Metrics
+from bnf_core.steps.reference import ReferenceCache
+from bnf_core.types import Example
+
+
+def score(
+    engine: Engine, reference: ReferenceCache, examples: Sequence[Example], cut: Cut, pad: int, console: Console
+) -> Metrics:
+    """Metrics of all examples, scored by all processes together."""
+    meter = Meter()
+    mine = plan.my_share(examples, cut, engine.processes, pad)
+    with bar("evaluate", len(mine), console) as progress:
+        for batch in mine:
+            [(_, ref_log_odds)] = plan.with_reference([batch], reference, engine.processes)
+            meter.add(batch, engine.evaluate(batch, ref_log_odds), ref_log_odds)
+            progress.advance()
+    meter.gather(engine.processes)
+    return meter.result()
+
+
+def table(columns: dict[str, Metrics], title: str = "") -> Table:
+    """Metrics side by side."""
+    result = Table("metric", *columns, title=title)
+    names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
+    for name in names:
+        result.add_row(name, *(_cell(metrics.get(name)) for metrics in columns.values()))
+    return result
+
+
+def _cell(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
