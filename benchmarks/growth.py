@@ -72,8 +72,10 @@ def bench_growth(config: BenchGrowthConfig, console: Console) -> Measurement:
     ]
     for title, figures in measurement.cases.items():
         console.print(table(title, figures))
-    command = f"python -m benchmarks.growth --model {config.model} --backend {config.hardware.backend} "
+    command = (
+        f"python -m benchmarks.growth --model {config.model} --backend {config.hardware.backend} "
         f"--device {config.hardware.device}"
+    )
     measurement.finish(
         all(whole), picture(measurement.cases), page(measurement.facts, measurement.cases, command, measures.memory)
     )

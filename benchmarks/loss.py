@@ -1,4 +1,4 @@
-"""`python -m benchmarks.loss`: the fused loss beside the unfused one, cross-entropy, fused or not, and the bare products."""
+"""`python -m benchmarks.loss`: the fused loss beside the unfused one, cross-entropy and the bare products."""
 
 import time
 from collections.abc import Callable

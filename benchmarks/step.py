@@ -174,7 +174,7 @@ def ours(config: TrainConfig, rows: Sequence[Example], steps: int, *, forget: bo
             batch_size=config.batch_size,
             num_steps=steps,
             optimizer=config.optimizer,
-            cut=plan.cut_of(config, engine),
+            batching=plan.micro_batching_of(config, engine),
             reference=reference,
             processes=engine.processes,
         )

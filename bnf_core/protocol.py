@@ -13,7 +13,7 @@ from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.models.adapters import Layout
 from bnf_core.models.architecture import Grid
 from bnf_core.processes import Processes
-from bnf_core.storage.shards import Piece
+from bnf_core.storage.shards import Shard
 from bnf_core.types import Array, Batch, TokenStats
 
 
@@ -126,7 +126,7 @@ class Engine(Protocol):
         """
         ...
 
-    def state(self) -> dict[str, Array | Piece]:
+    def state(self) -> dict[str, Array | Shard]:
         """All that training has changed, by name: `weights/…`, the optimizer's moments and step counts, and the
         state of the generators that dropout draws from; what this process is to save."""
         ...

@@ -55,7 +55,7 @@ class Batch:
     lengths: Array  # (S,) int32, tokens of each sequence
     positions: Array  # (N,) int64
     targets: Array  # (N,) int32
-    rows: Array  # (N,) int32, the sequence in this batch, 0..S
+    sequence_ids: Array  # (N,) int32, the sequence in this batch, 0..S
     coefficients: Array  # (N,) float32: label / (|y| · sequences in the global batch)
     labels: Array  # (S,) int32: +1 preferred, −1 dispreferred
     groups: Array  # (S,) int64, `Example.group`

@@ -163,7 +163,7 @@ def per_rank_mean() -> Iterator[None]:
 def averaged_gradients() -> Iterator[None]:
     """Gradients are averaged over processes, of a loss that was already divided by the global count."""
     if os.environ.get("MLX_HOSTFILE"):
-        import bnf_mlx.trainer as trainer
+        import bnf_mlx.scored as trainer
 
         summed = trainer.sum_over
         averaged = lambda us, arrays: {name: g / us.count for name, g in summed(us, arrays).items()}  # noqa: E731
@@ -219,7 +219,7 @@ def padding_trained() -> Iterator[None]:
         alone = not (batch.packed or batch.shared)
         rows = np.flatnonzero(batch.lengths < width) if alone else np.zeros(0, int)
         last = rows * width + batch.lengths[rows] - 1
-        weights = [batch.coefficients[batch.rows == row][0] for row in rows]
+        weights = [batch.coefficients[batch.sequence_ids == row][0] for row in rows]
         more = {
             "positions": last,
             "targets": batch.input_ids.ravel()[last + 1],

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from bnf_core.config import LoraConfig, OptimizerConfig
+from bnf_core.steps import loop
 from bnf_core.steps import steps as plan
-from bnf_core.steps.batching import Cut, Rows, micro_batches
+from bnf_core.steps.batching import MicroBatching, Rows, micro_batches
 from bnf_core.steps.metrics import Meter
 from bnf_core.steps.reference import ReferenceCache
 from bnf_core.storage.checkpoints import Checkpoints
@@ -36,10 +37,10 @@ def train(model: Path, case: dict[str, Any], output: Path) -> None:
         model, device="cpu", fine_tune_type=case["type"], lora=LoraConfig(rank=4), optimizer=OPTIMIZER, **options
     )
     processes = engine.processes
-    cut = Cut(2, 64 if case.get("packing") else None, multiple_of=processes.count)
+    batching = MicroBatching(2, 64 if case.get("packing") else None, multiple_of=processes.count)
     reference = ReferenceCache(engine.reference_log_odds)
     data = Rows(rows(), 0)
-    batches = micro_batches(data.examples, cut)
+    batches = micro_batches(data.examples, batching)
     plan.with_reference(batches[processes.share(batches)], reference, processes)
     start, position = 0, None
     checkpoints = Checkpoints(output / "checkpoints", 10)
@@ -63,13 +64,13 @@ def train(model: Path, case: dict[str, Any], output: Path) -> None:
         batch_size=BATCH,
         num_steps=case.get("steps", STEPS),
         optimizer=OPTIMIZER,
-        cut=cut,
+        batching=batching,
         reference=reference,
         processes=processes,
         start=start,
         position=position,
     )
-    engine.fit(taken, done, 1.0)
+    loop.train(engine, taken, done, 1.0)
     engine.save(output / "trained")
     if processes.rank == 0:
         (output / "steps.json").write_text(json.dumps(log))

@@ -58,8 +58,8 @@ class OracleLosses:
             np.add.at(grad, batch.positions, r.grad_logits)
             grads.append(grad.reshape(logits.shape))
             loss += float(batch.coefficients.astype(np.float64) @ r.token_loss)
-            counts = np.bincount(batch.rows)
-            sequence_loss.append(batch.labels * np.bincount(batch.rows, weights=r.token_loss) / counts)
+            counts = np.bincount(batch.sequence_ids)
+            sequence_loss.append(batch.labels * np.bincount(batch.sequence_ids, weights=r.token_loss) / counts)
         return BatchResult(loss, np.concatenate(sequence_loss), grads)
 
     def cross_entropy(self, logits: Array, targets: Array, *, dtype: str) -> tuple[Array, Array]:
@@ -101,7 +101,9 @@ class PromptTokensCounted(OracleLosses):
     """The tokens of the prompt are scored with those of the completion."""
 
     def scored(self, batch: Batch, ref_log_odds: Array, num_micro_batches: int) -> tuple[Batch, Array]:
-        ends = np.cumsum(np.bincount(batch.rows))  # the last token of a sequence is predicted at positions[end − 1]
+        ends = np.cumsum(
+            np.bincount(batch.sequence_ids)
+        )  # the last token of a sequence is predicted at positions[end − 1]
         spans = [
             np.arange(last - n + 2, last + 1) for last, n in zip(batch.positions[ends - 1], batch.lengths, strict=True)
         ]
@@ -115,16 +117,18 @@ class EosDropped(OracleLosses):
     """The last token of a completion, its end of turn, is not trained."""
 
     def scored(self, batch: Batch, ref_log_odds: Array, num_micro_batches: int) -> tuple[Batch, Array]:
-        counts = np.bincount(batch.rows)
+        counts = np.bincount(batch.sequence_ids)
         last = np.cumsum(counts) - 1
-        keep = np.ones(len(batch.rows), bool)
+        keep = np.ones(len(batch.sequence_ids), bool)
         keep[last[counts > 1]] = False
-        return _rescored(batch, batch.positions[keep], batch.targets[keep], batch.rows[keep]), ref_log_odds[keep]
+        return _rescored(batch, batch.positions[keep], batch.targets[keep], batch.sequence_ids[keep]), ref_log_odds[
+            keep
+        ]
 
 
 def _rescored(batch: Batch, positions: Array, targets: Array, rows: Array) -> Batch:
     """Other tokens of the same sequences, each sequence still a mean over its tokens."""
-    weight = np.bincount(batch.rows, weights=batch.coefficients)  # label / sequences in the global batch
+    weight = np.bincount(batch.sequence_ids, weights=batch.coefficients)  # label / sequences in the global batch
     coefficients = (weight / np.bincount(rows))[rows].astype(np.float32)
     return replace(batch, positions=positions, targets=targets, rows=rows, coefficients=coefficients)
 
@@ -133,9 +137,9 @@ class MeanOfMeans(OracleLosses):
     """Each micro-batch is averaged over its own sequences, and then the micro-batches."""
 
     def scored(self, batch: Batch, ref_log_odds: Array, num_micro_batches: int) -> tuple[Batch, Array]:
-        counts = np.bincount(batch.rows)
+        counts = np.bincount(batch.sequence_ids)
         weight = batch.labels / (counts * len(counts) * num_micro_batches)
-        return replace(batch, coefficients=weight[batch.rows].astype(np.float32)), ref_log_odds
+        return replace(batch, coefficients=weight[batch.sequence_ids].astype(np.float32)), ref_log_odds
 
 
 class LiteralForm(OracleLosses):
@@ -214,7 +218,10 @@ class GridRowsAsSequences(OracleLosses):
 
     def scored(self, batch: Batch, ref_log_odds: Array, num_micro_batches: int) -> tuple[Batch, Array]:
         grid_rows = batch.positions // batch.input_ids.shape[1]
-        weight = np.bincount(batch.rows, weights=batch.coefficients)[batch.rows] / np.bincount(grid_rows)[grid_rows]
+        weight = (
+            np.bincount(batch.sequence_ids, weights=batch.coefficients)[batch.sequence_ids]
+            / np.bincount(grid_rows)[grid_rows]
+        )
         return replace(batch, coefficients=weight.astype(np.float32)), ref_log_odds
 
 
@@ -267,12 +274,12 @@ class ShortFactors(OracleLosses):
 
     bits = 10
 
-    def cut(self, x: Array) -> Array:
+    def batching(self, x: Array) -> Array:
         mantissa, exponent = np.frexp(x)
         return np.ldexp(np.trunc(mantissa * 2 ** (self.bits + 1)) / 2 ** (self.bits + 1), exponent)
 
     def head_logits(self, hidden: Array, head: Array, dtype: str) -> Array:
-        return self.cut(hidden) @ self.cut(head).T if dtype == "float32" else hidden @ head.T
+        return self.batching(hidden) @ self.batching(head).T if dtype == "float32" else hidden @ head.T
 
 
 class BFloat16Factors(ShortFactors):

@@ -15,7 +15,7 @@ from bnf_core.config import OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes
 from bnf_core.storage.files import agreed
-from bnf_core.storage.shards import Piece, require_same_shapes, under
+from bnf_core.storage.shards import Shard, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenStats
 from bnf_mlx import adapter
 from bnf_mlx.attention import Layout, PageTable, paged_caches, segments_of
@@ -182,11 +182,11 @@ class MLXEngine:
         self.model.eval()
         return sharing_head_axes(self.model)
 
-    def state(self) -> dict[str, Array | Piece]:
+    def state(self) -> dict[str, Array | Shard]:
         with mx.stream(self.device):
             key = np.array(cast(Any, mx.random.state)[0])
-            state: dict[str, Array | Piece] = {
-                "random/key": Piece(key[None], self.processes.rank, (self.processes.count, *key.shape))
+            state: dict[str, Array | Shard] = {
+                "random/key": Shard(key[None], self.processes.rank, (self.processes.count, *key.shape))
             }
             if self.processes.rank == 0:  # what all have alike
                 state |= {f"weights/{name}": np.array(p) for name, p in flat(self.model.trainable_parameters()).items()}

@@ -58,8 +58,8 @@ class MLXLosses:
                 (loss, token_loss), grad = mx.value_and_grad(_batch_loss)(_floats(logits, dtype), batch, ref_log_odds)
                 total += float(loss)
                 grads.append(_numpy(grad))
-                counts = np.bincount(batch.rows, minlength=len(batch.labels))
-                sums = np.bincount(batch.rows, weights=_numpy(token_loss), minlength=len(batch.labels))
+                counts = np.bincount(batch.sequence_ids, minlength=len(batch.labels))
+                sums = np.bincount(batch.sequence_ids, weights=_numpy(token_loss), minlength=len(batch.labels))
                 sequence_loss.append(batch.labels * sums / counts)
         return BatchResult(total, np.concatenate(sequence_loss), grads)
 

@@ -17,7 +17,7 @@ from bnf_core.config import OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes
 from bnf_core.storage.files import replacing
-from bnf_core.storage.shards import Piece, require_same_shapes, under
+from bnf_core.storage.shards import Shard, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenStats
 from bnf_torch import adapter
 from bnf_torch.attention import LAYOUT
@@ -196,13 +196,13 @@ class TorchEngine:
 
     # What training changes
 
-    def state(self) -> dict[str, Array | Piece]:
+    def state(self) -> dict[str, Array | Shard]:
         parts: dict[str, Tensor] = {f"weights/{name}": p for name, p in self.trainable.items()}
         if self.optimizer is not None:
             parts |= {f"optimizer/{name}": value for name, value in self.optimizer.state()}
         taken = {name: piece(tensor) for name, tensor in parts.items()}
         if self.processes.rank > 0:  # what all have alike the first one gives
-            taken = {name: value for name, value in taken.items() if isinstance(value, Piece)}
+            taken = {name: value for name, value in taken.items() if isinstance(value, Shard)}
         return taken | self._random_state()
 
     @torch.no_grad()
@@ -221,13 +221,13 @@ class TorchEngine:
         for name, p in self.trainable.items():
             p.copy_(like(weights[name], p))
 
-    def _random_state(self) -> dict[str, Array | Piece]:
+    def _random_state(self) -> dict[str, Array | Shard]:
         """Each process has generators of its own: a row of an array."""
         states = {"random/cpu": torch.get_rng_state()}
         if self.device.type in ("cuda", "mps"):
             states["random/device"] = getattr(torch, self.device.type).get_rng_state(*self._cuda_index()).cpu()
         rank, count = self.processes.rank, self.processes.count
-        return {name: Piece(s.numpy().copy()[None], rank, (count, len(s))) for name, s in states.items()}
+        return {name: Shard(s.numpy().copy()[None], rank, (count, len(s))) for name, s in states.items()}
 
     def load_random_state(self, state: Mapping[str, Array]) -> None:
         """This process's generators; one that has no part in the state keeps its own."""

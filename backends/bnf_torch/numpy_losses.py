@@ -69,8 +69,8 @@ class TorchLosses:
             loss.backward()
             total += loss.item()
             grads.append(_grad(grid))
-            counts = np.bincount(batch.rows, minlength=len(batch.labels))
-            sums = np.bincount(batch.rows, weights=_numpy(token_loss), minlength=len(batch.labels))
+            counts = np.bincount(batch.sequence_ids, minlength=len(batch.labels))
+            sums = np.bincount(batch.sequence_ids, weights=_numpy(token_loss), minlength=len(batch.labels))
             sequence_loss.append(batch.labels * sums / counts)
         return BatchResult(total, np.concatenate(sequence_loss), grads)
 

@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.processes import ALONE, Processes
-from bnf_core.storage.shards import Piece
+from bnf_core.storage.shards import Shard
 from bnf_core.types import Array
 from bnf_torch.scored import ScoredModel
 
@@ -166,12 +166,12 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def piece(tensor: Tensor) -> Array | Piece:
+def piece(tensor: Tensor) -> Array | Shard:
     """This process's part of a tensor that may be sharded, as NumPy."""
     if not isinstance(tensor, DTensor):
         return tensor.detach().cpu().numpy().copy()
     local = tensor.to_local().detach().cpu().numpy().copy()
-    return Piece(local, _first_row(tensor), tuple(tensor.shape))
+    return Shard(local, _first_row(tensor), tuple(tensor.shape))
 
 
 def like(array: Array, tensor: Tensor) -> Tensor:

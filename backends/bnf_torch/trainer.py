@@ -30,7 +30,7 @@ from bnf_core.errors import UserError
 from bnf_core.models.model_folder import resolve_model
 from bnf_core.processes import Processes
 from bnf_core.steps import steps as plan
-from bnf_core.steps.batching import Cut, Rows
+from bnf_core.steps.batching import MicroBatching, Rows
 from bnf_core.steps.metrics import Meter
 from bnf_core.steps.reference import ReferenceCache
 from bnf_core.steps.steps import Step
@@ -148,7 +148,7 @@ class BNFTrainer(Trainer):
         self.resumed: tuple[str, Checkpoint] | None = None
         torch.manual_seed(args.seed + group.rank)
         self.engine = _engine(model, folder, args, peft_config, group)
-        self.cut = Cut(
+        self.batching = MicroBatching(
             args.per_device_train_batch_size,
             args.max_length if args.packing else None,
             args.group_by_length,
@@ -263,8 +263,10 @@ class BNFTrainer(Trainer):
 
     def _with_reference(self, examples: Iterable[Example]) -> list[tuple[Batch, Any]]:
         group = self.engine.processes
-        cut = replace(self.cut, micro_batch_size=self.args.per_device_eval_batch_size, group_by_length=True)
-        return plan.with_reference(plan.my_share(list(examples), cut, group, self.tokens.pad), self.reference, group)
+        batching = replace(self.batching, micro_batch_size=self.args.per_device_eval_batch_size, group_by_length=True)
+        return plan.with_reference(
+            plan.my_share(list(examples), batching, group, self.tokens.pad), self.reference, group
+        )
 
     # Checkpoints: safetensors and JSON
 
@@ -355,7 +357,7 @@ class _Steps:
                 batch_size=trainer.batch_size,
                 num_steps=trainer.state.max_steps,
                 optimizer=OptimizerConfig(),  # for a learning rate that nobody reads: transformers has schedules
-                cut=trainer.cut,
+                batching=trainer.batching,
                 reference=trainer.reference,
                 processes=trainer.engine.processes,
                 pad_id=trainer.tokens.pad,

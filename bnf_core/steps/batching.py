@@ -73,7 +73,7 @@ def collate(
         lengths=np.asarray([len(e) for e in chosen], np.int32),
         positions=np.concatenate(positions),
         targets=np.concatenate(targets),
-        rows=np.concatenate(rows),
+        sequence_ids=np.concatenate(rows),
         coefficients=np.concatenate(coefficients),
         labels=np.asarray([1 if e.label else -1 for e in chosen], np.int32),
         groups=np.asarray([e.group for e in chosen], np.int64),
@@ -94,7 +94,7 @@ def _tokens(examples: Sequence[Example], unit: Sequence[int]) -> int:
 
 
 @dataclass(frozen=True)
-class Cut:
+class MicroBatching:
     """How a global batch is cut into micro-batches: memory and speed, never the result."""
 
     micro_batch_size: int  # most sequences at a time, or rows of the grid if packed
@@ -104,23 +104,25 @@ class Cut:
     share_prompts: bool = False  # have the completions of one prompt in a micro-batch share it
 
 
-def micro_batches(examples: Sequence[Example], cut: Cut, pad_id: int = 0) -> list[Batch]:
+def micro_batches(examples: Sequence[Example], batching: MicroBatching, pad_id: int = 0) -> list[Batch]:
     """Cut one global batch; the losses and gradients of its parts add up to its own, whatever the cut."""
-    units = _by_prompt(examples) if cut.share_prompts else [[i] for i in range(len(examples))]
-    if cut.group_by_length or cut.pack_to:
+    units = _by_prompt(examples) if batching.share_prompts else [[i] for i in range(len(examples))]
+    if batching.group_by_length or batching.pack_to:
         units = [sorted(unit, key=lambda i: (len(examples[i]), i)) for unit in units]
         units.sort(key=lambda unit: (len(examples[unit[-1]]), unit[-1]))
-    bins = [[i] for unit in units for i in unit] if cut.pack_to is None else _pack(examples, units, cut.pack_to)
-    count = -(-len(bins) // cut.micro_batch_size)
-    count = -(-max(count, 1) // cut.multiple_of) * cut.multiple_of
+    bins = (
+        [[i] for unit in units for i in unit] if batching.pack_to is None else _pack(examples, units, batching.pack_to)
+    )
+    count = -(-len(bins) // batching.micro_batch_size)
+    count = -(-max(count, 1) // batching.multiple_of) * batching.multiple_of
     parts = []
     for part in _even_parts(bins, count):
         chosen = [examples[i] for row in part for i in row]
         place = itertools.count()
         local = [[next(place) for _ in row] for row in part]
-        if cut.share_prompts and cut.pack_to is None:
+        if batching.share_prompts and batching.pack_to is None:
             local = _rows_of_one_prompt(chosen)
-        parts.append(collate(chosen, len(examples), pad_id, bins=local, share_prompts=cut.share_prompts))
+        parts.append(collate(chosen, len(examples), pad_id, bins=local, share_prompts=batching.share_prompts))
     return parts
 
 

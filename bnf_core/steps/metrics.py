@@ -17,8 +17,8 @@ class Meter:
 
     Names, all means over completion tokens unless said otherwise:
         loss                    Σ coefficients · ℓ: the mean over sequences of label · mean token loss
-        log_odds_shift/good     policy minus reference log-odds, in nats, on preferred rows
-        log_odds_shift/bad      the same on dispreferred rows
+        log_odds_shift/chosen     policy minus reference log-odds, in nats, on preferred rows
+        log_odds_shift/rejected      the same on dispreferred rows
         target_weight           t = min(1, p/r)
         share_below_reference   tokens with p < r
         tokens                  completion tokens, a count
@@ -45,7 +45,7 @@ class Meter:
             log_t = np.where(policy >= reference, 0.0, log_p - log_r)
         loss = batch.coefficients.astype(np.float64) * stats.token_loss.astype(np.float64)
         of_tokens = (np.ones_like(loss), loss, log_p, log_r, shift, np.exp(log_t), log_t < 0)
-        sums = [np.bincount(batch.rows, weights=x, minlength=len(batch.labels)) for x in of_tokens]
+        sums = [np.bincount(batch.sequence_ids, weights=x, minlength=len(batch.labels)) for x in of_tokens]
         self._tables.append(np.stack([batch.labels, *sums], axis=1))
         self._groups.append(batch.groups)
         self._keys.append(batch.keys)
@@ -70,8 +70,8 @@ class Meter:
 
         return {
             "loss": float(rows["loss"].sum()),
-            "log_odds_shift/good": over_tokens("shift", good),
-            "log_odds_shift/bad": over_tokens("shift", bad),
+            "log_odds_shift/chosen": over_tokens("shift", good),
+            "log_odds_shift/rejected": over_tokens("shift", bad),
             "target_weight": over_tokens("target", everything),
             "share_below_reference": over_tokens("below", everything),
             "tokens": int(rows["tokens"].sum()),

@@ -99,7 +99,7 @@ class ReferenceCache:
         learned = []
         for row, key in enumerate(batch.keys.tolist()):
             if key not in self._computed and not self._is_stored(key):
-                self._computed[key] = values[batch.rows == row]
+                self._computed[key] = values[batch.sequence_ids == row]
                 learned.append(key)
         return learned
 

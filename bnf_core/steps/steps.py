@@ -7,7 +7,7 @@ from typing import Protocol
 from bnf_core.config import OptimizerConfig, TrainConfig
 from bnf_core.processes import Processes
 from bnf_core.protocol import Engine
-from bnf_core.steps.batching import Cut, micro_batches
+from bnf_core.steps.batching import MicroBatching, micro_batches
 from bnf_core.steps.reference import ReferenceCache
 from bnf_core.steps.schedule import learning_rate
 from bnf_core.types import Array, Batch, Example, Position
@@ -32,9 +32,9 @@ class Data(Protocol):
     ) -> Iterator[tuple[list[Example], Position]]: ...
 
 
-def cut_of(config: TrainConfig, engine: Engine | None = None) -> Cut:
+def micro_batching_of(config: TrainConfig, engine: Engine | None = None) -> MicroBatching:
     """How a run of this model cuts its batches; without one, on one process by a model that can share prompts."""
-    return Cut(
+    return MicroBatching(
         config.micro_batch_size,
         config.data.max_length if config.packing else None,
         config.group_by_length,
@@ -49,7 +49,7 @@ def steps(
     batch_size: int,
     num_steps: int,
     optimizer: OptimizerConfig,
-    cut: Cut,
+    batching: MicroBatching,
     reference: ReferenceCache,
     processes: Processes,
     pad_id: int = 0,
@@ -63,15 +63,17 @@ def steps(
         yield Step(
             number=number,
             learning_rate=learning_rate(number, num_steps, optimizer),
-            batches=with_reference(my_share(examples, cut, processes, pad_id), reference, processes),
+            batches=with_reference(my_share(examples, batching, processes, pad_id), reference, processes),
             examples=examples,
             position=position,
         )
 
 
-def my_share(examples: Sequence[Example], cut: Cut, processes: Processes, pad_id: int = 0) -> list[Batch]:
+def my_share(
+    examples: Sequence[Example], batching: MicroBatching, processes: Processes, pad_id: int = 0
+) -> list[Batch]:
     """This process's micro-batches of a global batch: as many as any other process has."""
-    batches = micro_batches(examples, cut, pad_id)
+    batches = micro_batches(examples, batching, pad_id)
     return batches[processes.share(batches)]
 
 

@@ -20,7 +20,7 @@ RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_a": 1, "lora_b": 0}  # of PEFT's ma
 
 
 @dataclass(frozen=True)
-class Piece:
+class Shard:
     """One process's part of an array that is split along its first dimension.
 
     Raises:
@@ -39,7 +39,7 @@ class Piece:
 
 # What one process saves. Every row of every array is saved by exactly one process: what all have alike, one of them
 # gives; what each has of its own, such as the state of its random numbers, are the rows of one array.
-State = Mapping[str, Array | Piece]
+State = Mapping[str, Array | Shard]
 
 
 def write_state(path: Path, state: State) -> None:
@@ -51,10 +51,10 @@ def write_state(path: Path, state: State) -> None:
     if not path.parent.is_dir():
         message = "this process does not see it: all processes of a run must share its folder"
         raise FileNotFoundError(errno.ENOENT, message, str(path.parent))
-    pieces = {name: value for name, value in state.items() if isinstance(value, Piece)}
-    described = {name: {"start": piece.start, "shape": list(piece.shape)} for name, piece in pieces.items()}
+    shards = {name: value for name, value in state.items() if isinstance(value, Shard)}
+    described = {name: {"start": shard.start, "shape": list(shard.shape)} for name, shard in shards.items()}
     # safetensors takes an array's memory as it lies; ascontiguousarray would give a number a dimension.
-    arrays = {n: np.asarray(v.array if isinstance(v, Piece) else v, order="C") for n, v in state.items()}
+    arrays = {n: np.asarray(v.array if isinstance(v, Shard) else v, order="C") for n, v in state.items()}
     path.touch()
     mode = path.stat().st_mode
     try:

@@ -260,7 +260,9 @@ def _batch_cross_entropy(subject: Subject, micro_batches: MicroBatches) -> Yards
         np.concatenate([getattr(batch, name) for _, batch, _ in micro_batches]) for name in ("targets", "coefficients")
     )
     starts = np.cumsum([0] + [len(batch.labels) for _, batch, _ in micro_batches])
-    rows = np.concatenate([batch.rows + start for start, (_, batch, _) in zip(starts, micro_batches, strict=False)])
+    rows = np.concatenate(
+        [batch.sequence_ids + start for start, (_, batch, _) in zip(starts, micro_batches, strict=False)]
+    )
     (loss, grad), (e_loss, e_grad) = (
         subject.losses.cross_entropy(logits, targets, dtype=subject.dtype),
         _certain(logits, targets),

@@ -52,7 +52,9 @@ class ExampleLosses:
             flat = logits.reshape(-1, logits.shape[-1])
             r = self.dense(flat[batch.positions], batch.targets, ref_log_odds, batch.coefficients, dtype=dtype)
             total += float(batch.coefficients @ r.token_loss)
-            sequence_loss.append(batch.labels * np.bincount(batch.rows, r.token_loss) / np.bincount(batch.rows))
+            sequence_loss.append(
+                batch.labels * np.bincount(batch.sequence_ids, r.token_loss) / np.bincount(batch.sequence_ids)
+            )
             grad = np.zeros_like(flat)
             grad[batch.positions] = r.grad_logits
             grads.append(grad.reshape(logits.shape))

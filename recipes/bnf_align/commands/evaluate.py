@@ -11,7 +11,7 @@ from bnf_core import registry
 from bnf_core.config import EvaluateConfig
 from bnf_core.data.tokenization import load_tokenizer, pad_id
 from bnf_core.models.model_folder import resolve_model
-from bnf_core.steps.batching import Cut
+from bnf_core.steps.batching import MicroBatching
 from bnf_core.steps.metrics import Metrics
 from bnf_core.steps.reference import ReferenceCache
 
@@ -33,8 +33,8 @@ def evaluate(config: EvaluateConfig, console: Console) -> Metrics:
         adapter=Path(config.adapter) if config.adapter else None,
     )
     reference = ReferenceCache(engine.reference_log_odds)
-    cut = Cut(config.micro_batch_size, share_prompts=engine.shares_prompts)
-    metrics = score(engine, reference, examples, cut, pad_id(tokenizer), console)
+    batching = MicroBatching(config.micro_batch_size, share_prompts=engine.shares_prompts)
+    metrics = score(engine, reference, examples, batching, pad_id(tokenizer), console)
     if config.report:
         Path(config.report).write_text(json.dumps(metrics, indent=2) + "\n")
     return metrics

@@ -16,7 +16,7 @@ from bnf_core.errors import UserError
 from bnf_core.models.architecture import Architecture, Memory
 from bnf_core.models.model_folder import resolve_model
 from bnf_core.protocol import Measures
-from bnf_core.steps.steps import cut_of
+from bnf_core.steps.steps import micro_batching_of
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,13 @@ def plan(config: TrainConfig, console: Console) -> Plan:
 
     def needs(size: int) -> Memory:
         return peak(
-            model, training, measures, data, config.batch_size, replace(cut_of(config), micro_batch_size=size), runtime
+            model,
+            training,
+            measures,
+            data,
+            config.batch_size,
+            replace(micro_batching_of(config), micro_batch_size=size),
+            runtime,
         )
 
     tokens = sum(map(len, data.examples))

@@ -19,7 +19,7 @@ from bnf_core.data.tokenization import load_tokenizer, pad_id
 from bnf_core.errors import TrainingStopped
 from bnf_core.models.model_folder import resolve_model
 from bnf_core.protocol import Engine
-from bnf_core.steps.batching import Cut
+from bnf_core.steps.batching import MicroBatching
 from bnf_core.steps.reference import ReferenceCache
 from bnf_core.steps.steps import my_share
 from bnf_core.storage.reference_folder import ReferenceWriter, StoredReference, fingerprint
@@ -55,12 +55,12 @@ def reference(config: ReferenceConfig, console: Console) -> StoredReference:
     )
     for message in writer.damaged:
         console.print(f"[yellow]computed again: {escape(message)}[/yellow]", highlight=False, soft_wrap=True)
-    cut = Cut(config.micro_batch_size, multiple_of=processes.count, share_prompts=engine.shares_prompts)
+    batching = MicroBatching(config.micro_batch_size, multiple_of=processes.count, share_prompts=engine.shares_prompts)
     pad = pad_id(tokenizer)
     try:
-        with bar("reference", _batches(rows, writer, cut, console), console) as progress:
+        with bar("reference", _batches(rows, writer, batching, console), console) as progress:
             for window in writer.windows(rows, f"{path} ({', '.join(splits)})"):
-                writer.write(_compute(window, engine, cut, pad, progress))
+                writer.write(_compute(window, engine, batching, pad, progress))
     except (OSError, KeyboardInterrupt) as error:
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{folder} could not be written: {error}"
         raise TrainingStopped(
@@ -107,7 +107,7 @@ def _rows(
     return [e for split in splits for e in load_split(data.path, split, data, tokenizer, console)]
 
 
-def _batches(rows: Iterable[Example], writer: ReferenceWriter, cut: Cut, console: Console) -> int | None:
+def _batches(rows: Iterable[Example], writer: ReferenceWriter, batching: MicroBatching, console: Console) -> int | None:
     """How many batches are to be computed; of streamed rows nobody knows."""
     if not isinstance(rows, list):
         return None
@@ -115,14 +115,16 @@ def _batches(rows: Iterable[Example], writer: ReferenceWriter, cut: Cut, console
     if new < len(rows):
         console.print(f"{new:,} of {len(rows):,} rows are still to be computed, each once", highlight=False)
     whole, rest = divmod(new, writer.shard_rows)
-    at_once = cut.micro_batch_size * cut.multiple_of
+    at_once = batching.micro_batch_size * batching.multiple_of
     return whole * -(-writer.shard_rows // at_once) + -(-rest // at_once)
 
 
-def _compute(window: Sequence[Example], engine: Engine, cut: Cut, pad: int, progress: Bar) -> dict[str, Array]:
+def _compute(
+    window: Sequence[Example], engine: Engine, batching: MicroBatching, pad: int, progress: Bar
+) -> dict[str, Array]:
     """The state of a cache that knows these rows and no others, in their order."""
     cache = ReferenceCache(engine.reference_log_odds)
-    for batch in my_share(window, cut, engine.processes, pad):
+    for batch in my_share(window, batching, engine.processes, pad):
         started = time.perf_counter()
         cache.fill([batch], engine.processes)
         speed = batch.lengths.sum() * engine.processes.count / (time.perf_counter() - started)

@@ -117,7 +117,7 @@ class _Training:
         self.processes = engine.processes
         self.first = self.processes.rank == 0
         self.folder = RunFolder(config, self.processes)
-        self.cut = plan.cut_of(config, engine)
+        self.batching = plan.micro_batching_of(config, engine)
         stored = open_reference(config, checkpoint, tokenizer, engine, data.in_memory)
         # Streamed rows that are not stored can be computed only as long as the model's own weights stay.
         computes = stored is None or config.fine_tune_type != "full"
@@ -169,7 +169,7 @@ class _Training:
             batch_size=self.config.batch_size,
             num_steps=self.num_steps,
             optimizer=self.config.optimizer,
-            cut=self.cut,
+            batching=self.batching,
             reference=self.reference,
             processes=self.processes,
             pad_id=self.pad,
@@ -201,8 +201,8 @@ class _Training:
         )
         self.progress.advance(
             loss=f"{metrics['loss']:+.3f}",
-            good=_signed(metrics["log_odds_shift/good"]),
-            bad=_signed(metrics["log_odds_shift/bad"]),
+            good=_signed(metrics["log_odds_shift/chosen"]),
+            bad=_signed(metrics["log_odds_shift/rejected"]),
             **{"tok/s": f"{speed:,.0f}"},
         )
         last = done == self.num_steps
@@ -219,7 +219,9 @@ class _Training:
             assert self.data.held_out is not None
             try:
                 with self.interrupts.at_once(allowed=self.processes.count == 1):
-                    metrics = score(self.engine, self.reference, self.data.held_out, self.cut, self.pad, self.console)
+                    metrics = score(
+                        self.engine, self.reference, self.data.held_out, self.batching, self.pad, self.console
+                    )
                     metrics |= self.evaluator(self.engine) if self.evaluator else {}
             except KeyboardInterrupt:
                 self._stop(step)
@@ -264,7 +266,7 @@ class _Training:
         self._save(step)
         raise TrainingStopped(
             f"interrupted after step {step}; what is trained so far is in {self.folder.trained}. "
-            f"To go on: {self.folder.how_to_go_on}"
+            f"To go on: {self.folder.how_to_resume}"
         )
 
     def _not_finite(self, step: Step, metrics: Metrics) -> NoReturn:
@@ -286,7 +288,7 @@ class _Training:
                     "then pass --reference"
                 )
             return
-        mine = plan.my_share(examples, self.cut, self.processes, self.pad)
+        mine = plan.my_share(examples, self.batching, self.processes, self.pad)
         with bar("reference", len(mine), self.console) as progress:
             for batch in mine:
                 plan.with_reference([batch], self.reference, self.processes)
@@ -324,7 +326,7 @@ class _Training:
         self.console.print(f"going on after step {found.step}, from {found.folder}", highlight=False)
         for line in changed:
             self.console.print(f"[yellow]  changed: {escape(line)}[/yellow]", highlight=False, soft_wrap=True)
-        self.evaluations = self.folder.go_on(found.step, self.engine)
+        self.evaluations = self.folder.resume(found.step, self.engine)
         self.saved_at = found.step
         return found.step
 

@@ -16,8 +16,8 @@ from bnf_core.config import HardwareConfig, TrainConfig
 from bnf_core.errors import UserError
 from bnf_core.models.architecture import Architecture, Memory, Training, memory
 from bnf_core.protocol import Engine, Measures
-from bnf_core.steps.batching import Cut, Rows, micro_batches
-from bnf_core.steps.steps import cut_of
+from bnf_core.steps.batching import MicroBatching, Rows, micro_batches
+from bnf_core.steps.steps import micro_batching_of
 
 BATCHES = 500  # of which the largest micro-batch is found
 MARGIN = 0.9  # of the free memory is used
@@ -52,7 +52,7 @@ def peak(
     measures: Measures,
     data: TrainingData,
     batch_size: int,
-    cut: Cut,
+    batching: MicroBatching,
     runtime: float = 0.0,
 ) -> Memory:
     """Of the micro-batch that takes most, among those of the first epoch's first batches and of the longest rows."""
@@ -60,7 +60,7 @@ def peak(
     longest = sorted(data.rows.examples, key=len)[-batch_size:]
     first = islice(data.rows.batches(batch_size), min(BATCHES, data.rows.steps_per_epoch(batch_size)))
     batches = [longest, *(chosen for chosen, _ in first)]
-    grids = {measures.grid(part) for chosen in batches for part in micro_batches(chosen, cut)}
+    grids = {measures.grid(part) for chosen in batches for part in micro_batches(chosen, batching)}
     return max((memory(model, training, grid, runtime) for grid in grids), key=lambda found: found.total)
 
 
@@ -83,12 +83,16 @@ def auto_micro_batch(config: TrainConfig, folder: Path, data: TrainingData, engi
     """
     model = Architecture.of(folder)
     measures = measures_of(config.hardware, model)
-    training, cut, free = training_of(config, measures), cut_of(config, engine), measures.free_memory()
+    training, batching, free = (
+        training_of(config, measures),
+        micro_batching_of(config, engine),
+        measures.free_memory(),
+    )
     if data.examples is None:
         raise UserError("auto_batch needs rows that are not streamed: set micro_batch_size instead")
 
     def needs(size: int) -> float:
-        found = peak(model, training, measures, data, config.batch_size, replace(cut, micro_batch_size=size))
+        found = peak(model, training, measures, data, config.batch_size, replace(batching, micro_batch_size=size))
         return found.total - found.weights
 
     mine = np.array([largest(needs, config.batch_size, free)])

@@ -44,10 +44,10 @@ def run_figure(lines: Sequence[Line]) -> Figure:
     _curve(loss, evals, "loss", AFTER, "held-out rows", marker="o")
     label_axes(loss, "Loss", "label · token loss, mean over rows")
 
-    _curve(shift, train, "log_odds_shift/good", GOOD, "good rows, training")
-    _curve(shift, train, "log_odds_shift/bad", BAD, "bad rows, training", style="--")
-    _curve(shift, evals, "log_odds_shift/good", GOOD, "good rows, held out", style="", marker="o")
-    _curve(shift, evals, "log_odds_shift/bad", BAD, "bad rows, held out", style="", marker="s")
+    _curve(shift, train, "log_odds_shift/chosen", GOOD, "good rows, training")
+    _curve(shift, train, "log_odds_shift/rejected", BAD, "bad rows, training", style="--")
+    _curve(shift, evals, "log_odds_shift/chosen", GOOD, "good rows, held out", style="", marker="o")
+    _curve(shift, evals, "log_odds_shift/rejected", BAD, "bad rows, held out", style="", marker="s")
     shift.axhline(0, color=PLAIN, linewidth=0.8)
     label_axes(shift, "How far the policy has moved from the reference", "log-odds of tokens, nats")
 

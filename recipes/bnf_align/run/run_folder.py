@@ -41,7 +41,7 @@ class RunFolder:
         self._config = config
 
     @property
-    def how_to_go_on(self) -> str:
+    def how_to_resume(self) -> str:
         return f"bnf train --config {self.path / 'config.yaml'} --resume"
 
     @contextmanager
@@ -98,7 +98,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"output {self.path}: {error.strerror}") from error
 
-    def go_on(self, step: int, engine: Engine) -> dict[int, Metrics]:
+    def resume(self, step: int, engine: Engine) -> dict[int, Metrics]:
         """Cut the metrics back to that step, and write what is trained as it then was.
 
         Returns:
@@ -152,7 +152,7 @@ class RunFolder:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:  # each library that writes has its own
             steps = self.checkpoints.steps()
-            hint = f"when there is room, go on from step {steps[-1]}: {self.how_to_go_on}" if steps else "start anew"
+            hint = f"when there is room, go on from step {steps[-1]}: {self.how_to_resume}" if steps else "start anew"
             raise TrainingStopped(f"{self.path} could not be written: {error}; {hint}") from error
 
 

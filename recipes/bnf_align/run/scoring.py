@@ -8,18 +8,23 @@ from rich.table import Table
 from bnf_align.run.progress import bar
 from bnf_core.protocol import Engine
 from bnf_core.steps import steps as plan
-from bnf_core.steps.batching import Cut
+from bnf_core.steps.batching import MicroBatching
 from bnf_core.steps.metrics import Meter, Metrics
 from bnf_core.steps.reference import ReferenceCache
 from bnf_core.types import Example
 
 
 def score(
-    engine: Engine, reference: ReferenceCache, examples: Sequence[Example], cut: Cut, pad: int, console: Console
+    engine: Engine,
+    reference: ReferenceCache,
+    examples: Sequence[Example],
+    batching: MicroBatching,
+    pad: int,
+    console: Console,
 ) -> Metrics:
     """Metrics of all examples, scored by all processes together."""
     meter = Meter()
-    mine = plan.my_share(examples, cut, engine.processes, pad)
+    mine = plan.my_share(examples, batching, engine.processes, pad)
     with bar("evaluate", len(mine), console) as progress:
         for batch in mine:
             [(_, ref_log_odds)] = plan.with_reference([batch], reference, engine.processes)

@@ -22,12 +22,11 @@ from safetensors.numpy import load_file, save_file
 from bnf_core.config import DataConfig, TrainConfig
 from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes
-from bnf_core.storage import checkpoints
-from bnf_core.storage import shards as pieces
+from bnf_core.storage import checkpoints, shards
 from bnf_core.storage.checkpoints import Checkpoint, Checkpoints, changes, run_facts
 from bnf_core.storage.digests import files_digest, model_digest, rows_digest
 from bnf_core.storage.files import agreed, replacing
-from bnf_core.storage.shards import Piece, State, StoredArrays, require_same_shapes, under
+from bnf_core.storage.shards import Shard, State, StoredArrays, require_same_shapes, under
 from bnf_core.types import Array, Example
 
 
@@ -68,10 +67,10 @@ def split(whole: Mapping[str, Array], processes: Processes) -> State:
     """What a process saves of the whole: an even share of rows, rounded up, as FSDP deals them; numbers and bytes
     are the first one's."""
 
-    def piece(array: Array) -> Piece:
+    def piece(array: Array) -> Shard:
         share = -(-len(array) // processes.count)
         start = min(processes.rank * share, len(array))
-        return Piece(array[start : start + share], start, array.shape)
+        return Shard(array[start : start + share], start, array.shape)
 
     common = {n: a for n, a in whole.items() if not _is_split(a)} if processes.rank == 0 else {}
     return {n: piece(a) for n, a in whole.items() if _is_split(a)} | common
@@ -125,7 +124,7 @@ def save(folder: Path, step: int, processes: Processes = ALONE, keep: int = 2) -
 def test_any_number_of_processes_reads_what_any_number_wrote(
     tmp_path: Path, together: Callable[..., list[Any]], writers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "BLOCK", 24)  # of which a piece has several, the last one short
+    monkeypatch.setattr(shards, "BLOCK", 24)  # of which a piece has several, the last one short
     monkeypatch.setattr(np, "empty", lambda shape, dtype: np.full(shape, 77, dtype))  # or memory may remember
     assert together(writers, lambda processes: save(tmp_path, 7, processes)) == [None] * writers
     files = sorted(path.name for path in (tmp_path / "step-000007").glob("*.safetensors"))
@@ -154,7 +153,7 @@ def test_whoever_may_read_other_files_may_read_these(tmp_path: Path) -> None:
 def test_arrays_are_saved_by_their_values_however_they_lie_in_memory(tmp_path: Path) -> None:
     grid = np.arange(24.0).reshape(4, 6)
     arrays = {"columns": grid.T, "every other": grid[:, ::2], "backwards": grid[::-1], "big-endian": grid.astype(">f8")}
-    Checkpoints(tmp_path, 1).save(1, arrays | {"piece": Piece(grid.T[:6], 0, (6, 4))}, {})
+    Checkpoints(tmp_path, 1).save(1, arrays | {"piece": Shard(grid.T[:6], 0, (6, 4))}, {})
     found = newest(tmp_path).arrays
     for name, value in (arrays | {"piece": grid.T}).items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
@@ -168,19 +167,19 @@ def test_a_piece_must_fit_into_the_whole() -> None:
         (np.zeros(()), 0, ()),
     ]:
         with pytest.raises(ValueError, match="does not fit into"):
-            Piece(array, start, shape)
+            Shard(array, start, shape)
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([{"a": Piece(np.zeros(2), 0, (5,))}, {"a": Piece(np.zeros(2), 3, (5,))}], r"\(5,\): rows 2 to 3 are"),
-        ([{"a": Piece(np.zeros(2), 0, (5,))}, {"a": Piece(np.zeros(2), 2, (5,))}], "rows 4 to 5 are missing"),
-        ([{"a": Piece(np.zeros(3), 0, (5,))}, {"a": Piece(np.zeros(3), 2, (5,))}], "row 2 is there twice"),
+        ([{"a": Shard(np.zeros(2), 0, (5,))}, {"a": Shard(np.zeros(2), 3, (5,))}], r"\(5,\): rows 2 to 3 are"),
+        ([{"a": Shard(np.zeros(2), 0, (5,))}, {"a": Shard(np.zeros(2), 2, (5,))}], "rows 4 to 5 are missing"),
+        ([{"a": Shard(np.zeros(3), 0, (5,))}, {"a": Shard(np.zeros(3), 2, (5,))}], "row 2 is there twice"),
         ([{"a": np.zeros(3)}, {"a": np.zeros(3)}], "row 0 is there twice"),
         ([{"a": np.ones(())}, {"a": np.ones(())}], "row 0 is there twice"),
-        ([{"a": Piece(np.zeros(2), 0, (4,))}, {"a": Piece(np.zeros(2, np.float32), 2, (4,))}], "not the same in all"),
-        ([{"a": Piece(np.zeros(2), 0, (4,))}, {"a": Piece(np.zeros(2), 2, (5,))}], "not the same in all"),
+        ([{"a": Shard(np.zeros(2), 0, (4,))}, {"a": Shard(np.zeros(2, np.float32), 2, (4,))}], "not the same in all"),
+        ([{"a": Shard(np.zeros(2), 0, (4,))}, {"a": Shard(np.zeros(2), 2, (5,))}], "not the same in all"),
     ],
 )  # fmt: skip
 def test_pieces_that_do_not_add_up_are_refused_before_they_count(
@@ -213,7 +212,7 @@ def peak(work: Callable[[], object]) -> int:
 def test_reading_and_writing_hold_one_array_at_a_time(
     tmp_path: Path, together: Callable[..., list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "BLOCK", 1 << 16)
+    monkeypatch.setattr(shards, "BLOCK", 1 << 16)
     size = 4 << 20
     whole = {f"weights/{i}": np.full((1024, size // 4096), i, np.float32) for i in range(6)}
 
@@ -256,7 +255,7 @@ def test_a_full_disk_on_one_process_fails_all_and_keeps_the_last_checkpoint(
             raise SafetensorError("No space left on device (os error 28)")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pieces, "save_file", full)
+        patch.setattr(shards, "save_file", full)
         errors = together(3, lambda processes: save(tmp_path, 2, processes, keep=1))
     assert {type(error) for error in errors} == {OSError}
     assert str(errors[rank]) == "No space left on device (os error 28)"

@@ -25,7 +25,7 @@ from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.processes import ALONE, Processes
 from bnf_core.steps import reference as module
-from bnf_core.steps.batching import Cut, collate, micro_batches
+from bnf_core.steps.batching import MicroBatching, collate, micro_batches
 from bnf_core.steps.reference import ReferenceCache
 from bnf_core.storage.reference_folder import ReferenceWriter, StoredReference, fingerprint, open_reference
 from bnf_core.types import Array, Batch, Example
@@ -58,8 +58,8 @@ class Model:
 
     def __call__(self, batch: Batch) -> Array:
         self.calls += 1
-        starts = np.flatnonzero(np.diff(batch.rows, prepend=-1))
-        place = np.arange(len(batch.rows)) - np.repeat(starts, np.bincount(batch.rows))
+        starts = np.flatnonzero(np.diff(batch.sequence_ids, prepend=-1))
+        place = np.arange(len(batch.sequence_ids)) - np.repeat(starts, np.bincount(batch.sequence_ids))
         prompts = batch.input_ids.ravel()[batch.positions - place] + 7  # the last token of the prompt, and the first
         return prompts * 100 + place + batch.targets / 64
 
@@ -78,7 +78,7 @@ def compute(rows: Iterable[Example], folder: Path, processes: Processes = ALONE,
     writer = ReferenceWriter(folder, FINGERPRINT, {"backend": "none"}, **settings)
     for window in writer.windows(rows, "f.jsonl"):
         cache = ReferenceCache(Model())
-        batches = micro_batches(window, Cut(3, multiple_of=processes.count))
+        batches = micro_batches(window, MicroBatching(3, multiple_of=processes.count))
         cache.fill(batches[processes.share(batches)], processes)
         writer.write(cache.state(e.key for e in window))
     return StoredReference(folder)
@@ -131,14 +131,14 @@ def test_rows_are_known_by_their_tokens_wherever_they_are_met() -> None:
     assert model.calls == 1 and len(cache.state()["keys"]) == DIFFERENT
     for order in (ROWS[::-1], ROWS[3:9], ROWS[5:6], [ROWS[2], ROWS[2], replace(ROWS[2], label=False, group=9)]):
         check(cache, order)
-    for batch in micro_batches(ROWS, Cut(4, pack_to=30)):
+    for batch in micro_batches(ROWS, MicroBatching(4, pack_to=30)):
         assert len(cache(batch)) == len(batch.targets)
     assert model.calls == 1
 
 
 def test_a_packed_batch_gives_the_same_as_a_padded_one() -> None:
     packed = ReferenceCache(Model())
-    for batch in micro_batches(ROWS, Cut(4, pack_to=30)):
+    for batch in micro_batches(ROWS, MicroBatching(4, pack_to=30)):
         packed(batch)
     assert len(packed(batch_of([]))) == 0
     other = ReferenceCache(None)
@@ -308,7 +308,7 @@ def test_more_data_is_added_and_what_is_there_is_not_computed_again(tmp_path: Pa
     assert shuffled.index["data"]["f.jsonl"] == data["more"]  # the digest does not depend on the order
 
 
-@pytest.mark.parametrize("harm", ["flipped", "cut", "gone"])
+@pytest.mark.parametrize("harm", ["flipped", "batching", "gone"])
 def test_a_damaged_shard_is_refused_by_name_and_computed_again(tmp_path: Path, harm: str) -> None:
     compute(ROWS, tmp_path / "ref")
     expected = contents(tmp_path / "ref")
@@ -625,7 +625,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | BaseExcept
                 return values
             if isinstance(failure, BaseException):
                 raise failure
-            return np.where(batch.rows == 1, failure, values)
+            return np.where(batch.sequence_ids == 1, failure, values)
 
         monkeypatch.setattr(TorchEngine, "reference_log_odds", compute)
 

@@ -11,7 +11,7 @@ import pytest
 
 from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
-from bnf_core.steps.batching import Cut, Rows, collate, micro_batches
+from bnf_core.steps.batching import MicroBatching, Rows, collate, micro_batches
 from bnf_core.types import Batch, Example
 from bnf_mlx.pages import pages
 
@@ -36,10 +36,16 @@ PAIRS = feedback([(7, [5, 2]), (3, [1, 6]), (12, [4, 9])])
 GROUP = feedback([(9, [3, 11, 1, 8, 2, 5, 7, 4])])
 MIXED = feedback([(7, [5, 2, 9]), (3, [6]), (15, [4, 1]), (1, [3, 3, 12]), (5, [8])])
 ROWS = {"pairs": PAIRS, "eight": GROUP, "mixed": MIXED}
-APART = Cut(1, group_by_length=False)
+APART = MicroBatching(1, group_by_length=False)
 # Unpacked, in parts that split groups, packed, and packed so tightly that groups are split.
-CUTS = [Cut(8), Cut(3), Cut(3, group_by_length=False), Cut(2, pack_to=64), Cut(2, pack_to=30)]
-CUTS = [Cut(c.micro_batch_size, c.pack_to, c.group_by_length, share_prompts=True) for c in CUTS]
+CUTS = [
+    MicroBatching(8),
+    MicroBatching(3),
+    MicroBatching(3, group_by_length=False),
+    MicroBatching(2, pack_to=64),
+    MicroBatching(2, pack_to=30),
+]
+CUTS = [MicroBatching(c.micro_batch_size, c.pack_to, c.group_by_length, share_prompts=True) for c in CUTS]
 
 
 # Batches
@@ -56,7 +62,7 @@ def test_a_shared_grid_by_hand() -> None:
     assert batch.prefix_ids.tolist() == [[0] * 6, [0, 0, 0, 1, 1, 1]]
     assert batch.positions.tolist() == [2, 3, 2, 6, 7]  # the end of the prompt predicts two tokens
     assert batch.targets.tolist() == [4, 5, 6, 8, 9]
-    assert batch.rows.tolist() == [0, 0, 1, 2, 2]
+    assert batch.sequence_ids.tolist() == [0, 0, 1, 2, 2]
     assert batch.lengths.tolist() == [5, 4, 3]
     np.testing.assert_array_equal(batch.coefficients, np.array([1 / 8, 1 / 8, -1 / 4, 1 / 8, 1 / 8], np.float32))
 
@@ -65,11 +71,11 @@ def test_pages_by_hand() -> None:
     prompt = (1, 2, 3, 4, 5)
     rows = [Example(prompt, (6, 7, 8), True), Example(prompt, (9,), False), Example((7,), (8, 9), True)]
     batch = collate(rows, 4, PAD, bins=[[0, 1], [2]], share_prompts=True)
-    cut = pages(batch, 4)
-    assert cut.input_ids.tolist() == [[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 0, 0], [7, 8, 0, 0]]
-    assert cut.offsets.tolist() == [0, 4, 5, 0] and cut.lengths.tolist() == [4, 1, 2, 2]
-    assert cut.table.tolist() == [[-1, -1, 0], [-1, 0, 1], [0, 1, 2], [-1, -1, 3]]
-    assert cut.positions.tolist() == [4, 8, 9, 4, 12, 13]
+    batching = pages(batch, 4)
+    assert batching.input_ids.tolist() == [[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 0, 0], [7, 8, 0, 0]]
+    assert batching.offsets.tolist() == [0, 4, 5, 0] and batching.lengths.tolist() == [4, 1, 2, 2]
+    assert batching.table.tolist() == [[-1, -1, 0], [-1, 0, 1], [0, 1, 2], [-1, -1, 3]]
+    assert batching.positions.tolist() == [4, 8, 9, 4, 12, 13]
 
 
 def sequences(batch: Batch) -> list[tuple[tuple[int, ...], tuple[int, ...], float]]:
@@ -84,18 +90,18 @@ def sequences(batch: Batch) -> list[tuple[tuple[int, ...], tuple[int, ...], floa
     return found
 
 
-@pytest.mark.parametrize("cut", [*CUTS, Cut(2, 40, multiple_of=3, share_prompts=True)])
+@pytest.mark.parametrize("batching", [*CUTS, MicroBatching(2, 40, multiple_of=3, share_prompts=True)])
 @pytest.mark.parametrize("name", ROWS)
-def test_what_is_scored_is_the_same(name: str, cut: Cut) -> None:
+def test_what_is_scored_is_the_same(name: str, batching: MicroBatching) -> None:
     """Rejects completions that see each other, positions from zero, and lost coefficients."""
-    shared = micro_batches(ROWS[name], cut)
-    assert any(batch.shared for batch in shared) and len(shared) % cut.multiple_of == 0
+    shared = micro_batches(ROWS[name], batching)
+    assert any(batch.shared for batch in shared) and len(shared) % batching.multiple_of == 0
     apart = itertools.chain(*map(sequences, micro_batches(ROWS[name], APART)))
     assert sorted(itertools.chain(*map(sequences, shared))) == sorted(apart)
-    if cut.pack_to:
-        assert all(batch.input_ids.shape[1] <= cut.pack_to for batch in shared)
+    if batching.pack_to:
+        assert all(batch.input_ids.shape[1] <= batching.pack_to for batch in shared)
     else:
-        assert all(len(batch.labels) <= cut.micro_batch_size for batch in shared)
+        assert all(len(batch.labels) <= batching.micro_batch_size for batch in shared)
 
 
 def test_the_grid_is_never_larger_than_without_sharing() -> None:
@@ -104,21 +110,21 @@ def test_the_grid_is_never_larger_than_without_sharing() -> None:
     for seed in range(50):
         shape = [(int(draw.integers(1, 9)), draw.integers(1, 9, draw.integers(1, 6)).tolist()) for _ in range(5)]
         rows = feedback(shape, seed=seed)
-        shared = micro_batches(rows, Cut(len(rows), share_prompts=True))[0]
-        assert shared.input_ids.size <= micro_batches(rows, Cut(len(rows)))[0].input_ids.size
+        shared = micro_batches(rows, MicroBatching(len(rows), share_prompts=True))[0]
+        assert shared.input_ids.size <= micro_batches(rows, MicroBatching(len(rows)))[0].input_ids.size
 
 
 def test_rows_of_one_group_share_only_where_their_prompts_are_the_same() -> None:
     rows = [Example((1, 2), (3,), True, 5), Example((1, 4), (3,), False, 5)]
-    (batch,) = micro_batches(rows, Cut(2, share_prompts=True))
+    (batch,) = micro_batches(rows, MicroBatching(2, share_prompts=True))
     assert not batch.shared and batch.input_ids.tolist() == [[1, 2, 3], [1, 4, 3]]
 
 
 def test_without_common_prompts_nothing_changes() -> None:
     rows = feedback([(n, [n % 3 + 1]) for n in (4, 2, 9, 5, 1, 7)])
-    for cut in CUTS:
-        plain = Cut(cut.micro_batch_size, cut.pack_to, cut.group_by_length)
-        for one, other in zip(micro_batches(rows, cut), micro_batches(rows, plain), strict=True):
+    for batching in CUTS:
+        plain = MicroBatching(batching.micro_batch_size, batching.pack_to, batching.group_by_length)
+        for one, other in zip(micro_batches(rows, batching), micro_batches(rows, plain), strict=True):
             assert not one.shared
             for field in vars(one):
                 np.testing.assert_array_equal(getattr(one, field), getattr(other, field))
@@ -245,7 +251,7 @@ class MLX:
         return sum(counts)
 
     def gradients(self, batches: list[Batch]) -> dict[str, Any]:
-        from bnf_mlx.trainer import MicroStep
+        from bnf_mlx.scored import MicroStep
 
         parts = [MicroStep(self.engine)(batch, reference_of(batch))[2] for batch in batches]
         return {name: np.sum([np.array(part[name]) for part in parts], axis=0) for name in parts[0]}
@@ -276,8 +282,8 @@ def test_gradients_are_those_of_prompts_computed_each_time(backend: str, family:
     model = ENGINES[backend](family)
     for rows in ROWS.values():
         apart = model.gradients(micro_batches(rows, APART))
-        for cut in CUTS:
-            assert_close(model.gradients(micro_batches(rows, cut)), apart, 1e-5)
+        for batching in CUTS:
+            assert_close(model.gradients(micro_batches(rows, batching)), apart, 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
@@ -309,16 +315,16 @@ def test_a_compiled_step_of_mlx_takes_shared_prompts() -> None:
 def test_scores_are_those_of_prompts_computed_each_time(backend: str) -> None:
     engine = ENGINES[backend]("llama").engine
 
-    def scores(cut: Cut) -> dict[int, np.ndarray]:
+    def scores(batching: MicroBatching) -> dict[int, np.ndarray]:
         found = {}
-        for batch in micro_batches(MIXED, cut):
+        for batch in micro_batches(MIXED, batching):
             stats = engine.evaluate(batch, reference_of(batch))
-            found |= {int(k): np.stack(stats)[:, batch.rows == i] for i, k in enumerate(batch.keys)}
+            found |= {int(k): np.stack(stats)[:, batch.sequence_ids == i] for i, k in enumerate(batch.keys)}
         return found
 
     apart = scores(APART)
-    for cut in CUTS:
-        together = scores(cut)
+    for batching in CUTS:
+        together = scores(batching)
         for key, values in apart.items():
             np.testing.assert_allclose(together[key], values, rtol=1e-4, atol=1e-4)
 
@@ -330,7 +336,9 @@ def test_the_model_computes_fewer_tokens(backend: str) -> None:
     assert model.engine.shares_prompts  # found out before tokens are counted
     for completions, fewer in ((8, 1.6), (2, 1.3)):
         rows, _ = next(Rows(feedback([(16, [16] * completions)] * (16 // completions)), 0).batches(16))
-        apart, shared = (model.tokens(micro_batches(rows, Cut(8, share_prompts=share))) for share in (False, True))
+        apart, shared = (
+            model.tokens(micro_batches(rows, MicroBatching(8, share_prompts=share))) for share in (False, True)
+        )
         assert apart == 16 * 32 and apart >= fewer * shared
 
 
@@ -347,7 +355,7 @@ def test_on_a_cpu_torch_computes_no_attention_that_a_mask_would_hide(kind: str) 
         return right(query, key, *args, **options)
 
     for share in (True, False):
-        (batch,) = micro_batches(MIXED, Cut(1, pack_to=200, share_prompts=share))
+        (batch,) = micro_batches(MIXED, MicroBatching(1, pack_to=200, share_prompts=share))
         with mock.patch.object(torch.nn.functional, "scaled_dot_product_attention", counting):
             model.gradients([batch])
         rows = zip(batch.segment_ids, batch.prefix_ids, strict=True)
@@ -361,7 +369,7 @@ def test_a_model_that_cannot_share_says_so(backend: str, family: str) -> None:
     """Recurrent layers, and positions that a model takes from the grid."""
     engine = ENGINES[backend](family).engine
     assert not engine.shares_prompts
-    (batch,) = micro_batches(GROUP, Cut(8, share_prompts=True))
+    (batch,) = micro_batches(GROUP, MicroBatching(8, share_prompts=True))
     with pytest.raises(UserError, match="Set share_prompts to false"):
         engine.evaluate(batch, reference_of(batch))
     plain = collate(GROUP, 8)

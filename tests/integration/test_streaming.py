@@ -244,7 +244,7 @@ def test_hub_data_sets_are_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_code_of_the_docs_runs(tmp_path: Path) -> None:
-    docs = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-8")
+    docs = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", docs, re.S) if "FeedbackStream" in block]
     assert "...  #" in code
     tiny.make_tokenizer(tmp_path)

@@ -21,9 +21,9 @@ from bnf_core.errors import UserError
 from bnf_core.models import model_config
 from bnf_mlx import families
 from bnf_mlx.backend import MLXBackend
-from bnf_mlx.inspection import Inspector
+from bnf_mlx.inspection import MLXInspector as Inspector
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 Settings = dict[str, Any]
 
 BASE: Settings = {

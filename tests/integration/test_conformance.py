@@ -29,7 +29,7 @@ from bnf_core.errors import UserError
 from bnf_core.protocol import BatchResult, DenseResult
 from wrong_backends import NumpyBackend, OracleLosses
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 L0, SATURATION, L1, L2 = "L0 tokens", "L0 hopeless to saturated", "L1 batches", "L2 fused head"
 MALFORMED = "L0 malformed input", "L2 malformed input"

@@ -24,6 +24,7 @@ import pytest
 from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from test_train import QUIET, config
 
 import bnf_align.commands.train as module
 from bnf_align.arguments import parse
@@ -33,11 +34,9 @@ from bnf_core.config import LoraConfig, OptimizerConfig, TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.steps import batching
 from bnf_core.steps import steps as plan
-from bnf_core.storage import checkpoints
-from bnf_core.storage import shards as pieces
+from bnf_core.storage import checkpoints, shards
 from bnf_core.storage.checkpoints import Checkpoints
 from bnf_core.storage.digests import rows_digest
-from test_train import QUIET, config
 
 TIMES = ("seconds", "tokens_per_second")
 STATE = "state-00001-of-00001.safetensors"
@@ -186,8 +185,8 @@ def test_an_interrupt_during_an_evaluation_stops_it_and_no_evaluation_is_done_tw
     result = train(replace(run, resume=True), QUIET, evaluator)
     assert len(calls) == 2 + 3  # steps 0 and 2, cut short; then 2, 4 and 6
     assert_same(tmp_path / "run", whole("torch"))
-    assert result.before is not None and result.before["log_odds_shift/good"] == 0.0
-    assert result.after is not None and result.after["log_odds_shift/good"] != 0.0
+    assert result.before is not None and result.before["log_odds_shift/chosen"] == 0.0
+    assert result.after is not None and result.after["log_odds_shift/chosen"] != 0.0
 
 
 def test_only_the_last_checkpoints_are_kept(stopped: Callable[..., TrainConfig]) -> None:
@@ -225,7 +224,7 @@ def _train_until(run: TrainConfig, operation: int, count: Any) -> None:
     for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
         setattr(os, name, dying(getattr(os, name)))
     Path.write_bytes = dying(write_bytes)  # type: ignore[method-assign]
-    pieces.save_file = dying(save_file)
+    shards.save_file = dying(save_file)
     train(run, QUIET)
 
 
@@ -351,7 +350,7 @@ def _flip(name: str) -> Callable[[Path], None]:
 
 
 DAMAGE = {
-    "cut": _cut,
+    "batching": _cut,
     "empty": lambda folder: os.truncate(folder / STATE, 0),
     "bit of a weight": _flip(STATE),
     "bit of a setting": _flip("state.json"),
@@ -503,7 +502,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
         save_file(arrays, path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(pieces, "save_file", full)
+        patch.setattr(shards, "save_file", full)
         with pytest.raises(TrainingStopped, match=r"No space left.*from step 2: bnf train --config .* --resume"):
             train(run, QUIET)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
@@ -532,7 +531,7 @@ def test_a_file_that_the_system_cuts_short_is_noticed_by_every_writer(
         (weights,) = (tmp_path / "run" / "adapter").glob("*.safetensors")
         kept = weights.read_bytes()
         with pytest.raises(TrainingStopped, match=r"(File too large|Unable to write).*from step 2"):
-            RunFolder(run).go_on(2, engine)
+            RunFolder(run).resume(2, engine)
         assert weights.read_bytes() == kept
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -392,7 +392,7 @@ def test_an_adapter_of_a_quantised_model_is_evaluated_on_both_sides(
         command = f"evaluate --backend {backend} --model {quantised} --adapter {folder} --data {feedback}"
         assert cli.run(f"{command} --device cpu --dtype float32 --report {report}".split()) == 0
         metrics.append(json.loads(report.read_text()))
-    assert abs(metrics[0]["log_odds_shift/good"]) > 0.1
+    assert abs(metrics[0]["log_odds_shift/chosen"]) > 0.1
     for name, value in metrics[0].items():
         assert metrics[1][name] == pytest.approx(value, rel=2e-5, abs=2e-5), name
 

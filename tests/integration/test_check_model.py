@@ -262,7 +262,7 @@ def test_the_gradients_of_a_and_b_both_count_and_rounding_of_small_ones_does_not
 
 def test_looking_leaves_the_model_as_it_was(tiny_model: Path) -> None:
     ids = np.arange(12, dtype=np.int32)[None]
-    for inspect in (bnf_torch.inspection.Inspector, bnf_mlx.inspection.Inspector):
+    for inspect in (bnf_torch.inspection.TorchInspector, bnf_mlx.inspection.MLXInspector):
         looked_into = inspect(tiny_model)
         first = looked_into.trace(ids)
         assert list(first)[-1] == "" and first["layers.1.mlp"][1].shape == (1, 12, 32)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnf_core.steps.batching import Cut, Rows, collate, epoch_order, micro_batches
+from bnf_core.steps.batching import MicroBatching, Rows, collate, epoch_order, micro_batches
 from bnf_core.types import Batch, Example
 
 PAD = 999
@@ -34,10 +34,10 @@ def test_a_batch_by_hand() -> None:
     assert batch.lengths.tolist() == [5, 6]
     assert batch.positions.tolist() == [2, 3, 6, 7, 8, 9, 10]  # the last prompt token predicts the first target
     assert batch.targets.tolist() == [4, 5, 21, 22, 23, 24, 25]
-    assert batch.rows.tolist() == [0, 0, 1, 1, 1, 1, 1]
+    assert batch.sequence_ids.tolist() == [0, 0, 1, 1, 1, 1, 1]
     np.testing.assert_array_equal(batch.coefficients, np.array([1 / 4] * 2 + [-1 / 10] * 5, np.float32))
     assert batch.labels.tolist() == [1, -1]
-    assert [a.dtype for a in (batch.input_ids, batch.lengths, batch.positions, batch.targets, batch.rows)] == [
+    assert [a.dtype for a in (batch.input_ids, batch.lengths, batch.positions, batch.targets, batch.sequence_ids)] == [
         np.int32,
         np.int32,
         np.int64,
@@ -53,9 +53,9 @@ def test_every_position_predicts_its_target(examples: list[Example]) -> None:
     grid = batch.input_ids.reshape(-1)
     width = batch.input_ids.shape[1]
     np.testing.assert_array_equal(grid[batch.positions + 1], batch.targets)
-    np.testing.assert_array_equal(batch.positions // width, batch.rows)
+    np.testing.assert_array_equal(batch.positions // width, batch.sequence_ids)
     for row, e in enumerate(examples):
-        np.testing.assert_array_equal(batch.targets[batch.rows == row], e.completion_ids)
+        np.testing.assert_array_equal(batch.targets[batch.sequence_ids == row], e.completion_ids)
     assert PAD not in batch.targets
 
 
@@ -66,7 +66,7 @@ def test_coefficients_sum_to_the_mean_label(examples: list[Example]) -> None:
     batch = collate(examples, len(examples))
     labels = [1 if e.label else -1 for e in examples]
     np.testing.assert_allclose(batch.coefficients.sum(dtype=np.float64), np.mean(labels), atol=1e-6)
-    per_row = np.bincount(batch.rows, weights=batch.coefficients)
+    per_row = np.bincount(batch.sequence_ids, weights=batch.coefficients)
     np.testing.assert_allclose(per_row, np.asarray(labels) / len(examples), rtol=1e-6)
 
 
@@ -84,7 +84,7 @@ def test_a_packed_grid_by_hand() -> None:
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5]]
     assert batch.segment_ids.tolist() == [[0] * 5 + [1] * 6, [0] * 5 + [1] * 6]
     assert batch.positions.tolist() == [3, 5, 6, 7, 8, 9, 13, 14]
-    assert batch.rows.tolist() == [0, 1, 1, 1, 1, 1, 2, 2]
+    assert batch.sequence_ids.tolist() == [0, 1, 1, 1, 1, 1, 2, 2]
     assert batch.labels.tolist() == [1, -1, 1] and batch.lengths.tolist() == [5, 6, 5]
     assert batch.keys.tolist() == [FOUR[2].key, FOUR[1].key, FOUR[0].key]
 
@@ -92,7 +92,7 @@ def test_a_packed_grid_by_hand() -> None:
 def test_a_batch_of_nothing_scores_nothing() -> None:
     batch = collate([], 4, PAD)
     assert batch.input_ids.shape == (1, 1)
-    assert all(len(a) == 0 for a in (batch.positions, batch.coefficients, batch.rows, batch.labels, batch.keys))
+    assert all(len(a) == 0 for a in (batch.positions, batch.coefficients, batch.sequence_ids, batch.labels, batch.keys))
 
 
 def test_a_key_tells_prompt_from_completion() -> None:
@@ -112,24 +112,33 @@ def scored(batches: list[Batch]) -> dict[tuple[int, int], float]:
     return {
         (int(b.keys[row]), int(target)): float(c)
         for b in batches
-        for row, target, c in zip(b.rows, b.targets, b.coefficients, strict=True)
+        for row, target, c in zip(b.sequence_ids, b.targets, b.coefficients, strict=True)
     }
 
 
-CUTS = [Cut(1), Cut(2), Cut(3), Cut(4), Cut(2, pack_to=8), Cut(1, pack_to=11), Cut(8, pack_to=1), Cut(3, None, False)]
+CUTS = [
+    MicroBatching(1),
+    MicroBatching(2),
+    MicroBatching(3),
+    MicroBatching(4),
+    MicroBatching(2, pack_to=8),
+    MicroBatching(1, pack_to=11),
+    MicroBatching(8, pack_to=1),
+    MicroBatching(3, None, False),
+]
 
 
-@pytest.mark.parametrize("cut", [*CUTS, Cut(2, multiple_of=3), Cut(1, 8, multiple_of=2)])
-def test_the_cut_into_micro_batches_changes_nothing(cut: Cut) -> None:
+@pytest.mark.parametrize("batching", [*CUTS, MicroBatching(2, multiple_of=3), MicroBatching(1, 8, multiple_of=2)])
+def test_the_cut_into_micro_batches_changes_nothing(batching: MicroBatching) -> None:
     """Rejects a mean of micro-batch means, where the coefficients would depend on the cut, and a row lost in it."""
     order = [FOUR[i] for i in (2, 0, 3, 1)]
-    parts = micro_batches(order, cut)
+    parts = micro_batches(order, batching)
     assert scored(parts) == scored([collate(order, 4)])
     assert sorted(int(key) for b in parts for key in b.keys) == sorted(e.key for e in FOUR)
-    assert len(parts) % cut.multiple_of == 0
-    assert all(len(b.input_ids) <= cut.micro_batch_size for b in parts)
-    if cut.pack_to:
-        assert all(b.input_ids.shape[1] <= max(cut.pack_to, 6) for b in parts)
+    assert len(parts) % batching.multiple_of == 0
+    assert all(len(b.input_ids) <= batching.micro_batch_size for b in parts)
+    if batching.pack_to:
+        assert all(b.input_ids.shape[1] <= max(batching.pack_to, 6) for b in parts)
 
 
 @given(rows, st.integers(1, 5), st.one_of(st.none(), st.integers(1, 30)), st.booleans(), st.integers(1, 4))
@@ -137,7 +146,7 @@ def test_the_cut_into_micro_batches_changes_nothing(cut: Cut) -> None:
 def test_any_cut_scores_every_token_once(
     examples: list[Example], size: int, pack_to: int | None, by_length: bool, processes: int
 ) -> None:
-    parts = micro_batches(examples, Cut(size, pack_to, by_length, processes))
+    parts = micro_batches(examples, MicroBatching(size, pack_to, by_length, processes))
     assert len(parts) % processes == 0
     assert sum(len(b.targets) for b in parts) == sum(len(e.completion_ids) for e in examples)
     assert sorted(int(key) for b in parts for key in b.keys) == sorted(e.key for e in examples)
@@ -147,14 +156,14 @@ def test_any_cut_scores_every_token_once(
 
 
 def test_micro_batches_hold_rows_of_similar_length() -> None:
-    parts = micro_batches([example(1, n, True) for n in (9, 1, 8, 2)], Cut(2))
+    parts = micro_batches([example(1, n, True) for n in (9, 1, 8, 2)], MicroBatching(2))
     assert [sorted(b.lengths.tolist()) for b in parts] == [[2, 3], [9, 10]]
-    as_they_come = micro_batches([example(1, n, True) for n in (9, 1, 8, 2)], Cut(2, group_by_length=False))
+    as_they_come = micro_batches([example(1, n, True) for n in (9, 1, 8, 2)], MicroBatching(2, group_by_length=False))
     assert [b.lengths.tolist() for b in as_they_come] == [[10, 2], [9, 3]]
 
 
 def test_packing_fills_the_grid() -> None:
-    parts = micro_batches([example(1, n, True) for n in (9, 1, 8, 2, 5, 4)], Cut(8, pack_to=15))
+    parts = micro_batches([example(1, n, True) for n in (9, 1, 8, 2, 5, 4)], MicroBatching(8, pack_to=15))
     assert [sorted(np.bincount(row).tolist()) for row in parts[0].segment_ids] == [[5, 10], [6, 9], [2, 3, 10]]
 
 
@@ -219,6 +228,6 @@ def test_a_resumed_run_goes_on_with_the_same_batches(done: int) -> None:
 
 def test_a_short_batch_is_normalised_by_its_own_number_of_sequences() -> None:
     chosen, _ = list(itertools.islice(Rows(FOUR, 0).batches(3), 2))[-1]
-    (batch,) = micro_batches(chosen, Cut(3))
+    (batch,) = micro_batches(chosen, MicroBatching(3))
     assert len(chosen) == 1
     np.testing.assert_allclose(np.abs(batch.coefficients).sum(), 1.0, rtol=1e-6)

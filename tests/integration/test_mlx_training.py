@@ -22,7 +22,8 @@ from mlx.utils import tree_flatten
 
 from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
-from bnf_core.steps.batching import Cut, collate, micro_batches
+from bnf_core.steps import loop
+from bnf_core.steps.batching import MicroBatching, collate, micro_batches
 from bnf_core.steps.steps import Step
 from bnf_core.types import Batch, Example, TokenStats
 from bnf_mlx import adapter
@@ -31,7 +32,7 @@ from bnf_mlx.backend import MLXBackend
 from bnf_mlx.engine import MLXEngine
 from bnf_mlx.losses import bnf_token_loss, token_log_odds
 from bnf_mlx.model import Checkpoint, completion_logits, dense_weight, load_model, unfreeze
-from bnf_mlx.trainer import MicroStep
+from bnf_mlx.scored import MicroStep
 
 CPU = mx.Device(mx.cpu)
 RATE = 1e-2
@@ -149,16 +150,16 @@ def weights_of(engine: MLXEngine) -> dict[str, np.ndarray]:
     return {name: np.array(p) for name, p in tree_flatten(engine.model.trainable_parameters())}
 
 
-def fit(engine: MLXEngine, cut: Cut, steps: int = 3, first: int = 0) -> list[float]:
+def fit(engine: MLXEngine, batching: MicroBatching, steps: int = 3, first: int = 0) -> list[float]:
     """Norms of some steps on ROWS."""
     norms: list[float] = []
-    batches = [(batch, reference_of(batch)) for batch in micro_batches(ROWS, cut)]
+    batches = [(batch, reference_of(batch)) for batch in micro_batches(ROWS, batching)]
 
     def done(_: Step, stats: list[TokenStats], norm: float) -> None:
         assert [len(s.token_loss) for s in stats] == [len(batch.targets) for batch, _ in batches]
         norms.append(norm)
 
-    engine.fit((Step(first + i, RATE, batches, ROWS, {}) for i in range(steps)), done, 1.0)
+    loop.train(engine, (Step(first + i, RATE, batches, ROWS, {}) for i in range(steps)), done, 1.0)
     return norms
 
 
@@ -169,8 +170,8 @@ def fit(engine: MLXEngine, cut: Cut, steps: int = 3, first: int = 0) -> list[flo
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_sequences_give_the_gradient_that_they_give_alone(family, kind):
     engine = engine_of(model_of(family), kind)
-    alone = gradients_of(engine, micro_batches(ROWS, Cut(1)))
-    packed = micro_batches(ROWS, Cut(2, pack_to=24))
+    alone = gradients_of(engine, micro_batches(ROWS, MicroBatching(1)))
+    packed = micro_batches(ROWS, MicroBatching(2, pack_to=24))
     assert any(batch.packed and len(batch.input_ids) == 2 for batch in packed)
     assert_close(gradients_of(engine, packed), alone)
 
@@ -178,7 +179,7 @@ def test_packed_sequences_give_the_gradient_that_they_give_alone(family, kind):
 @pytest.mark.parametrize("family", NOT_TO_BE_PACKED)
 def test_a_model_whose_sequences_would_see_each_other_is_not_packed(family):
     engine = engine_of(model_of(family), "full")
-    (batch,) = micro_batches(ROWS, Cut(8, pack_to=24))
+    (batch,) = micro_batches(ROWS, MicroBatching(8, pack_to=24))
     with pytest.raises(UserError, match=r"cannot be packed with this model.*without packing"):
         engine.reference_log_odds(batch)
     engine.reference_log_odds(collate(ROWS, 7))
@@ -186,7 +187,7 @@ def test_a_model_whose_sequences_would_see_each_other_is_not_packed(family):
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 def test_packing_is_checked_in_half_precision(dtype):
-    (batch,) = micro_batches(ROWS, Cut(8, pack_to=24))
+    (batch,) = micro_batches(ROWS, MicroBatching(8, pack_to=24))
     for family in FAMILIES:
         model = model_of(family)
         model.set_dtype(dtype)
@@ -199,7 +200,7 @@ def test_packing_is_checked_in_half_precision(dtype):
 
 def test_dropout_does_not_get_in_the_way_of_packing():
     engine = engine_of(model_of("llama"), dropout=0.5)
-    fit(engine, Cut(8, pack_to=24), steps=1)  # the first thing that is done with the engine
+    fit(engine, MicroBatching(8, pack_to=24), steps=1)  # the first thing that is done with the engine
 
 
 # Micro-batches
@@ -210,7 +211,7 @@ def test_the_cut_into_micro_batches_does_not_matter(kind):
     """Seven rows in parts of 3, 2 and 2, of unlike numbers of tokens: a mean of means, or a part left out, shows."""
     whole, parts = engine_of(model_of("llama"), kind), engine_of(model_of("llama"), kind)
     start = weights_of(whole)
-    np.testing.assert_allclose(fit(parts, Cut(3)), fit(whole, Cut(8)), rtol=1e-4)
+    np.testing.assert_allclose(fit(parts, MicroBatching(3)), fit(whole, MicroBatching(8)), rtol=1e-4)
     for name, value in weights_of(whole).items():
         moved = np.abs(value - start[name]).max()
         assert moved > RATE / 10
@@ -219,10 +220,10 @@ def test_the_cut_into_micro_batches_does_not_matter(kind):
 
 def test_a_part_without_sequences_adds_nothing():
     engine = engine_of(model_of("llama"))
-    batches = micro_batches(ROWS[:1], Cut(4, multiple_of=2))
+    batches = micro_batches(ROWS[:1], MicroBatching(4, multiple_of=2))
     assert [len(batch.labels) for batch in batches] == [0, 1]
     for order in (batches, batches[::-1]):
-        assert_close(gradients_of(engine, order), gradients_of(engine, micro_batches(ROWS[:1], Cut(4))), 1e-7)
+        assert_close(gradients_of(engine, order), gradients_of(engine, micro_batches(ROWS[:1], MicroBatching(4))), 1e-7)
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -237,7 +238,7 @@ def test_a_step_that_is_not_finite_is_not_taken_and_the_next_one_is(kind):
         same = all(np.array_equal(value, before[name]) for name, value in weights_of(engine).items())
         assert same == (step.number == 0)
 
-    engine.fit(iter(steps), done, 1.0)
+    loop.train(engine, iter(steps), done, 1.0)
     assert math.isnan(norms[0]) and norms[1] > 0 and engine.optimizer.step == 1
 
 
@@ -246,7 +247,7 @@ def test_a_loss_that_is_not_finite_stops_the_step_though_its_gradient_is(monkeyp
     call, before = MicroStep.__call__, weights_of(engine)
     monkeypatch.setattr(MicroStep, "__call__", lambda *a: (math.inf, *call(*a)[1:]))
     step = Step(0, RATE, [(batch, reference_of(batch))], ROWS, {})
-    engine.fit(iter([step]), lambda _, __, norm: norms.append(norm), 1.0)
+    loop.train(engine, iter([step]), lambda _, __, norm: norms.append(norm), 1.0)
     assert math.isnan(norms[0])
     assert all(np.array_equal(value, before[name]) for name, value in weights_of(engine).items())
 
@@ -267,7 +268,7 @@ def test_an_unknown_token_is_named_before_anything_is_computed():
 @pytest.mark.parametrize("family", ["llama-sliding", "gemma2"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_the_same_with_checkpointing(family, kind):
-    batches = micro_batches(ROWS, Cut(2, pack_to=24))
+    batches = micro_batches(ROWS, MicroBatching(2, pack_to=24))
     plain, saving = (engine_of(model_of(family), kind, gradient_checkpointing=on) for on in (False, True))
     assert_close(gradients_of(saving, batches), gradients_of(plain, batches), 1e-6)
 
@@ -275,7 +276,8 @@ def test_gradients_are_the_same_with_checkpointing(family, kind):
 def test_layers_that_run_again_drop_the_same_values():
     gradients = [
         gradients_of(
-            engine_of(model_of("llama"), dropout=dropout, gradient_checkpointing=on), micro_batches(ROWS, Cut(8))
+            engine_of(model_of("llama"), dropout=dropout, gradient_checkpointing=on),
+            micro_batches(ROWS, MicroBatching(8)),
         )
         for dropout, on in ((0.5, False), (0.5, True), (0.0, False))
     ]
@@ -319,7 +321,7 @@ def test_an_error_within_a_step_leaves_the_model_whole(monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("bnf_mlx.trainer.linear_bnf_loss", fail)
+    monkeypatch.setattr("bnf_mlx.scored.linear_bnf_loss", fail)
     with pytest.raises(KeyboardInterrupt):
         gradients_of(engine, [collate(ROWS, 7)])
     monkeypatch.undo()
@@ -386,7 +388,7 @@ def test_a_whole_model_is_loaded_by_mlx_lm_and_by_transformers(checkpoint, tmp_p
     engine = loaded(checkpoint(**overrides), "full", dtype="bfloat16")  # of frozen weights, and there are none
     before = logits_of(engine.model)
     np.testing.assert_array_equal(before, logits_of(load_model(checkpoint(**overrides), CPU, mx.float32)))
-    fit(engine, Cut(3), steps=2)
+    fit(engine, MicroBatching(3), steps=2)
     after = logits_of(engine.model)
     assert np.abs(after - before).max() > 0.1
     engine.save(tmp_path / "one")
@@ -418,7 +420,7 @@ def test_the_reference_is_the_model_before_the_first_step(checkpoint):
         nonlocal state
         state = engine.state()
 
-    engine.fit(iter([Step(0, RATE, [(batch, reference)], ROWS, {})]), done, 1.0)
+    loop.train(engine, iter([Step(0, RATE, [(batch, reference)], ROWS, {})]), done, 1.0)
     resumed = loaded(checkpoint(), "full")
     resumed.load_state(whole(state))
     for trained in (engine, resumed):
@@ -455,7 +457,7 @@ def test_tensors_that_the_model_has_no_use_for_are_kept_but_an_old_copy_of_the_h
     copy = {"lm_head.weight": weights["model.embed_tokens.weight"] + 0}
     mx.save_safetensors(str(source / "model.safetensors"), weights | extra | copy)
     engine = loaded(source, "full")
-    fit(engine, Cut(8), steps=1)
+    fit(engine, MicroBatching(8), steps=1)
     engine.save(tmp_path / "trained")
     saved = mx.load(str(tmp_path / "trained" / "model.safetensors"))
     assert saved.keys() == weights.keys() | extra.keys()
@@ -588,7 +590,7 @@ def test_adapters_of_quantised_layers_learn_as_those_of_the_weights_they_stand_f
     np.testing.assert_array_equal(
         engine.evaluate(batch, reference_of(batch)).log_odds, engine.reference_log_odds(batch)
     )
-    np.testing.assert_allclose(fit(engine, Cut(3)), fit(dense, Cut(3)), rtol=1e-3)
+    np.testing.assert_allclose(fit(engine, MicroBatching(3)), fit(dense, MicroBatching(3)), rtol=1e-3)
     for name, value in weights_of(engine).items():
         np.testing.assert_allclose(value, weights_of(dense)[name], atol=RATE / 20)
 
@@ -598,7 +600,7 @@ def test_adapters_of_quantised_layers_learn_as_those_of_the_weights_they_stand_f
 def test_a_trained_adapter_is_saved_and_trained_on(checkpoint, quantised, tmp_path, kind, bits):
     folder = quantised(bits, 32) if bits else checkpoint()
     engine = loaded(folder, kind)
-    fit(engine, Cut(3), steps=2)
+    fit(engine, MicroBatching(3), steps=2)
     engine.save(tmp_path / "adapter")
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["fine_tune_type"] == kind
     again = loaded(folder, kind, adapter=tmp_path / "adapter")
@@ -607,7 +609,7 @@ def test_a_trained_adapter_is_saved_and_trained_on(checkpoint, quantised, tmp_pa
         np.testing.assert_array_equal(logits_of(other.model), logits_of(engine.model))
     batch = collate(ROWS, 7)
     np.testing.assert_array_equal(again.reference_log_odds(batch), engine.reference_log_odds(batch))
-    assert fit(again, Cut(3), steps=1)[0] > 0
+    assert fit(again, MicroBatching(3), steps=1)[0] > 0
     assert not np.array_equal(logits_of(again.model), logits_of(engine.model))
 
     def refused(message: str, kind: str = kind, **options: Any) -> None:
@@ -631,17 +633,17 @@ def test_what_cannot_be_loaded_says_what_to_do(checkpoint, quantised):
 
 
 @pytest.mark.parametrize(
-    ("kind", "bits", "cut"),
-    [("lora", 4, Cut(8)), ("full", None, Cut(8, pack_to=24))],
+    ("kind", "bits", "batching"),
+    [("lora", 4, MicroBatching(8)), ("full", None, MicroBatching(8, pack_to=24))],
     ids=["a dequantised head", "packed, a trained head"],
 )
-def test_a_compiled_step_is_the_same_step(checkpoint, quantised, kind, bits, cut):
+def test_a_compiled_step_is_the_same_step(checkpoint, quantised, kind, bits, batching):
     folder = quantised(bits, 32) if bits else checkpoint(num_hidden_layers=1)
     engines = [loaded(folder, kind) for _ in range(2)]
     engines[1] = MLXEngine(
         engines[1].model, CPU, OptimizerConfig(warmup_steps=0), whole=engines[1].whole, compiled=True
     )
-    norms = [fit(engine, cut, steps=2) for engine in engines]
+    norms = [fit(engine, batching, steps=2) for engine in engines]
     np.testing.assert_allclose(norms[1], norms[0], rtol=1e-4)
     values = [weights_of(engine) for engine in engines]
     for name in values[0]:
@@ -668,11 +670,11 @@ def whole(*states: Any) -> dict[str, np.ndarray]:
 def test_a_resumed_engine_takes_the_same_steps_to_the_bit(checkpoint, kind):
     options = {"lora": LoraConfig(rank=4, dropout=0.3)}
     engine, other = (loaded(checkpoint(), kind, **options) for _ in range(2))
-    fit(engine, Cut(3), steps=2)
+    fit(engine, MicroBatching(3), steps=2)
     state = whole(engine.state())
-    fit(engine, Cut(3), steps=2)
+    fit(engine, MicroBatching(3), steps=2)
     mx.random.seed(99)
     other.load_state(state)
-    fit(other, Cut(3), steps=2)
+    fit(other, MicroBatching(3), steps=2)
     for name, value in whole(engine.state()).items():
         np.testing.assert_array_equal(whole(other.state())[name], value, err_msg=name)

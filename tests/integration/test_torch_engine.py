@@ -22,8 +22,9 @@ import tiny
 from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes
+from bnf_core.steps import loop
 from bnf_core.steps import steps as plan
-from bnf_core.steps.batching import Cut, Rows, collate, micro_batches
+from bnf_core.steps.batching import MicroBatching, Rows, collate, micro_batches
 from bnf_core.steps.reference import ReferenceCache
 from bnf_core.steps.steps import Step
 from bnf_core.types import Example, TokenStats
@@ -51,18 +52,18 @@ def load(model: Path, kind: Any = "lora", **options: Any) -> TorchEngine:
     return engine
 
 
-def step_of(engine: TorchEngine, examples: list[Example], cut: Cut) -> Step:
+def step_of(engine: TorchEngine, examples: list[Example], batching: MicroBatching) -> Step:
     """With a reference that is now above the policy, now below it, whatever the cut."""
     with_reference = []
-    for batch in micro_batches(examples, cut):
+    for batch in micro_batches(examples, batching):
         log_odds = engine.evaluate(batch, np.zeros(len(batch.targets), np.float32)).log_odds
         with_reference.append((batch, log_odds + np.sin(batch.targets).astype(np.float32)))
     return Step(0, 1e-2, with_reference, examples, {})
 
 
-def gradients(engine: TorchEngine, examples: list[Example], cut: Cut) -> dict[str, np.ndarray]:
+def gradients(engine: TorchEngine, examples: list[Example], batching: MicroBatching) -> dict[str, np.ndarray]:
     """Of one step, unclipped; dropped again."""
-    step = step_of(engine, examples, cut)
+    step = step_of(engine, examples, batching)
     if engine.optimizer is None:
         engine.optimizer = Optimizer(engine.trainable, adamw(engine.trainable, OPTIMIZER))
     engine.accumulate(step, None)
@@ -74,17 +75,17 @@ def gradients(engine: TorchEngine, examples: list[Example], cut: Cut) -> dict[st
 def fit(engine: TorchEngine, count: int = 4) -> list[float]:
     norms: list[float] = []
     reference = ReferenceCache(engine.reference_log_odds)
-    plan.with_reference(micro_batches(rows(), Cut(2)), reference, ALONE)
+    plan.with_reference(micro_batches(rows(), MicroBatching(2)), reference, ALONE)
     taken = plan.steps(
         Rows(rows(), 0),
         batch_size=3,
         num_steps=count,
         optimizer=OPTIMIZER,
-        cut=Cut(2),
+        batching=MicroBatching(2),
         reference=reference,
         processes=ALONE,
     )
-    engine.fit(taken, lambda step, stats, norm: norms.append(norm), 1.0)
+    loop.train(engine, taken, lambda step, stats, norm: norms.append(norm), 1.0)
     return norms
 
 
@@ -124,7 +125,7 @@ def test_packing_changes_no_gradient(tmp_path, name):
     """Rejects sequences that see each other, positions that go on from one sequence to the next, and windows that
     reach into the sequence before."""
     engine = load(family(tmp_path, name), "full")
-    apart, packed = Cut(1, group_by_length=False), Cut(2, pack_to=40)
+    apart, packed = MicroBatching(1, group_by_length=False), MicroBatching(2, pack_to=40)
     parts = micro_batches(rows(), packed)
     assert any(part.packed for part in parts)
     assert any((part.segment_ids[:, -1] > part.segment_ids[:, 0]).any() for part in parts)
@@ -166,7 +167,7 @@ def test_a_model_that_cannot_be_packed_is_refused(tmp_path):
 def test_checkpointed_activations_give_the_same_bits(tiny_model, kind):
     plain, checkpointed = load(tiny_model, kind), load(tiny_model, kind, gradient_checkpointing=True)
     assert checkpointed.base.model.layers[0].gradient_checkpointing
-    expected, found = gradients(plain, rows(), Cut(3)), gradients(checkpointed, rows(), Cut(3))
+    expected, found = gradients(plain, rows(), MicroBatching(3)), gradients(checkpointed, rows(), MicroBatching(3))
     for name in expected:
         assert np.array_equal(found[name], expected[name]), name
 
@@ -189,7 +190,7 @@ def test_half_precision_is_as_accurate_as_a_model_that_is_all_of_it(tiny_model):
     """Both round at the same places. Rejects products accumulated, or a loss taken, in bfloat16; and float32."""
 
     def flat(engine: TorchEngine) -> np.ndarray:
-        return np.concatenate([g.ravel() for g in gradients(engine, rows(), Cut(3)).values()])
+        return np.concatenate([g.ravel() for g in gradients(engine, rows(), MicroBatching(3)).values()])
 
     exact, ours = (flat(load(tiny_model, "full", dtype=dtype)) for dtype in ("float32", "bfloat16"))
     theirs = flat(TorchEngine(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)))
@@ -214,7 +215,7 @@ def test_an_adapter_keeps_its_inputs_in_half_precision_and_learns_what_pefts_own
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            learnt.append(gradients(engine, rows(), Cut(3)))
+            learnt.append(gradients(engine, rows(), MicroBatching(3)))
         kept.append(sum(wide))
     assert kept[1] < 0.5 * kept[0]  # of ours A itself is left
     for name, expected in learnt[0].items():
@@ -246,7 +247,7 @@ def test_a_step_that_is_not_finite_is_not_taken(tiny_model, what):
             return values + np.inf
 
     engine, other = load(tiny_model), load(tiny_model)
-    good = step_of(engine, rows(), Cut(3))
+    good = step_of(engine, rows(), MicroBatching(3))
     batches = good.batches
     if what == "loss and gradient":
         batches = [(batch, np.full_like(r, np.nan)) for batch, r in batches]
@@ -258,10 +259,10 @@ def test_a_step_that_is_not_finite_is_not_taken(tiny_model, what):
         norms.append(norm)
 
     engine.processes = Elsewhere() if what == "loss elsewhere" else ALONE
-    engine.fit(iter([replace(good, batches=batches)]), done, 1.0)
+    loop.train(engine, iter([replace(good, batches=batches)]), done, 1.0)
     engine.processes = ALONE
-    engine.fit(iter([good]), done, 1.0)
-    other.fit(iter([good]), done, 1.0)
+    loop.train(engine, iter([good]), done, 1.0)
+    loop.train(other, iter([good]), done, 1.0)
     assert not math.isfinite(norms[0]) and norms[1] == norms[2]
     for name, p in engine.trainable.items():
         assert torch.equal(p, other.trainable[name]), name
@@ -272,13 +273,13 @@ def test_what_done_or_steps_raise_ends_the_training_after_the_last_step(tiny_mod
         pass
 
     engine = load(tiny_model)
-    step = step_of(engine, rows(), Cut(3))
+    step = step_of(engine, rows(), MicroBatching(3))
 
     def stop(*args: Any) -> None:
         raise StopHere
 
     with pytest.raises(StopHere):
-        engine.fit(iter([step, step]), stop, 1.0)
+        loop.train(engine, iter([step, step]), stop, 1.0)
     after = {name: p.detach().clone() for name, p in engine.trainable.items()}
 
     def steps():
@@ -286,7 +287,7 @@ def test_what_done_or_steps_raise_ends_the_training_after_the_last_step(tiny_mod
         yield
 
     with pytest.raises(StopHere):
-        engine.fit(steps(), stop, 1.0)
+        loop.train(engine, steps(), stop, 1.0)
     once = load(tiny_model)
     once.fit(iter([step]), lambda *args: None, 1.0)
     for name, p in once.trainable.items():
@@ -296,19 +297,19 @@ def test_what_done_or_steps_raise_ends_the_training_after_the_last_step(tiny_mod
 def test_fit_draws_nothing_but_dropout(tiny_model):
     """Rejects a trainer that seeds the generators anew: resumed runs would see other dropout."""
     engine = load(tiny_model)
-    step = step_of(engine, rows(), Cut(3))
+    step = step_of(engine, rows(), MicroBatching(3))
     torch.manual_seed(7)
     before = torch.get_rng_state()
-    engine.fit(iter([step]), lambda *args: None, 1.0)
+    loop.train(engine, iter([step]), lambda *args: None, 1.0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_reference_of_full_fine_tuning_is_computed_before_the_first_step(tiny_model):
     engine = load(tiny_model, "full")
     batch = collate(rows(3), 3)
-    step = step_of(engine, rows(), Cut(3))
+    step = step_of(engine, rows(), MicroBatching(3))
     engine.reference_log_odds(batch)
-    engine.fit(iter([step]), lambda *args: None, 1.0)
+    loop.train(engine, iter([step]), lambda *args: None, 1.0)
     with pytest.raises(RuntimeError, match="compute it beforehand"):
         engine.reference_log_odds(batch)
     resumed = load(tiny_model, "full")

@@ -185,7 +185,7 @@ def test_conformance_writes_a_report(capsys: pytest.CaptureFixture[str], tmp_pat
 
 @pytest.mark.parametrize("name", ["laptop", "gpu"])
 def test_ready_made_configs_hold_known_settings(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    path = Path(__file__).parents[1] / "recipes" / "configs" / f"{name}.yaml"
+    path = Path(__file__).parents[2] / "recipes" / "configs" / f"{name}.yaml"
     with pytest.raises(SystemExit) as stop:
         cli.run(["train", "--config", str(path), "--print-config"])
     assert stop.value.code == 0 and f"output: runs/{name}" in capsys.readouterr().out

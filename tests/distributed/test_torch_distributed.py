@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 
 import torch_worker
 
-ROOT = Path(__file__).parents[1]
-WORKER = Path(__file__).with_name("torch_worker.py")
+ROOT = Path(__file__).parents[2]
+WORKER = Path(__file__).parents[1].joinpath("torch_worker.py")
 ACCELERATE = ROOT / "recipes" / "configs" / "accelerate"
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"type": "lora"},

@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten
 from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.models.lora import initial_lora_a
+from bnf_core.steps import loop
 from bnf_core.steps.batching import collate
 from bnf_core.steps.steps import Step
 from bnf_core.types import Example
@@ -31,7 +32,7 @@ from bnf_mlx.losses import accurate_sum, token_log_odds
 from bnf_mlx.model import head_weight, load_model
 from bnf_mlx.optimizer import Optimizer
 from bnf_mlx.probes import head_is_linear
-from bnf_mlx.trainer import MicroStep
+from bnf_mlx.scored import MicroStep
 
 CPU = mx.Device(mx.cpu)
 TINY = {
@@ -482,12 +483,12 @@ def test_training_moves_the_policy_and_not_the_reference(checkpoint):
     reference = engine.reference_log_odds(batch)
     done = []
     step = Step(0, 1e-2, [(batch, reference)], EXAMPLES, {})
-    engine.fit(iter([step]), lambda _, stats, norm: done.append((stats[0], norm)), 1.0)
+    loop.train(engine, iter([step]), lambda _, stats, norm: done.append((stats[0], norm)), 1.0)
     (first, norm), second = done[0], engine.evaluate(batch, reference)
     np.testing.assert_array_equal(first.log_odds, reference)  # B is zero: p = r to the bit
     assert norm > 0
     np.testing.assert_array_equal(engine.reference_log_odds(batch), reference)
-    good, bad = batch.labels[batch.rows] > 0, batch.labels[batch.rows] < 0
+    good, bad = batch.labels[batch.sequence_ids] > 0, batch.labels[batch.sequence_ids] < 0
     assert (second.log_odds - first.log_odds)[good].mean() > 0 > (second.log_odds - first.log_odds)[bad].mean()
 
 

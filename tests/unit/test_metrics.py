@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from bnf_core.processes import Processes
-from bnf_core.steps.batching import Cut, micro_batches
+from bnf_core.steps.batching import MicroBatching, micro_batches
 from bnf_core.steps.metrics import Meter
 from bnf_core.types import Example, TokenStats
 
@@ -28,7 +28,7 @@ def log_p(log_odds: float) -> float:
 
 def measured(micro_batch_size: int) -> Meter:
     meter = Meter()
-    for batch in micro_batches([EXAMPLES[i] for i in (2, 0, 1)], Cut(micro_batch_size)):
+    for batch in micro_batches([EXAMPLES[i] for i in (2, 0, 1)], MicroBatching(micro_batch_size)):
         policy, reference, loss = (
             np.array([table[int(y)] for y in batch.targets], np.float32) for table in (POLICY, REFERENCE, LOSS)
         )
@@ -40,8 +40,8 @@ def measured(micro_batch_size: int) -> Meter:
 def test_every_metric_by_hand(micro_batch_size: int) -> None:
     result = measured(micro_batch_size).result()
     assert result["loss"] == pytest.approx((0.3 - (0.6 + 0.9 + 1.2) / 3 + (0.1 + 0.7) / 2) / 3, rel=1e-6)
-    assert result["log_odds_shift/good"] == pytest.approx((1.0 - 1.5 + 0.0) / 3)  # three tokens, not two rows
-    assert result["log_odds_shift/bad"] == pytest.approx((-2.0 + 0.0 + 1.0) / 3)
+    assert result["log_odds_shift/chosen"] == pytest.approx((1.0 - 1.5 + 0.0) / 3)  # three tokens, not two rows
+    assert result["log_odds_shift/rejected"] == pytest.approx((-2.0 + 0.0 + 1.0) / 3)
     below = [math.exp(log_p(-1.0) - log_p(1.0)), math.exp(log_p(0.5) - log_p(2.0))]
     assert result["target_weight"] == pytest.approx((4 + sum(below)) / 6)
     assert result["share_below_reference"] == pytest.approx(2 / 6)
@@ -68,7 +68,7 @@ def pair_accuracies(rows: list[tuple[int, float, bool]]) -> tuple[float | None, 
     """Of one-token rows (group, log-odds, label); the reference's log-odds are 0."""
     meter = Meter()
     examples = [Example((1,), (i,), label, group=group) for i, (group, _, label) in enumerate(rows)]
-    (batch,) = micro_batches(examples, Cut(9, group_by_length=False))
+    (batch,) = micro_batches(examples, MicroBatching(9, group_by_length=False))
     policy = np.array([value for _, value, _ in rows], np.float32)
     meter.add(batch, TokenStats(policy, policy * 0, policy * 0), policy * 0)
     result = meter.result()
@@ -105,7 +105,7 @@ def test_metrics_do_not_depend_on_who_measured_what() -> None:
     whole, parts = measured(3).result(), []
     for chosen in ([2], [0, 1]):
         meter = Meter()
-        (batch,) = micro_batches([EXAMPLES[i] for i in chosen], Cut(3))
+        (batch,) = micro_batches([EXAMPLES[i] for i in chosen], MicroBatching(3))
         policy, reference, loss = (
             np.array([table[int(y)] for y in batch.targets], np.float32) for table in (POLICY, REFERENCE, LOSS)
         )
@@ -121,9 +121,9 @@ def test_metrics_do_not_depend_on_who_measured_what() -> None:
 
 def test_one_sided_batches_have_no_other_side() -> None:
     meter = Meter()
-    batch = micro_batches(EXAMPLES[:1], Cut(1))[0]
+    batch = micro_batches(EXAMPLES[:1], MicroBatching(1))[0]
     one = np.ones(1, np.float32)
     meter.add(batch, TokenStats(one, one, one), one)
     result = meter.result()
-    assert result["log_odds_shift/bad"] is result["rewards/rejected"] is result["rewards/margins"] is None
-    assert result["log_odds_shift/good"] == 0.0 and result["target_weight"] == 1.0
+    assert result["log_odds_shift/rejected"] is result["rewards/rejected"] is result["rewards/margins"] is None
+    assert result["log_odds_shift/chosen"] == 0.0 and result["target_weight"] == 1.0

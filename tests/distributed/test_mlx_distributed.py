@@ -21,10 +21,11 @@ pytest.importorskip("mlx_lm")
 from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.errors import TrainingStopped
 from bnf_core.processes import ALONE
-from bnf_core.steps.batching import Cut, Rows
+from bnf_core.steps import loop
+from bnf_core.steps.batching import MicroBatching, Rows
 from bnf_core.steps.reference import ReferenceCache
 from bnf_core.steps.steps import Step, my_share, steps
-from bnf_core.storage.shards import Piece
+from bnf_core.storage.shards import Shard
 from bnf_core.types import Example, TokenStats
 from bnf_mlx import processes as module
 from bnf_mlx.backend import MLXBackend
@@ -51,15 +52,15 @@ def run(model: Path, kind: Any, output: Path, die_at: int = -1) -> None:
         model, device="cpu", fine_tune_type=kind, lora=LoraConfig(rank=4), optimizer=settings, seed=5
     )
     us = engine.processes
-    cut = Cut(1, multiple_of=us.count)
+    batching = MicroBatching(1, multiple_of=us.count)
     reference = ReferenceCache(engine.reference_log_odds)
-    reference.fill(my_share(examples(), cut, us), us)  # before the first step, for where all weights are trained
+    reference.fill(my_share(examples(), batching, us), us)  # before the first step, for where all weights are trained
     plan = steps(
         Rows(examples(), 0),
         batch_size=3,
         num_steps=NUM_STEPS,
         optimizer=settings,
-        cut=cut,
+        batching=batching,
         reference=reference,
         processes=us,
     )
@@ -71,8 +72,8 @@ def run(model: Path, kind: Any, output: Path, die_at: int = -1) -> None:
         if die_at == step.number and us.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    engine.fit(plan, done, 1.0)
-    state = {name: x.array if isinstance(x, Piece) else x for name, x in engine.state().items()}
+    loop.train(engine, plan, done, 1.0)
+    state = {name: x.array if isinstance(x, Shard) else x for name, x in engine.state().items()}
     np.savez(output / f"rank{us.rank}.npz", **state, norms=norms, tokens=tokens)
     engine.model.eval()
     np.save(output / f"logits{us.rank}.npy", np.array(engine.model(mx.arange(1, 60)[None])))

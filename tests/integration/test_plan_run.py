@@ -21,7 +21,7 @@ from bnf_core.config import DataConfig, FineTuneType, HardwareConfig, LoraConfig
 from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import UserError
 from bnf_core.models.architecture import Architecture, Grid, Training, memory
-from bnf_core.steps.batching import Cut, Rows
+from bnf_core.steps.batching import MicroBatching, Rows
 from bnf_core.types import Example
 
 VOCAB = 4000
@@ -95,7 +95,7 @@ def test_the_predicted_peak_is_that_of_a_run(
         plan_run.training_of(config, benchmark(config.hardware)),
         held_in_memory(rows),
         count,
-        Cut(count, share_prompts=True),
+        MicroBatching(count, share_prompts=True),
         runtime(backend_name),
     )
     assert predicted.total == pytest.approx(peak_memory(config, rows, OURS), rel=0.15)
@@ -197,7 +197,7 @@ def test_auto_batch_takes_what_fits(
     training = plan_run.training_of(config, benchmark(config.hardware))
 
     def needs(size: int) -> float:
-        found = plan_run.peak(Architecture.of(tiny_model), training, held_in_memory(rows), 12, Cut(size))
+        found = plan_run.peak(Architecture.of(tiny_model), training, held_in_memory(rows), 12, MicroBatching(size))
         return found.total - found.weights
 
     monkeypatch.setattr(Benchmark, "free_memory", lambda self: needs(3) / 0.9 + 1)

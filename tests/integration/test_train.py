@@ -56,9 +56,9 @@ def test_training_moves_good_rows_up_and_bad_rows_down(
 ) -> None:
     result = train(config(tiny_model, feedback, tmp_path / "run", backend_name, epochs=6), QUIET)
     assert result.before is not None and result.after is not None
-    assert result.before["log_odds_shift/good"] == result.before["log_odds_shift/bad"] == 0.0
-    assert result.after["log_odds_shift/good"] > 0.5
-    assert result.after["log_odds_shift/bad"] < -0.5
+    assert result.before["log_odds_shift/chosen"] == result.before["log_odds_shift/rejected"] == 0.0
+    assert result.after["log_odds_shift/chosen"] > 0.5
+    assert result.after["log_odds_shift/rejected"] < -0.5
     assert result.after["preference_accuracy"] >= result.before["preference_accuracy"]
     assert result.picture.stat().st_size > 0
     steps = lines(result, "train")
