@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
+from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
 from bnf_core.models.architecture import Grid
-from bnf_core.processes import Processes
+from bnf_core.processes import ALONE, Processes
 from bnf_core.storage.shards import Shard
 from bnf_core.types import Array, Batch, TokenStats
 
@@ -220,16 +221,19 @@ class Measures(Protocol):
 class Backend(Protocol):
     """Found through the entry-point group `bnf.backends`; constructed without arguments.
 
+    A backend derives from this class and gives `name`, `losses`, `devices` and `describe`. The rest is for training and
+    for looking inside of models; as it stands here, it says that the backend has losses alone.
+
     Making one, `name`, `requires`, `adapter_layout` and `prepare` need nothing but the core: no framework is loaded
     before it is known to be there, and `prepare` has run."""
 
     name: str
-    requires: Sequence[str]  # packages without which it cannot run, as they are imported
-    adapter_layout: Layout | None  # of the adapters that it saves, loads and fuses; None: it has none
+    requires: Sequence[str] = ()  # packages without which it cannot run, as they are imported
+    adapter_layout: Layout | None = None  # of the adapters that it saves, loads and fuses; None: it has none
 
     def prepare(self) -> None:
         """Called once by a command, before the framework is loaded. It may start the process again."""
-        ...
+        return
 
     def losses(self, device: str = "auto") -> Losses: ...
 
@@ -239,7 +243,7 @@ class Backend(Protocol):
 
     def processes(self) -> Processes:
         """Those that this run was launched on."""
-        ...
+        return ALONE
 
     def load(
         self,
@@ -264,7 +268,7 @@ class Backend(Protocol):
             UserError: no such model, no weights, unknown device, an adapter for another model, or something this
                 backend cannot do.
         """
-        ...
+        raise self._losses_alone()
 
     def describe(self) -> dict[str, str]:
         """Versions, devices and measured facts for `bnf doctor`, plain text by name."""
@@ -272,7 +276,7 @@ class Backend(Protocol):
 
     def notes(self, model: Path) -> list[str]:
         """What to know of this checkpoint on this backend, in words; nothing for a family known to be right."""
-        ...
+        return []
 
     def inspector(self, model: Path) -> Inspector:
         """Open a checkpoint folder for comparison.
@@ -280,7 +284,7 @@ class Backend(Protocol):
         Raises:
             UserError: the model cannot be loaded.
         """
-        ...
+        raise self._losses_alone()
 
     def measures(self, device: str = "auto", dtype: str = "auto", own_dtype: str | None = None) -> Measures:
         """Of a device in a precision, as `--device` and `--dtype` name them.
@@ -288,7 +292,7 @@ class Backend(Protocol):
         Args:
             own_dtype: the checkpoint's, where `auto` may mean that.
         """
-        ...
+        raise self._losses_alone()
 
     def fuse(self, model: Path, adapter: Path, output: Path, *, dtype: str, dequantize: bool) -> None:
         """Write a model and an adapter of this backend's layout as one model into the folder `output`, which is there.
@@ -299,4 +303,7 @@ class Backend(Protocol):
         Raises:
             UserError: the model cannot be loaded, or the adapter does not fit it.
         """
-        ...
+        raise self._losses_alone()
+
+    def _losses_alone(self) -> UserError:
+        return UserError(f"the {self.name} backend has losses alone: it trains nothing and opens no models")

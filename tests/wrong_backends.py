@@ -101,9 +101,8 @@ class PromptTokensCounted(OracleLosses):
     """The tokens of the prompt are scored with those of the completion."""
 
     def scored(self, batch: Batch, ref_log_odds: Array, num_micro_batches: int) -> tuple[Batch, Array]:
-        ends = np.cumsum(
-            np.bincount(batch.sequence_ids)
-        )  # the last token of a sequence is predicted at positions[end − 1]
+        # The last token of a sequence is predicted at positions[end − 1].
+        ends = np.cumsum(np.bincount(batch.sequence_ids))
         spans = [
             np.arange(last - n + 2, last + 1) for last, n in zip(batch.positions[ends - 1], batch.lengths, strict=True)
         ]
@@ -130,7 +129,7 @@ def _rescored(batch: Batch, positions: Array, targets: Array, rows: Array) -> Ba
     """Other tokens of the same sequences, each sequence still a mean over its tokens."""
     weight = np.bincount(batch.sequence_ids, weights=batch.coefficients)  # label / sequences in the global batch
     coefficients = (weight / np.bincount(rows))[rows].astype(np.float32)
-    return replace(batch, positions=positions, targets=targets, rows=rows, coefficients=coefficients)
+    return replace(batch, positions=positions, targets=targets, sequence_ids=rows, coefficients=coefficients)
 
 
 class MeanOfMeans(OracleLosses):

@@ -9,12 +9,12 @@ from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
 from bnf_core.processes import Processes
-from bnf_core.protocol import Engine, Inspector, Losses, Measures
+from bnf_core.protocol import Backend, Engine, Inspector, Losses, Measures
 
 SLOW_GFLOPS = 10  # the reference BLAS does 1 to 2 on any processor, an optimised one tens a core
 
 
-class MLXBackend:
+class MLXBackend(Backend):
     name = "mlx"
     requires = ("mlx", "mlx_lm")
     adapter_layout: Layout = "mlx"

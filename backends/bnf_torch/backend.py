@@ -7,7 +7,7 @@ from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
 from bnf_core.processes import Processes
-from bnf_core.protocol import Engine, Inspector, Losses, Measures
+from bnf_core.protocol import Backend, Engine, Inspector, Losses, Measures
 
 if TYPE_CHECKING:
     import torch
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class TorchBackend:
+class TorchBackend(Backend):
     name = "torch"
     requires = ("torch", "transformers", "peft")
     adapter_layout: Layout = "peft"

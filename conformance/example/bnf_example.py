@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from bnf_core.errors import UserError
-from bnf_core.protocol import BatchResult, DenseResult, FusedResult
+from bnf_core.protocol import Backend, BatchResult, DenseResult, FusedResult
 from bnf_core.types import Array, Batch
 
 F = np.float32
@@ -105,7 +105,7 @@ def _grad_logits(slope: Array, q: Array, targets: Array) -> Array:
     return grad
 
 
-class ExampleBackend:
+class ExampleBackend(Backend):
     name = "example"
 
     def losses(self, device: str = "auto") -> ExampleLosses:
@@ -118,9 +118,3 @@ class ExampleBackend:
 
     def describe(self) -> dict[str, str]:
         return {"numpy": np.__version__}
-
-    def processes(self) -> None:
-        raise UserError("the example backend has losses alone: it trains nothing")
-
-    def load(self, *_: object, **__: object) -> None:
-        raise UserError("the example backend has losses alone: it trains nothing")

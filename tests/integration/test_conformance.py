@@ -354,8 +354,7 @@ def test_all_checks_every_installed_backend_and_says_what_it_left_out(
     monkeypatch.setattr(registry, "names", lambda: sorted(backends))
     monkeypatch.setattr(registry, "missing", lambda name: ["gonelib"] if name == "gone" else [])
     monkeypatch.setattr(registry, "get", lambda name: backends[name])
-    monkeypatch.setattr(cli, "_prepare", lambda hardware: None)  # loads the libraries of training
-    monkeypatch.setattr(cli, "preload_openblas", lambda backend: None)  # starts the process anew
+    monkeypatch.setattr(cli, "prepare", lambda backends: None)  # loads the libraries of training
 
     def bnf(*words: str) -> tuple[int, str]:
         code = cli.run(["conformance", *words])
@@ -473,7 +472,7 @@ def test_the_example_backend_conforms_once_it_is_installed(tmp_path: Path) -> No
     command = [
         sys.executable,
         "-m",
-        "bnf_align.cli",
+        "bnf_align",
         "conformance",
         "--backend",
         "example",
@@ -497,7 +496,7 @@ def test_the_example_backend_knows_no_code_of_this_project_but_the_protocol() ->
     imported = re.findall(r"^(?:from|import) (\S+)", (ROOT / "conformance/example/bnf_example.py").read_text(), re.M)
     assert {name for name in imported if name.startswith("bnf")} <= {
         "bnf_core.protocol",
-        "bnf_core.steps.batching",
+        "bnf_core.types",
         "bnf_core.errors",
     }
 

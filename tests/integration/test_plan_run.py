@@ -16,6 +16,7 @@ from benchmarks.growth import random_row
 from benchmarks.step import OURS, benchmark, peak_memory
 from bnf_align.commands import plan as plan_run
 from bnf_align.commands.train import train
+from bnf_align.run import auto_batch
 from bnf_align.run.feedback import TrainingData, load_split
 from bnf_core.config import DataConfig, FineTuneType, HardwareConfig, LoraConfig, TrainConfig
 from bnf_core.data.tokenization import load_tokenizer
@@ -90,9 +91,10 @@ def test_the_predicted_peak_is_that_of_a_run(
     rows = [random_row(i // completions, 110, 40, VOCAB, i % completions) for i in range(count)]
     lora = LoraConfig(dropout=dropout)
     config = settings(model, backend_name, dtype, fine_tune_type=kind, lora=lora, gradient_checkpointing=checkpointing)
-    predicted = plan_run.peak(
+    predicted = auto_batch.peak(
         Architecture.of(model),
-        plan_run.training_of(config, benchmark(config.hardware)),
+        auto_batch.training_of(config, benchmark(config.hardware)),
+        benchmark(config.hardware),
         held_in_memory(rows),
         count,
         MicroBatching(count, share_prompts=True),
@@ -133,25 +135,23 @@ def test_bitsandbytes_narrows_the_linear_layers_alone() -> None:
 
 
 def test_mlx_on_a_gpu_is_planned_in_the_precision_of_the_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Measures:
-        def __init__(self, hardware: HardwareConfig):
-            self.dtype, self.device = hardware.dtype, f"Device({hardware.device}, 0)"
+    mx = pytest.importorskip("mlx.core")
+    from bnf_mlx import memory as mlx_memory
 
-    monkeypatch.setattr(plan_run, "benchmark", Measures)
-    model = Architecture.from_config(LLAMA | {"torch_dtype": "bfloat16"})
+    monkeypatch.setattr(mlx_memory, "resolve_device", lambda device: mx.Device(getattr(mx, device)))
     found = [
-        plan_run.measures_of(HardwareConfig("mlx", on, d), model).dtype
+        mlx_memory.MLXMeasures(on, dtype, own_dtype="bfloat16").dtype
         for on in ("gpu", "cpu")
-        for d in ("auto", "float16")
+        for dtype in ("auto", "float16")
     ]
-    assert found == ["bfloat16", "float16", "auto", "float16"]
+    assert found == [mx.bfloat16, mx.float16, mx.float32, mx.float16]
 
 
 def test_a_plan_counts_rows_tokens_and_steps(tiny_model: Path, feedback: Path, backend_name: str) -> None:
     hardware = HardwareConfig(backend=backend_name, device="cpu", dtype="float32")
     config = TrainConfig(str(tiny_model), DataConfig(str(feedback)), hardware=hardware, batch_size=5, epochs=2)
     console = Console(record=True, width=120)
-    plan = plan_run.plan_run(config, console)
+    plan = plan_run.plan(config, console)
     rows = load_split(str(feedback), "train", config.data, load_tokenizer(tiny_model), Console(quiet=True))
     assert plan.steps == 6  # 12 rows, twice: the last batch of an epoch is short
     assert plan.tokens == sum(map(len, rows))
@@ -164,14 +164,14 @@ def test_a_plan_counts_rows_tokens_and_steps(tiny_model: Path, feedback: Path, b
 def test_a_plan_needs_no_weights(tiny_model: Path, feedback: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_model, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     hardware = HardwareConfig(backend="torch", device="cpu")
-    plan_run.plan_run(TrainConfig(str(folder), DataConfig(str(feedback)), hardware=hardware), Console(quiet=True))
+    plan_run.plan(TrainConfig(str(folder), DataConfig(str(feedback)), hardware=hardware), Console(quiet=True))
 
 
 @pytest.mark.parametrize("free", [0.0, 99.0, 100.0, 250.0, 1e9, math.nan])
 def test_the_largest_micro_batch_is_the_last_that_fits(free: float) -> None:
     """Needs 90 bytes a row, and a tenth of the memory is left alone."""
     expected = 16 if math.isnan(free) else min(16, int(0.9 * free / 90))
-    assert plan_run.largest(lambda size: 90.0 * size, 16, free) == expected
+    assert auto_batch.largest(lambda size: 90.0 * size, 16, free) == expected
 
 
 def test_auto_batch_takes_what_fits(
@@ -181,7 +181,7 @@ def test_auto_batch_takes_what_fits(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from benchmarks.torch_losses import Benchmark
+    from bnf_torch.memory import TorchMeasures
 
     config = TrainConfig(
         str(tiny_model),
@@ -194,16 +194,18 @@ def test_auto_batch_takes_what_fits(
         share_prompts=False,
     )
     rows = load_split(str(feedback), "train", config.data, load_tokenizer(tiny_model), Console(quiet=True))
-    training = plan_run.training_of(config, benchmark(config.hardware))
+    measures = benchmark(config.hardware)
+    training = auto_batch.training_of(config, measures)
 
     def needs(size: int) -> float:
-        found = plan_run.peak(Architecture.of(tiny_model), training, held_in_memory(rows), 12, MicroBatching(size))
+        data, model = held_in_memory(rows), Architecture.of(tiny_model)
+        found = auto_batch.peak(model, training, measures, data, 12, MicroBatching(size))
         return found.total - found.weights
 
-    monkeypatch.setattr(Benchmark, "free_memory", lambda self: needs(3) / 0.9 + 1)
+    monkeypatch.setattr(TorchMeasures, "free_memory", lambda self: needs(3) / 0.9 + 1)
     train(config, Console())
     assert "3 rows at a time" in capsys.readouterr().out
-    monkeypatch.setattr(Benchmark, "free_memory", lambda self: needs(1) / 2)
+    monkeypatch.setattr(TorchMeasures, "free_memory", lambda self: needs(1) / 2)
     with pytest.raises(UserError, match="not even one row fits"):
         train(replace(config, overwrite=True), Console(quiet=True))
 

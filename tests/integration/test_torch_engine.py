@@ -66,7 +66,7 @@ def gradients(engine: TorchEngine, examples: list[Example], batching: MicroBatch
     step = step_of(engine, examples, batching)
     if engine.optimizer is None:
         engine.optimizer = Optimizer(engine.trainable, adamw(engine.trainable, OPTIMIZER))
-    engine.accumulate(step, None)
+    engine.accumulate(step.batches, None)
     found = {n: p.grad.float().numpy().copy() for n, p in engine.trainable.items() if p.grad is not None}
     engine.optimizer.torch.zero_grad()
     return found
@@ -289,7 +289,7 @@ def test_what_done_or_steps_raise_ends_the_training_after_the_last_step(tiny_mod
     with pytest.raises(StopHere):
         loop.train(engine, steps(), stop, 1.0)
     once = load(tiny_model)
-    once.fit(iter([step]), lambda *args: None, 1.0)
+    loop.train(once, [step], lambda *args: None, 1.0)
     for name, p in once.trainable.items():
         assert torch.equal(p, after[name]) and torch.equal(p, engine.trainable[name]), name
 
