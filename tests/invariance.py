@@ -163,11 +163,11 @@ def per_rank_mean() -> Iterator[None]:
 def averaged_gradients() -> Iterator[None]:
     """Gradients are averaged over processes, of a loss that was already divided by the global count."""
     if os.environ.get("MLX_HOSTFILE"):
-        import bnf_mlx.scored as trainer
+        import bnf_mlx.engine as engine
 
-        summed = trainer.sum_over
+        summed = engine.sum_over
         averaged = lambda us, arrays: {name: g / us.count for name, g in summed(us, arrays).items()}  # noqa: E731
-        with mock.patch.object(trainer, "sum_over", averaged):
+        with mock.patch.object(engine, "sum_over", averaged):
             yield
     else:
         from bnf_torch.scored import ScoredModel

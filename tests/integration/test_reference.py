@@ -24,9 +24,9 @@ from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OptimizerCon
 from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.processes import ALONE, Processes
-from bnf_core.steps import reference as module
 from bnf_core.steps.batching import MicroBatching, collate, micro_batches
 from bnf_core.steps.reference import ReferenceCache
+from bnf_core.storage import reference_folder as module
 from bnf_core.storage.reference_folder import ReferenceWriter, StoredReference, fingerprint, open_reference
 from bnf_core.types import Array, Batch, Example
 
@@ -581,7 +581,7 @@ def test_streamed_data_give_the_same_bytes(
 
 KILLED = """
 import os, signal, sys
-from bnf_core.steps.reference import ReferenceWriter
+from bnf_core.storage.reference_folder import ReferenceWriter
 from bnf_align import cli
 write = ReferenceWriter.write
 def dying(self, state):
