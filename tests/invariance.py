@@ -223,7 +223,7 @@ def padding_trained() -> Iterator[None]:
         more = {
             "positions": last,
             "targets": batch.input_ids.ravel()[last + 1],
-            "rows": rows,
+            "sequence_ids": rows,
             "coefficients": np.array(weights),
         }
         old = {name: getattr(batch, name) for name in more}
