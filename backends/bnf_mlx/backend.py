@@ -2,8 +2,10 @@
 
 import platform
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
@@ -23,6 +25,12 @@ class MLXBackend(Backend):
         from bnf_mlx.blas import preload_openblas
 
         preload_openblas()
+
+    @property
+    def linear_bnf_loss(self) -> Callable[..., Any]:
+        from bnf_mlx.linear import linear_bnf_loss
+
+        return linear_bnf_loss
 
     def losses(self, device: str = "auto") -> Losses:
         from bnf_mlx.model import resolve_device

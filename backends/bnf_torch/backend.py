@@ -1,7 +1,8 @@
 """The PyTorch backend as the entry point `bnf.backends` gives it: bnf_core.protocol.Backend."""
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
@@ -22,6 +23,12 @@ class TorchBackend(Backend):
 
     def prepare(self) -> None:
         """Nothing: PyTorch is as fast as it comes."""
+
+    @property
+    def linear_bnf_loss(self) -> Callable[..., Any]:
+        from bnf_torch.linear import linear_bnf_loss
+
+        return linear_bnf_loss
 
     def losses(self, device: str = "auto") -> Losses:
         from bnf_torch.model import resolve_device

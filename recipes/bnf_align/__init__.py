@@ -1,1 +1,37 @@
-"""The jobs, one module each, and the command line `bnf`."""
+"""Align language models with the Bidirectional Negative Feedback loss. Nothing loads before it is used.
+
+`train`, `evaluate` and `generate` are the commands of `bnf` as functions; `BNFTrainer` and `BNFConfig` are for those
+who know transformers' Trainer; `linear_bnf_loss` is that of the backend at hand.
+"""
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bnf_align.commands.evaluate import evaluate
+    from bnf_align.commands.generate import generate
+    from bnf_align.commands.train import train
+    from bnf_torch.trainer import BNFConfig, BNFTrainer
+
+__all__ = ["BNFConfig", "BNFTrainer", "__version__", "evaluate", "generate", "linear_bnf_loss", "train"]
+
+_MODULES = {
+    "BNFConfig": "bnf_torch.trainer",
+    "BNFTrainer": "bnf_torch.trainer",
+    "evaluate": "bnf_align.commands.evaluate",
+    "generate": "bnf_align.commands.generate",
+    "train": "bnf_align.commands.train",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("bnf-align")
+    if name == "linear_bnf_loss":
+        from bnf_core import registry
+
+        return registry.get().linear_bnf_loss
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
