@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
+from bnf_core.devices import choose_device
 from bnf_core.errors import UserError
 from bnf_core.models.model_config import full_config
 from bnf_core.storage.files import replacing
@@ -31,12 +32,7 @@ def resolve_device(device: str) -> mx.Device:
     Raises:
         UserError: the device is not present.
     """
-    present = devices()
-    if device == "auto":
-        device = present[0]
-    if device not in present:
-        raise UserError(f"device {device!r} is not present: MLX offers {', '.join(present)}")
-    return mx.Device(mx.gpu if device == "gpu" else mx.cpu)
+    return mx.Device(mx.gpu if choose_device(device, devices(), "MLX") == "gpu" else mx.cpu)
 
 
 def resolve_dtype(dtype: str, device: mx.Device) -> mx.Dtype | None:

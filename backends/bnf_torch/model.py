@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as progress
 
+from bnf_core.devices import choose_device
 from bnf_core.errors import UserError
 from bnf_core.models.model_config import normalised_config
 from bnf_core.models.quantization import Quantization, quantization_of
@@ -35,12 +36,7 @@ def resolve_device(device: str) -> torch.device:
     Raises:
         UserError: the device is not present.
     """
-    present = devices()
-    if device == "auto":
-        return torch.device(present[0])
-    if device not in present:
-        raise UserError(f"device {device!r} is not present: PyTorch {torch.__version__} offers {', '.join(present)}")
-    return torch.device(device)
+    return torch.device(choose_device(device, devices(), f"PyTorch {torch.__version__}"))
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
