@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bnf_core.errors import UserError
+from bnf_core.storage.tensors import require_whole
 
 # What is fetched from the Hub: never pickles, never code.
 ALLOWED = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -53,21 +54,7 @@ def _check(folder: Path, with_weights: bool) -> None:
                 f"model {folder}: {index.name} names {', '.join(absent)}, which is not there: copy it again"
             )
     for path in weights:
-        _check_weights(path)
-
-
-def _check_weights(path: Path) -> None:
-    """The header must be readable and the file exactly as long as the header says."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file ({error}): "
-            "copy or download it again"
-        ) from error
+        require_whole(path)
 
 
 def _read_json(path: Path, if_missing: str) -> dict[str, Any]:
