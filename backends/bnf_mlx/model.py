@@ -2,7 +2,6 @@
 sequences apart and shared prompts once, and saved as a checkpoint."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +12,7 @@ from mlx.utils import tree_map_with_path
 from bnf_core.devices import choose_device
 from bnf_core.errors import UserError
 from bnf_core.models.model_config import full_config
+from bnf_core.models.model_folder import copy_companions
 from bnf_core.storage.files import replacing
 from bnf_mlx.attention import Layout
 from bnf_mlx.optimizer import flat
@@ -174,9 +174,7 @@ class Checkpoint:
         files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         files = files if len(shards) > 1 else ["model.safetensors"]
         with replacing(folder) as partial:
-            for path in self.folder.iterdir():
-                if path.suffix in (".json", ".jinja", ".txt", ".model") and path.name != INDEX:
-                    shutil.copy(path, partial)
+            copy_companions(self.folder, partial)
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             (partial / "config.json").write_text(json.dumps(_of_float32(config), indent=2) + "\n", encoding="utf-8")
             for file, shard in zip(files, shards, strict=True):

@@ -5,6 +5,7 @@ Weights come as safetensors only. The older .bin and .pt files are pickles, whic
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from bnf_core.storage.tensors import require_whole
 
 # What is fetched from the Hub: never pickles, never code.
 ALLOWED = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "*.model"]
+COMPANIONS = (".json", ".jinja", ".txt", ".model")  # beside the weights
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # a name, or owner/name
 
@@ -37,6 +39,21 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
         folder = _download(name, weights)
     _check(folder, weights)
     return folder
+
+
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what goes with a checkpoint's weights, such as tokenizer, configuration and chat template, but not the
+    weights, nor the index that says in which files they are.
+
+    Args:
+        source: a checkpoint folder.
+        target: a folder that is there; what it has under the same names is replaced.
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    for path in sorted(source.iterdir()):
+        if path.suffix in COMPANIONS and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, target / path.name)
 
 
 def _check(folder: Path, with_weights: bool) -> None:
