@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from bnf_core.errors import UserError
+from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.types import Array
 
 
@@ -51,3 +51,15 @@ class Processes:
 
 
 ALONE = Processes()
+
+
+def lost(reason: str) -> TrainingStopped:
+    """What to raise where another process is gone.
+
+    Args:
+        reason: what the library that sends says of it.
+    """
+    return TrainingStopped(
+        "another process of this run has ended, or cannot be reached; its own message says why. Checkpoints that were "
+        f"written stay, and the run can go on from them with --resume. ({' '.join(reason.split())[:200]})"
+    )

@@ -1,7 +1,6 @@
 """LoRA and DoRA through mlx-lm: added, switched off for the reference, saved and loaded in mlx-lm's own layout."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +15,7 @@ from bnf_core.errors import UserError
 from bnf_core.models.adapters import WEIGHTS, mlx_keys, require_adapter
 from bnf_core.models.lora import initial_lora_a
 from bnf_core.models.model_config import normalised_config
+from bnf_core.models.model_folder import copy_companions
 from bnf_core.storage.files import replacing
 from bnf_mlx.model import dense_weight
 
@@ -280,9 +280,7 @@ def fuse(model: Path, adapter: Path, output: Path, dtype: str, dequantize: bool)
             dequantize_model(loaded)
         cast_weights(loaded, DTYPES[dtype])
         save_model(output, loaded)
-    for path in model.iterdir():
-        if path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, output / path.name)
+    copy_companions(model, output)
     config = normalised_config(json.loads((model / "config.json").read_text(encoding="utf-8")))
     if dequantize:
         config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}

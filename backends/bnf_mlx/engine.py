@@ -14,6 +14,7 @@ from mlx.utils import tree_unflatten
 from bnf_core.config import OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes
+from bnf_core.steps.batching import require_known_tokens
 from bnf_core.storage.files import agreed
 from bnf_core.storage.shards import Shard, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenStats
@@ -115,12 +116,7 @@ class MLXEngine:
         Raises:
             UserError: a token that the model does not know.
         """
-        top = max(int(batch.input_ids.max()), int(batch.targets.max()))
-        if top >= self.vocabulary:
-            raise UserError(
-                f"the data hold token {top}, and the model knows {self.vocabulary:,} tokens: its tokenizer is that of "
-                "another model, or has tokens that were added to it and not to the model"
-            )
+        require_known_tokens(batch, self.vocabulary)
         ids, segment_ids, positions, layout = batch.input_ids, batch.segment_ids, batch.positions, None
         if batch.shared:
             if not self.shares_prompts:

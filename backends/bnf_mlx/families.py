@@ -2,13 +2,15 @@
 tiny models, transformers 5.23 beside mlx-lm 0.32.2."""
 
 import math
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from bnf_core.errors import UserError
 from bnf_core.models.model_config import Config, family_of, full_config, rope_scaling
+from bnf_core.storage.tensors import BFLOAT16
 
 # Families that tests/test_families.py holds to agreement, in log-odds, loss and gradients.
 VERIFIED = frozenset(
@@ -56,7 +58,8 @@ def _activation(config: Config) -> str:
 
 
 def _is_bfloat16(value: float) -> bool:
-    return not struct.unpack("<I", struct.pack("<f", value))[0] & 0xFFFF
+    single = np.float32(value)
+    return bool(single == single.astype(BFLOAT16).astype(np.float32))
 
 
 # The families whose sliding window mlx-lm implements; the others attend to everything.

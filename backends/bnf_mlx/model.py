@@ -2,7 +2,6 @@
 sequences apart and shared prompts once, and saved as a checkpoint."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,8 +9,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path
 
+from bnf_core.devices import choose_device
 from bnf_core.errors import UserError
 from bnf_core.models.model_config import full_config
+from bnf_core.models.model_folder import copy_companions
 from bnf_core.storage.files import replacing
 from bnf_mlx.attention import Layout
 from bnf_mlx.optimizer import flat
@@ -31,12 +32,7 @@ def resolve_device(device: str) -> mx.Device:
     Raises:
         UserError: the device is not present.
     """
-    present = devices()
-    if device == "auto":
-        device = present[0]
-    if device not in present:
-        raise UserError(f"device {device!r} is not present: MLX offers {', '.join(present)}")
-    return mx.Device(mx.gpu if device == "gpu" else mx.cpu)
+    return mx.Device(mx.gpu if choose_device(device, devices(), "MLX") == "gpu" else mx.cpu)
 
 
 def resolve_dtype(dtype: str, device: mx.Device) -> mx.Dtype | None:
@@ -178,9 +174,7 @@ class Checkpoint:
         files = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         files = files if len(shards) > 1 else ["model.safetensors"]
         with replacing(folder) as partial:
-            for path in self.folder.iterdir():
-                if path.suffix in (".json", ".jinja", ".txt", ".model") and path.name != INDEX:
-                    shutil.copy(path, partial)
+            copy_companions(self.folder, partial)
             config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
             (partial / "config.json").write_text(json.dumps(_of_float32(config), indent=2) + "\n", encoding="utf-8")
             for file, shard in zip(files, shards, strict=True):

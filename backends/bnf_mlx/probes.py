@@ -8,12 +8,12 @@ import mlx.nn as nn
 import numpy as np
 
 from bnf_core.errors import UserError
-from bnf_core.steps.batching import collate
-from bnf_core.types import Example
+from bnf_core.steps.probing import heeds_layout, packing_probe, sharing_probe
+from bnf_core.types import Array, Batch
 from bnf_mlx.attention import Layout, PageTable, paged_caches, segments_of
 from bnf_mlx.model import completion_logits, output_head, text_model
 from bnf_mlx.optimizer import flat
-from bnf_mlx.pages import pages
+from bnf_mlx.pages import Pages, pages
 
 
 def head_is_linear(model: nn.Module) -> bool:
@@ -54,23 +54,14 @@ class _Answering(nn.Module):
 
 
 def packing_head_axes(model: nn.Module) -> int:
-    """How this model takes the mask of a packed grid: comparing is surer than a list of families.
+    """How this model takes the mask of a packed grid.
 
     Raises:
         UserError: packed sequences see each other, or the model cannot be given a mask, or positions are absolute.
     """
-    parts = [np.arange(12) % 8, np.arange(7, 27) % 8]
-    alone = [completion_logits(model, mx.array(ids)[None], mx.arange(len(ids))).astype(mx.float32) for ids in parts]
-    rows = ((0, 1), (1, 0))  # two, so that a mask cannot pass for one of heads
-    grid = mx.array(np.stack([np.concatenate([parts[i] for i in row]) for row in rows]))
-    segment_ids = mx.array(np.stack([np.repeat([0, 1], [len(parts[i]) for i in row]) for row in rows]))
-    expected = mx.concatenate([alone[i] for row in rows for i in row])
-
-    def error(layout: Layout | None) -> float:
-        logits = completion_logits(model, grid, mx.arange(grid.size), layout).astype(mx.float32)
-        return float(mx.sqrt(mx.square(logits - expected).mean() / mx.square(expected).mean()))
-
-    head_axes = _closest(model, error, lambda head_axes: segments_of(model, segment_ids, head_axes))
+    probe = packing_probe()
+    segment_ids = mx.array(probe.together.segment_ids)
+    head_axes = _head_axes(model, probe.alone, probe.together, lambda axes: segments_of(model, segment_ids, axes))
     if head_axes is None:
         raise UserError(
             "sequences cannot be packed with this model: its positions are absolute, or its layers pass on more than "
@@ -82,28 +73,24 @@ def packing_head_axes(model: nn.Module) -> int:
 def sharing_head_axes(model: nn.Module) -> int | None:
     """How this model takes the mask of pages; None: its completions cannot share prompts, for its positions cannot
     differ from row to row, or its layers pass on more than attention does."""
-    ids = [tuple((np.arange(length) * step % 8).tolist()) for length, step in ((11, 1), (6, 3), (9, 5))]
-    rows = [Example(ids[0], completion, True) for completion in ids[1:]]
-    alone = collate(rows, 2)
-    expected = completion_logits(model, mx.array(alone.input_ids), mx.array(alone.positions)).astype(mx.float32)
-    shared = pages(collate(rows, 2, bins=[[0, 1]], share_prompts=True))
-    grid, positions = mx.array(shared.input_ids), mx.array(shared.positions)
-
-    def error(layout: Layout | None) -> float:
-        logits = completion_logits(model, grid, positions, layout).astype(mx.float32)
-        return float(mx.sqrt(mx.square(logits - expected).mean() / mx.square(expected).mean()))
-
+    probe = sharing_probe()
+    shared = pages(probe.together)
     table = PageTable(*map(mx.array, (shared.offsets, shared.lengths, shared.table)))
-    return _closest(model, error, lambda head_axes: paged_caches(model, table, head_axes))
+    return _head_axes(model, probe.alone, shared, lambda axes: paged_caches(model, table, axes))
 
 
-def _closest(model: nn.Module, error: Callable[[Layout | None], float], layout: Callable[[int], Layout]) -> int | None:
-    """The head axes with which the error of a layout is no more than round-off, if there are any."""
+def _head_axes(model: nn.Module, alone: Batch, together: Batch | Pages, layout: Callable[[int], Layout]) -> int | None:
+    """The head axes with which the model heeds a layout, if there are any."""
+
+    def logits(grid: Batch | Pages, told: Layout | None = None) -> Array:
+        ids, positions = mx.array(grid.input_ids), mx.array(grid.positions)
+        return np.array(completion_logits(model, ids, positions, told).astype(mx.float32))
+
     half = any(x.dtype in (mx.bfloat16, mx.float16) for x in flat(model.parameters()).values())
-    tolerance = min(5e-2 if half else 1e-4, error(None) / 5)
+    truth, untold = logits(alone), logits(together)
     for head_axes in (1, 2):
         try:
-            if error(layout(head_axes)) <= tolerance:
+            if heeds_layout(truth, untold, logits(together, layout(head_axes)), half=half):
                 return head_axes
         except (ValueError, TypeError, AttributeError, IndexError, RuntimeError):  # another kind of cache or mask
             continue

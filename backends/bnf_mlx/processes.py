@@ -6,8 +6,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 import numpy as np
 
-from bnf_core.errors import TrainingStopped
-from bnf_core.processes import ALONE, Processes
+from bnf_core.processes import ALONE, Processes, lost
 from bnf_core.types import Array
 
 BUCKET_BYTES = 32 * 2**20  # of gradients sent at a time; mlx.nn.average_gradients has the same
@@ -38,7 +37,7 @@ class MLXProcesses(Processes):
     def _gather(self, values: Array) -> Array:
         """1-D arrays of one length, a row for each process."""
         number = np.array([self._number]).view(values.dtype)
-        with _lost():
+        with lost_processes():
             gathered = mx.distributed.all_gather(mx.array(np.concatenate([values, number])), group=self.group)
             rows = np.array(gathered).reshape(self.count, -1)
             if not (rows[:, len(values) :] == number).all():
@@ -62,7 +61,7 @@ def sum_over(members: Processes, arrays: dict[str, mx.array]) -> dict[str, mx.ar
     result: dict[str, mx.array] = {}
     for names in _buckets(arrays):
         flat = mx.concatenate([arrays[name].flatten() for name in names])
-        with _lost():
+        with lost_processes():
             flat = mx.distributed.all_sum(flat, group=members.group)
             mx.eval(flat)  # in this order on every process
         ends = np.cumsum([arrays[name].size for name in names])
@@ -73,15 +72,12 @@ def sum_over(members: Processes, arrays: dict[str, mx.array]) -> dict[str, mx.ar
 
 
 @contextmanager
-def _lost() -> Iterator[None]:
+def lost_processes() -> Iterator[None]:
     """Raises TrainingStopped where another process is gone."""
     try:
         yield
     except RuntimeError as error:
-        raise TrainingStopped(
-            "another process of this run has ended, or cannot be reached; its own message says why. Checkpoints that "
-            f"were written stay, and the run can go on from them with --resume. ({error})"
-        ) from error
+        raise lost(str(error)) from error
 
 
 def _buckets(arrays: dict[str, mx.array]) -> list[list[str]]:

@@ -11,7 +11,6 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
@@ -21,6 +20,7 @@ from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import WEIGHTS, require_adapter
 from bnf_core.models.lora import initial_lora_a
+from bnf_core.storage.tensors import read_header
 from bnf_torch.model import DTYPES, load_model, save_model
 
 
@@ -118,8 +118,7 @@ def load_adapter(
         base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: this adapter does not fit the model (it was made for {base}): {reason}") from error
-    with safe_open(folder / WEIGHTS["peft"], framework="numpy") as file:
-        saved = {name for name in file.keys() if "lora_" in name}  # noqa: SIM118
+    saved = {name for name in read_header(folder / WEIGHTS["peft"]).tensors if "lora_" in name}
     expected = {name for name in get_peft_model_state_dict(peft_model, save_embedding_layers=False) if "lora_" in name}
     if different := sorted(expected ^ saved):  # PEFT goes on without them
         missing = "missing from it" if different[0] in expected else "not of this model"

@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from bnf_core.config import OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes
+from bnf_core.steps.batching import require_known_tokens
 from bnf_core.storage.files import replacing
 from bnf_core.storage.shards import Shard, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenStats
@@ -115,12 +116,7 @@ class TorchEngine:
 
     def _inputs(self, batch: Batch, ref_log_odds: Array) -> dict[str, Tensor]:
         """What ScoredModel's forward takes, on its device."""
-        largest = max((int(ids.max()) for ids in (batch.input_ids, batch.targets) if ids.size), default=0)
-        if largest >= self.vocabulary:
-            raise UserError(
-                f"the data holds token id {largest}, and the model knows ids below {self.vocabulary}: the tokenizer is "
-                "of another model. Give the model's own tokenizer"
-            )
+        require_known_tokens(batch, self.vocabulary)
         arrays = {
             "input_ids": batch.input_ids,
             "positions": batch.positions,

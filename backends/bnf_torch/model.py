@@ -2,7 +2,6 @@
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +13,10 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as progress
 
+from bnf_core.devices import choose_device
 from bnf_core.errors import UserError
 from bnf_core.models.model_config import normalised_config
+from bnf_core.models.model_folder import copy_companions
 from bnf_core.models.quantization import Quantization, quantization_of
 from bnf_torch.attention import attending
 
@@ -35,12 +36,7 @@ def resolve_device(device: str) -> torch.device:
     Raises:
         UserError: the device is not present.
     """
-    present = devices()
-    if device == "auto":
-        return torch.device(present[0])
-    if device not in present:
-        raise UserError(f"device {device!r} is not present: PyTorch {torch.__version__} offers {', '.join(present)}")
-    return torch.device(device)
+    return torch.device(choose_device(device, devices(), f"PyTorch {torch.__version__}"))
 
 
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
@@ -138,9 +134,8 @@ def save_model(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Pa
     buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
     with _no_progress_bar():
         model.save_pretrained(folder, state_dict=buffers | dict(tensors))
-    for path in sorted(source.iterdir()) if source else []:
-        if path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)
+    if source is not None:
+        copy_companions(source, folder)
     config = normalised_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     for key in ("torch_dtype", *QUANTIZED):  # of the source: these are plain tensors
         config.pop(key, None)

@@ -1,13 +1,14 @@
 """What a model's code can do, found out by comparing: surer than a list of families."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from bnf_core.steps.batching import collate
-from bnf_core.types import Example
+from bnf_core.steps.probing import Probe, heeds_layout, packing_probe, sharing_probe
+from bnf_core.types import Array, Batch
 from bnf_torch.attention import LAYOUT
 from bnf_torch.model import completion_hidden, completion_logits, decoder, head_weight
 
@@ -43,39 +44,26 @@ def head_is_linear(model: PreTrainedModel) -> bool:
 @torch.no_grad()
 def keeps_packed_apart(model: PreTrainedModel) -> bool:
     """Whether two sequences in one row give the states that they give in rows of their own. Recurrent layers and
-    attention code of a family's own may not heed `position_ids`; comparing is surer than a list."""
-    head = head_weight(model)
-    every = torch.arange(8, device=head.device)
-    ids, restarting = every % len(head), every.unsqueeze(0) % 4
-    try:
-        packed = completion_hidden(model, ids.unsqueeze(0), every, position_ids=restarting).float()
-    except (TypeError, ValueError):  # it takes no position_ids
-        return False
-    apart = completion_hidden(model, ids.view(2, 4), every).float()
-    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-    return bool((packed - apart).abs().max() <= tolerance * apart.abs().max())
+    attention code of a family's own may not heed `position_ids`."""
+    return _heeds(model, packing_probe(), ("position_ids",))
 
 
 @torch.no_grad()
 def shares_prompts(model: PreTrainedModel) -> bool:
     """Whether two completions that share their prompt give the states that they give in rows of their own. Recurrent
-    layers, and attention that takes no masks or makes its own, do not; comparing is surer than a list."""
-    if getattr(model.config, "model_type", "") in OWN_WINDOWS:
-        return False
-    device, top = head_weight(model).device, len(head_weight(model))
-    ids = [tuple(i % top for i in part) for part in (range(1, 5), range(5, 8), range(8, 12))]
-    rows = [Example(ids[0], completion, True) for completion in ids[1:]]
+    layers, and attention that takes no masks or makes its own, do not."""
+    return getattr(model.config, "model_type", "") not in OWN_WINDOWS and _heeds(model, sharing_probe(), LAYOUT)
 
-    def states(shared: bool, *layout: str) -> Tensor:
-        batch = collate(rows, 2, bins=[[0, 1]] if shared else None, share_prompts=shared)
-        names = ("input_ids", "positions", *layout)
-        return completion_hidden(model, **{n: torch.tensor(getattr(batch, n)).long().to(device) for n in names}).float()
 
-    apart = states(False)
-    leak = (states(True) - apart).square().mean()
+def _heeds(model: PreTrainedModel, probe: Probe, layout: Sequence[str]) -> bool:
+    device = head_weight(model).device
+
+    def states(batch: Batch, *names: str) -> Array:
+        tensors = {n: torch.from_numpy(getattr(batch, n)).long() for n in ("input_ids", "positions", *names)}
+        return completion_hidden(model, **{n: t.to(device) for n, t in tensors.items()}).float().cpu().numpy()
+
     try:
-        error = (states(True, *LAYOUT) - apart).square().mean()
-    except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):  # a mask that it cannot take
+        told = states(probe.together, *layout)
+    except (TypeError, ValueError, RuntimeError, IndexError, NotImplementedError):  # it takes no such thing
         return False
-    tolerance = 1e-4 if model.dtype == torch.float32 else 5e-2
-    return bool(error.sqrt() <= min(tolerance * apart.square().mean().sqrt(), leak.sqrt() / 5))
+    return heeds_layout(states(probe.alone), states(probe.together), told, half=model.dtype != torch.float32)

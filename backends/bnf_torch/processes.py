@@ -16,8 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils.logging import disable_progress_bar
 
-from bnf_core.errors import TrainingStopped, UserError
-from bnf_core.processes import ALONE, Processes
+from bnf_core.errors import UserError
+from bnf_core.processes import ALONE, Processes, lost
 from bnf_core.storage.shards import Shard
 from bnf_core.types import Array
 from bnf_torch.scored import ScoredModel
@@ -105,10 +105,7 @@ def lost_processes() -> Iterator[None]:
     except RuntimeError as error:
         if not any(sign in str(error) for sign in LOST):
             raise
-        raise TrainingStopped(
-            "another process of this run has ended, or cannot be reached; its own message says why. Checkpoints that "
-            f"were written stay, and the run can go on from them with --resume. ({' '.join(str(error).split())[:200]})"
-        ) from error
+        raise lost(str(error)) from error
 
 
 # The model

@@ -22,10 +22,10 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from bnf_core.config import DataConfig, HardwareConfig, OptimizerConfig, Template
-from bnf_core.data.records import Feedback, RowError
-from bnf_core.data.sources import find_source, no_rows, source_of
+from bnf_core.data.feedback import FeedbackTokenizer
+from bnf_core.data.sources import load_feedback
 from bnf_core.data.streaming import FeedbackStream
-from bnf_core.data.tokenization import load_tokenizer, pad_id, tokenize
+from bnf_core.data.tokenization import Tokenized, load_tokenizer, pad_id
 from bnf_core.errors import UserError
 from bnf_core.models.model_folder import resolve_model
 from bnf_core.processes import Processes
@@ -384,54 +384,33 @@ class _Epoch(TrainerCallback):
 
 
 class _Tokens:
-    """Rows of feedback as tokens."""
+    """Rows of feedback as tokens; what is skipped or cut is logged."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, args: BNFConfig):
         self.tokenizer, self.args = tokenizer, args
         self.pad = pad_id(tokenizer)
+        self.feedback = FeedbackTokenizer(tokenizer, args.template, args.max_length, args.skip_bad_rows)
 
     def training_rows(self, data: Feed) -> plan.Data:
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        args = self.args
+        seed = args.seed if args.data_seed is None else args.data_seed
         if isinstance(data, str) or hasattr(data, "__len__"):
             return Rows(self.examples(data, "train"), seed)
-        return FeedbackStream(
-            data,
-            "train",
-            self._tokenize,
-            shuffle_buffer=self.args.shuffle_buffer,
-            seed=seed,
-            skip_bad_rows=self.args.skip_bad_rows,
-        )
+        return self.feedback.stream(data, "train", shuffle_buffer=args.shuffle_buffer, seed=seed, report=self._report)
 
     def examples(self, data: Feed, split: str) -> list[Example]:
-        source = find_source(data, split) if isinstance(data, str) else source_of(data, split)
-        rows: list[Feedback] = []
-        for row in source.read():
-            try:
-                rows.extend(row.feedback())
-            except RowError as error:
-                if not self.args.skip_bad_rows:
-                    raise
-                logger.warning("skipped: %s", error)
-        if not rows:
-            raise no_rows(source.name, split)
-        return self._tokenize(rows)
+        loaded = load_feedback(data, split, self.args.skip_bad_rows)
+        for message in loaded.skipped:
+            logger.warning("skipped: %s", message)
+        tokens = self.feedback(loaded.rows)
+        self._report(tokens)
+        return tokens.examples
 
-    def _tokenize(self, rows: list[Feedback]) -> list[Example]:
-        args = self.args
-        tokens = tokenize(
-            rows, self.tokenizer, template=args.template, max_length=args.max_length, skip_bad_rows=args.skip_bad_rows
-        )
+    def _report(self, tokens: Tokenized) -> None:
         for message in tokens.skipped:
             logger.warning("skipped: %s", message)
-        if tokens.prompts_cut or tokens.completions_cut:
-            logger.warning(
-                "longer than %d tokens: %d prompts cut from the left, %d completions from the right",
-                args.max_length,
-                tokens.prompts_cut,
-                tokens.completions_cut,
-            )
-        return tokens.examples
+        if cuts := self.feedback.cuts(tokens):
+            logger.warning("%s", cuts)
 
 
 def _engine(

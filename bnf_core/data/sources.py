@@ -39,20 +39,23 @@ class LoadedFeedback:
     skipped: list[str]  # the message of every bad row, when they are to be skipped
 
 
-def load_feedback(path_or_name: str, split: str = "train", skip_bad_rows: bool = False) -> LoadedFeedback:
+def load_feedback(
+    path_or_rows: str | Iterable[Any], split: str = "train", skip_bad_rows: bool = False
+) -> LoadedFeedback:
     """Read feedback from wherever it is, all of it into memory.
 
     Args:
-        path_or_name: a .jsonl, .json, .csv or .parquet file, a folder with train, valid and test files of those
-            kinds, or a Hub data set as owner/name.
+        path_or_rows: a .jsonl, .json, .csv or .parquet file, a folder with train, valid and test files of those
+            kinds, or a Hub data set as owner/name; or rows from Python, mappings.
         split: train, valid or test; a single file is the split it is asked for.
         skip_bad_rows: list bad rows in `skipped` instead of stopping at the first.
     Raises:
         RowError: a bad row, unless they are to be skipped.
         UserError: nothing there, not readable, no such split, no row or no good row.
     """
+    source = find_source(path_or_rows, split) if isinstance(path_or_rows, str) else source_of(path_or_rows, split)
     loaded = LoadedFeedback([], [])
-    for row in find_source(path_or_name, split).read():
+    for row in source.read():
         try:
             loaded.rows.extend(row.feedback())
         except RowError as error:
@@ -61,10 +64,10 @@ def load_feedback(path_or_name: str, split: str = "train", skip_bad_rows: bool =
             loaded.skipped.append(str(error))
     if loaded.skipped and not loaded.rows:
         raise UserError(
-            f"{path_or_name}: none of its {len(loaded.skipped)} rows is usable; the first: {loaded.skipped[0]}"
+            f"{source.name}: none of its {len(loaded.skipped)} rows is usable; the first: {loaded.skipped[0]}"
         )
     if not loaded.rows:
-        raise no_rows(path_or_name, split)
+        raise no_rows(source.name, split)
     return loaded
 
 
@@ -82,8 +85,8 @@ def read_rows(path_or_name: str, split: str) -> Iterator[tuple[str, Any]]:
             yield row.source, error
 
 
-def no_rows(path_or_name: str, split: str) -> UserError:
-    return UserError(f"{path_or_name}: no rows in the {split} split. Expected at least one row of feedback.")
+def no_rows(name: str, split: str) -> UserError:
+    return UserError(f"{name}: no rows in the {split} split. Expected at least one row of feedback.")
 
 
 def has_split(path_or_name: str, split: str) -> bool:

@@ -17,19 +17,18 @@ PEFT can hold far more than mlx-lm; what only one of them can hold is refused wi
 import json
 import math
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
 from bnf_core.models.quantization import quantization_of
+from bnf_core.storage.tensors import float_tensors, model_tensors
 from bnf_core.types import Array
 
 Layout = Literal["peft", "mlx"]
@@ -43,7 +42,6 @@ NAMES: Mapping[Layout, re.Pattern[str]] = {
     "mlx": re.compile(r"(.+)\.(lora_a|lora_b|m)"),
 }
 PARTS = {"lora_A": "a", "lora_B": "b", "lora_magnitude_vector": "m", "lora_a": "a", "lora_b": "b", "m": "m"}
-DTYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # safetensors' names
 IN_LAYER = re.compile(r"(.*?\.|)(\d+)\.(.+)")
 
 # What PEFT can do and mlx-lm cannot, by the key of the config that says so.
@@ -217,47 +215,13 @@ def matrix_shapes(model: Path) -> dict[str, tuple[int, ...]]:
         UserError: a quantisation that only MLX can read.
     """
     quantization = quantization_of(model)
-    stored: dict[str, tuple[int, ...]] = {}
-    for file in sorted(model.glob("model*.safetensors")):
-        with safe_open(file, framework="numpy") as tensors:
-            stored |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    stored = {name: tensor.shape for name, tensor in model_tensors(model).items()}
     shapes = {name.removesuffix(".weight"): shape for name, shape in stored.items() if name.endswith(".weight")}
     for path in shapes:
         if quantization is not None and f"{path}.scales" in stored:
             groups = stored[f"{path}.scales"][-1]
             shapes[path] = (*shapes[path][:-1], groups * quantization.of(path)[0])
     return {path: shape for path, shape in shapes.items() if len(shape) == 2}
-
-
-def stored_tensors(file: Path) -> dict[str, Callable[[], Array]]:
-    """What reads each floating-point tensor of a safetensors file, by name, as float32; NumPy has no bfloat16.
-
-    Raises:
-        UserError: the file is damaged, or a tensor is of another dtype.
-    """
-    try:
-        with safe_open(file, framework="numpy"):  # checks that the file is as long as its header says
-            pass
-    except SafetensorError as error:
-        raise UserError(f"{file} is not a whole safetensors file ({error}): copy it again") from error
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    header.pop("__metadata__", None)
-    for name, about in header.items():
-        if about["dtype"] not in DTYPES:
-            raise UserError(f"{file}: {name} has dtype {about['dtype']}: expected {', '.join(DTYPES)}")
-
-    def read(about: Mapping[str, Any]) -> Array:
-        start, end = about["data_offsets"]
-        with file.open("rb") as opened:
-            opened.seek(8 + length + start)
-            array = np.frombuffer(opened.read(end - start), DTYPES[about["dtype"]]).reshape(about["shape"])
-        if about["dtype"] == "BF16":  # the upper half of a float32
-            return (array.astype(np.uint32) << 16).view(np.float32)
-        return array.astype(np.float32)
-
-    return {name: partial(read, about) for name, about in header.items()}
 
 
 # Reading
@@ -321,11 +285,11 @@ def _modules(folder: Path, layout: Layout) -> dict[str, LowRank]:
     """Raises UserError where tensors are damaged, unknown or missing, or have shapes that do not go together."""
     file = folder / WEIGHTS[layout]
     found: dict[str, dict[str, Array]] = {}
-    for name, tensor in sorted(stored_tensors(file).items()):
+    for name, tensor in sorted(float_tensors(file).items()):
         match = NAMES[layout].fullmatch(name)
         if match is None:
             raise UserError(f"{file}: {name} {_why_not(name)}")
-        array = tensor()
+        array = tensor.float32()
         part = PARTS[match[2]]
         if array.ndim != (1 if part == "m" else 2):
             raise UserError(f"{file}: {name} has shape {array.shape}: experts or convolutions, for linear layers only")

@@ -5,13 +5,16 @@ Weights come as safetensors only. The older .bin and .pt files are pickles, whic
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 from bnf_core.errors import UserError
+from bnf_core.storage.tensors import require_whole
 
 # What is fetched from the Hub: never pickles, never code.
 ALLOWED = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "*.model"]
+COMPANIONS = (".json", ".jinja", ".txt", ".model")  # beside the weights
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # a name, or owner/name
 
@@ -38,6 +41,21 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
     return folder
 
 
+def copy_companions(source: Path, target: Path) -> None:
+    """Copy what goes with a checkpoint's weights, such as tokenizer, configuration and chat template, but not the
+    weights, nor the index that says in which files they are.
+
+    Args:
+        source: a checkpoint folder.
+        target: a folder that is there; what it has under the same names is replaced.
+    Raises:
+        OSError: a file cannot be read or written.
+    """
+    for path in sorted(source.iterdir()):
+        if path.suffix in COMPANIONS and not path.name.endswith(".index.json"):
+            shutil.copyfile(path, target / path.name)
+
+
 def _check(folder: Path, with_weights: bool) -> None:
     _read_json(folder / "config.json", _without_config(folder))
     if not with_weights:
@@ -53,21 +71,7 @@ def _check(folder: Path, with_weights: bool) -> None:
                 f"model {folder}: {index.name} names {', '.join(absent)}, which is not there: copy it again"
             )
     for path in weights:
-        _check_weights(path)
-
-
-def _check_weights(path: Path) -> None:
-    """The header must be readable and the file exactly as long as the header says."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} ({path.stat().st_size:,} bytes) is not a whole safetensors file ({error}): "
-            "copy or download it again"
-        ) from error
+        require_whole(path)
 
 
 def _read_json(path: Path, if_missing: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from bnf_core.errors import UserError
+from bnf_core.storage.tensors import rounded
 from bnf_core.types import Array
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -112,8 +113,8 @@ def dequantize(packed: Array, scales: Array, biases: Array, *, group_size: int, 
         (..., in) float32, holding values of `dtype`.
     """
     q = unpack(packed, bits).reshape(*scales.shape, group_size).astype(np.float32)
-    product = _rounded(scales[..., None] * q, dtype)
-    return _rounded(product + biases[..., None], dtype).reshape(*packed.shape[:-1], -1)
+    product = rounded(scales[..., None] * q, dtype)
+    return rounded(product + biases[..., None], dtype).reshape(*packed.shape[:-1], -1)
 
 
 def unpack(packed: Array, bits: int) -> Array:
@@ -123,16 +124,6 @@ def unpack(packed: Array, bits: int) -> Array:
     words[..., :bits] = octets
     values = words.view("<u8") >> (np.arange(8, dtype=np.uint64) * np.uint64(bits))
     return (values & np.uint64(2**bits - 1)).astype(np.uint8).reshape(*packed.shape[:-1], -1)
-
-
-def _rounded(x: Array, dtype: str) -> Array:
-    """float32 to the nearest value of `dtype`, ties to even."""
-    if dtype == "float16":
-        return x.astype(np.float16).astype(np.float32)
-    if dtype == "bfloat16":  # the upper half of a float32
-        whole = x.view(np.uint32)
-        return ((whole + (0x7FFF + (whole >> 16 & 1))) & 0xFFFF0000).astype(np.uint32).view(np.float32)
-    return x
 
 
 def _unknown_mode(folder: Path, mode: object, layer: str = "this model") -> UserError:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bnf_core.errors import UserError
 from bnf_core.types import Array, Batch, Example, Position
 
 
@@ -79,6 +80,21 @@ def collate(
         groups=np.asarray([e.group for e in chosen], np.int64),
         keys=np.asarray([e.key for e in chosen], np.uint64),
     )
+
+
+def require_known_tokens(batch: Batch, vocabulary: int) -> None:
+    """
+    Args:
+        vocabulary: how many token ids the model knows.
+    Raises:
+        UserError: the batch holds an id beyond them.
+    """
+    largest = max((int(ids.max()) for ids in (batch.input_ids, batch.targets) if ids.size), default=0)
+    if largest >= vocabulary:
+        raise UserError(
+            f"the data holds token id {largest}, and the model knows ids below {vocabulary}: the tokenizer is that of "
+            "another model, or has tokens that were added to it and not to the model. Give the model's own tokenizer"
+        )
 
 
 def _units(examples: Sequence[Example], row: Sequence[int], share_prompts: bool) -> list[list[int]]:

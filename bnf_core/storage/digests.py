@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from bnf_core.storage.tensors import read_header
 from bnf_core.types import Example
 
 if TYPE_CHECKING:
@@ -42,14 +43,11 @@ def model_digest(folder: Path) -> str:
     checkpoints of many gigabytes would delay the start of every run, and training changes every block."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
     for path in sorted(folder.glob("model*.safetensors")):
+        header = read_header(path)
+        digest.update(header.raw)
         with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = file.read(size)
-            digest.update(header)
-            tensors = {name: value for name, value in json.loads(header).items() if name != "__metadata__"}
-            for name in sorted(tensors):
-                start, end = (8 + size + offset for offset in tensors[name]["data_offsets"])
-                for block in _some_blocks(file, start, end):
+            for _, tensor in sorted(header.tensors.items()):
+                for block in _some_blocks(file, tensor.start, tensor.end):
                     digest.update(block)
     return f"SHA-256 {digest.hexdigest()[:16]}"
 

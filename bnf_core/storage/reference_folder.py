@@ -23,6 +23,7 @@ from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes
 from bnf_core.storage.digests import json_digest, model_digest, tokenizer_digest
 from bnf_core.storage.files import agreed, replace_file
+from bnf_core.storage.tensors import read_header
 from bnf_core.types import Array, Example
 
 if TYPE_CHECKING:
@@ -316,11 +317,8 @@ def _read_shard(path: Path, sha256: str) -> tuple[Array, Array, Array]:
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
             raise ValueError(f"its SHA-256 is not the one in {INDEX}")
-        file.seek(0)
-        start = 8 + int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(start - 8))
     with safetensors.safe_open(path, framework="numpy") as tensors:
         keys, lengths = tensors.get_tensor("keys"), tensors.get_tensor("lengths")
-    first = start + header["log_odds"]["data_offsets"][0]
+    first = read_header(path).tensors["log_odds"].start
     offsets = first + 4 * (np.cumsum(lengths, dtype=np.int64) - lengths)
     return keys, offsets, lengths

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save
 from bnf_core import oracle
 from bnf_core.errors import UserError
 from bnf_core.steps.batching import collate
+from bnf_core.storage.tensors import DTYPES
 from bnf_core.types import Batch, Example
 
 Array = NDArray[Any]
@@ -117,11 +118,7 @@ def rounded(x: ArrayLike, dtype: str) -> Array:
         if dtype == "float16":
             return np.asarray(x, np.float64).astype(np.float16).astype(np.float64)
         single = np.asarray(x, np.float64).astype(np.float32)
-    if dtype == "float32":
-        return single.astype(np.float64)
-    bits = single.view(np.uint32)  # bfloat16 is the upper half of a float32
-    upper = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) & np.uint32(0xFFFF0000)
-    return np.where(np.isnan(single), np.nan, upper.view(np.float32)).astype(np.float64)
+        return single.astype(DTYPES[dtype]).astype(np.float64)
 
 
 # L0: tokens ---------------------------------------------------------------------------------------------------

@@ -256,9 +256,9 @@ def test_an_unknown_token_is_named_before_anything_is_computed():
     engine = engine_of(model_of("llama"))
     batch = collate([Example((5, 64), (3,), True)], 1)
     for use in (lambda: engine.reference_log_odds(batch), lambda: gradients_of(engine, [batch])):
-        with pytest.raises(UserError, match="token 64, and the model knows 64 tokens"):
+        with pytest.raises(UserError, match="token id 64, and the model knows ids below 64"):
             use()
-    with pytest.raises(UserError, match="token 70"):
+    with pytest.raises(UserError, match="token id 70"):
         engine.reference_log_odds(collate([Example((5,), (70,), True)], 1))
 
 

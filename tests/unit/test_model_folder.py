@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from bnf_core.errors import UserError
-from bnf_core.models.model_folder import resolve_model
+from bnf_core.models.model_folder import copy_companions, resolve_model
 
 
 @pytest.fixture
@@ -129,3 +129,15 @@ def test_says_that_the_hub_is_out_of_reach(monkeypatch: pytest.MonkeyPatch, erro
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     message = refused("owner/model")
     assert "no such folder here" in message and "no route" in message
+
+
+def test_what_goes_with_the_weights_is_copied_without_them_and_their_index(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    kept = {"config.json", "tokenizer.json", "chat_template.jinja", "merges.txt", "tokenizer.model"}
+    for name in kept | {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"}:
+        (source / name).write_text(name)
+    (target / "config.json").write_text("old")
+    copy_companions(source, target)
+    assert {path.name: path.read_text() for path in target.iterdir()} == {name: name for name in kept}

@@ -21,8 +21,9 @@ from rich.table import Column, Table
 from bnf_align.run.pictures import AFTER, BAD, GOOD, PLAIN, label_axes, save
 from bnf_core.config import flat
 from bnf_core.errors import UserError
-from bnf_core.models.adapters import Adapter, LowRank, read_adapter, stored_tensors
+from bnf_core.models.adapters import Adapter, LowRank, read_adapter
 from bnf_core.storage.checkpoints import FREE
+from bnf_core.storage.tensors import StoredTensor, float_tensors
 from bnf_core.types import Array
 
 # Over 20 steps on a tiny model PyTorch and MLX come within 2e-5 of the loss, 3e-6 of an adapter's update and 2e-7 of a
@@ -33,7 +34,7 @@ LOSS_BOUND, ADAPTER_BOUND, MODEL_BOUND = 1e-4, 1e-4, 1e-5
 EXPECTED = FREE | {"hardware.backend", "hardware.device"}
 
 Line = dict[str, Any]
-Tensors = Mapping[str, Callable[[], Array]]
+Tensors = Mapping[str, StoredTensor]
 
 
 @dataclass
@@ -215,7 +216,7 @@ def _trained_errors(a: Adapter | Tensors, b: Adapter | Tensors) -> list[Comparis
         error: Callable[[str], float] = lambda n: update_error(a.modules[n], a.scale, b.modules[n], b.scale)  # noqa: E731
     elif not isinstance(a, Adapter) and not isinstance(b, Adapter):
         kind, bound, names = "weights", MODEL_BOUND, (a.keys(), b.keys())
-        error = lambda n: _relative(a[n](), b[n]())  # noqa: E731
+        error = lambda n: _relative(a[n].float32(), b[n].float32())  # noqa: E731
     else:
         return [Comparison("what was trained", math.inf, 0.0, "an adapter in one run, all weights in the other")]
     if alone := sorted(names[0] ^ names[1]):
@@ -231,7 +232,7 @@ def _trained(folder: Path) -> Adapter | Tensors:
     files = sorted((folder / "model").glob("model*.safetensors"))
     if not files:
         raise UserError(f"{folder} is not a finished run: it has neither an adapter nor a model")
-    return {name: tensor for file in files for name, tensor in stored_tensors(file).items()}
+    return {name: tensor for file in files for name, tensor in float_tensors(file).items()}
 
 
 def _by_step(quantity: str, a: Run, b: Run, shared: list[int], key: str, bound: float) -> Comparison:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
-from safetensors import safe_open
 
 from bnf_align.commands.convert_adapter import require_free
 from bnf_core import registry
@@ -17,8 +16,7 @@ from bnf_core.errors import UserError
 from bnf_core.models.adapters import adapter_layout
 from bnf_core.models.model_folder import resolve_model
 from bnf_core.storage.files import replacing
-
-FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' names
+from bnf_core.storage.tensors import FLOATS, model_tensors
 
 
 @dataclass
@@ -71,10 +69,7 @@ def fuse(
 
 def _own_dtype(model: Path) -> str:
     """Of most tensors of a checkpoint that are in floating point."""
-    counts: Counter[str] = Counter()
-    for file in sorted(model.glob("model*.safetensors")):
-        with safe_open(file, framework="numpy") as tensors:
-            counts.update(tensors.get_slice(name).get_dtype() for name in tensors.keys())  # noqa: SIM118
+    counts = Counter(tensor.dtype for tensor in model_tensors(model).values())
     return FLOATS[max(FLOATS, key=lambda name: counts[name])]
 
 

@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerBase
 
 from bnf_core.config import DataConfig, TrainConfig
 from bnf_core.data import sources
+from bnf_core.data.feedback import FeedbackTokenizer
 from bnf_core.data.records import Feedback
 from bnf_core.data.streaming import FeedbackStream
-from bnf_core.data.tokenization import tokenize
 from bnf_core.errors import UserError
 from bnf_core.steps.batching import Rows
 from bnf_core.steps.steps import Data
@@ -37,13 +37,7 @@ def stream(
     Raises:
         UserError: nothing there, or no such split.
     """
-
-    def tokenized(rows: list[Feedback]) -> list[Example]:
-        return tokenize(rows, tokenizer, template=config.template, max_length=config.max_length).examples
-
-    return FeedbackStream(
-        config.path, split, tokenized, shuffle_buffer=shuffle_buffer, seed=seed, skip_bad_rows=config.skip_bad_rows
-    )
+    return _tokens_of(config, tokenizer).stream(config.path, split, shuffle_buffer=shuffle_buffer, seed=seed)
 
 
 def read_once(
@@ -134,12 +128,15 @@ def _rows(path: str, split: str, config: DataConfig, console: Console) -> list[F
     return loaded.rows
 
 
+def _tokens_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> FeedbackTokenizer:
+    return FeedbackTokenizer(tokenizer, config.template, config.max_length, config.skip_bad_rows)
+
+
 def _tokenized(
     rows: Sequence[Feedback], name: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> list[Example]:
-    tokens = tokenize(
-        rows, tokenizer, template=config.template, max_length=config.max_length, skip_bad_rows=config.skip_bad_rows
-    )
+    feedback = _tokens_of(config, tokenizer)
+    tokens = feedback(rows)
     _list_skipped(tokens.skipped, name, console)
     examples = tokens.examples
     good = sum(e.label for e in examples)
@@ -148,11 +145,8 @@ def _tokenized(
         f"{sum(map(len, examples)):,} tokens",
         highlight=False,
     )
-    if tokens.prompts_cut or tokens.completions_cut:
-        console.print(
-            f"[yellow]  longer than {config.max_length} tokens: {tokens.prompts_cut:,} prompts cut from the left, "
-            f"{tokens.completions_cut:,} completions from the right[/yellow]"
-        )
+    if cuts := feedback.cuts(tokens):
+        console.print(f"[yellow]  {cuts}[/yellow]")
     if config.template == "auto" and tokenizer.chat_template and isinstance(rows[0].prompt, str):
         console.print(
             "[dim]  plain strings are used as they are; --template chat wraps them in the chat template[/dim]"
