@@ -5,10 +5,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-slow lint openblas clean
+.PHONY: help install demo test test-unit test-slow lint openblas clean
 help:
 	@echo "make demo [BACKEND=torch|mlx]  align a small model, show before and after (some minutes)"
 	@echo "make test                      every fast test, linter and type checker"
+	@echo "make test-unit                 the tests of the core, in seconds"
 	@echo "make test-slow                 the tests on a real model, and every arrangement of a run"
 	@echo "make clean                     remove .venv and caches; runs and models stay"
 
@@ -44,6 +45,9 @@ demo: $(VENV)/.model openblas
 # Two files at a time, a thread each: threads that wait for each other's cores cost more than they bring.
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+test-unit: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/unit
 
 test-slow: $(VENV)/.model
 	$(BIN)/python -m pytest -q -m slow

@@ -12,26 +12,15 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from bnf_core.config import OptimizerConfig
-from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes
-from bnf_core.steps.batching import require_known_tokens
 from bnf_core.storage.files import agreed
 from bnf_core.storage.shards import Shard, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenStats
 from bnf_mlx import adapter
-from bnf_mlx.attention import Layout, PageTable, paged_caches, segments_of
-from bnf_mlx.linear import linear_log_odds
-from bnf_mlx.losses import bnf_token_loss, token_log_odds
-from bnf_mlx.model import Checkpoint, completion_hidden, completion_logits, head_weight
+from bnf_mlx.model import Checkpoint
 from bnf_mlx.optimizer import Optimizer, flat
-from bnf_mlx.pages import pages
-from bnf_mlx.probes import head_is_linear, packing_head_axes, sharing_head_axes
 from bnf_mlx.processes import sum_over
-from bnf_mlx.scored import Gradients, Inputs, MicroStep, wired_memory
-
-# A compiled step is computed for grids of a width, and numbers of tokens, that are multiples of these: each shape is
-# compiled once, and there are to be few.
-PAD_COLUMNS, PAD_TOKENS = 32, 64
+from bnf_mlx.scored import Gradients, MicroStep, ScoredModel, wired_memory
 
 
 class MLXEngine:
@@ -58,20 +47,17 @@ class MLXEngine:
         self.model = model
         self.device = device
         self.whole = whole
-        self.gradient_checkpointing = gradient_checkpointing
         self.compiled = device == mx.Device(mx.gpu) if compiled is None else compiled
         self.processes = processes
         self.dtype = _dtype(model)
+        self.scored = ScoredModel(model, device, gradient_checkpointing=gradient_checkpointing, compiled=self.compiled)
         with mx.stream(device):
-            self.fused = head_is_linear(model)  # the logits are hidden @ head.T and nothing else
-            head = head_weight(model) if self.fused else None
             trainable = flat(model.trainable_parameters())
-            self.trains_head = any(p is head for p in trainable.values())
-            kept = head is not None and all(p is not head for p in flat(model.parameters()).values())
-            self.dequantised = head if kept else None  # once, not for every batch
-            mx.eval(self.dequantised)
             self.optimizer = Optimizer(model, optimizer, self.compiled) if optimizer and trainable else None
-            self.vocabulary = completion_logits(model, mx.arange(2)[None], mx.arange(1)).shape[-1]
+
+    @property
+    def shares_prompts(self) -> bool:
+        return self.scored.shares_prompts
 
     def reference_log_odds(self, batch: Batch) -> Array:
         if self.whole and self.optimizer and self.optimizer.step:
@@ -84,7 +70,7 @@ class MLXEngine:
             return TokenStats(*(np.zeros(0, np.float32) for _ in range(3)))
         self.model.eval()
         with mx.stream(self.device):
-            return TokenStats(*map(np.array, self.stats(self.inputs(batch, ref_log_odds))))
+            return TokenStats(*map(np.array, self.scored.stats(self.scored.inputs(batch, ref_log_odds))))
 
     def step(
         self, batches: Sequence[tuple[Batch, Array]], learning_rate: float, max_grad_norm: float | None
@@ -107,76 +93,7 @@ class MLXEngine:
 
     @cached_property
     def micro_step(self) -> MicroStep:
-        return MicroStep(self)
-
-    def inputs(self, batch: Batch, ref_log_odds: Array, *, pad: bool = False) -> Inputs:
-        """A batch on the device; with `pad`, of one of few shapes: more columns of padding, and the last token again
-        and again with a coefficient of zero.
-
-        Raises:
-            UserError: a token that the model does not know.
-        """
-        require_known_tokens(batch, self.vocabulary)
-        ids, segment_ids, positions, layout = batch.input_ids, batch.segment_ids, batch.positions, None
-        if batch.shared:
-            if not self.shares_prompts:
-                raise UserError(
-                    "this model cannot compute a prompt once for several completions. Set share_prompts to false"
-                )
-            cut = pages(batch, PAD_COLUMNS if pad else 1)
-            ids, positions, layout = cut.input_ids, cut.positions, (cut.offsets, cut.lengths, cut.table)
-        elif batch.packed:
-            _ = self._head_axes  # an error now, and not while MLX traces
-        tokens = [batch.targets, ref_log_odds, batch.coefficients]
-        if pad:
-            again = (0, -len(positions) % PAD_TOKENS)
-            if layout is None:
-                width = ids.shape[1]
-                more = -width % PAD_COLUMNS
-                ids = np.pad(ids, ((0, 0), (0, more)))
-                segment_ids = np.pad(segment_ids, ((0, 0), (0, more)), constant_values=-1)
-                positions = positions // width * (width + more) + positions % width
-            positions = np.pad(positions, again, "edge")
-            tokens = [np.pad(x, again, "edge") for x in tokens[:2]] + [np.pad(tokens[2], again)]
-        segments = mx.array(segment_ids) if batch.packed and layout is None else None
-        table = None if layout is None else PageTable(*map(mx.array, layout))
-        return Inputs(mx.array(ids), segments, table, mx.array(positions), *map(mx.array, tokens))
-
-    def stats(self, inputs: Inputs) -> TokenStats:
-        """Log-odds and loss are differentiable where the head is not fused."""
-        if self.fused:
-            hidden = completion_hidden(self.model, inputs.ids, inputs.positions, self.layout(inputs))
-            log_odds, entropy = linear_log_odds(hidden, self.head(), inputs.targets)
-        else:
-            logits = completion_logits(self.model, inputs.ids, inputs.positions, self.layout(inputs))
-            log_odds, entropy = token_log_odds(logits, inputs.targets)
-        return TokenStats(log_odds, entropy, bnf_token_loss(log_odds, entropy, inputs.reference))
-
-    def head(self) -> mx.array:
-        return head_weight(self.model) if self.dequantised is None else self.dequantised
-
-    def layout(self, inputs: Inputs) -> Layout | None:
-        if inputs.pages is not None:
-            assert self._page_head_axes is not None
-            return paged_caches(self.model, inputs.pages, self._page_head_axes)
-        if inputs.segment_ids is not None:
-            return segments_of(self.model, inputs.segment_ids, self._head_axes)
-        return None
-
-    @property
-    def shares_prompts(self) -> bool:
-        with mx.stream(self.device):
-            return self._page_head_axes is not None
-
-    @cached_property
-    def _head_axes(self) -> int:
-        self.model.eval()  # dropout would pass for a difference
-        return packing_head_axes(self.model)
-
-    @cached_property
-    def _page_head_axes(self) -> int | None:
-        self.model.eval()
-        return sharing_head_axes(self.model)
+        return MicroStep(self.scored)
 
     def state(self) -> dict[str, Array | Shard]:
         with mx.stream(self.device):

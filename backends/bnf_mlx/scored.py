@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,17 +11,23 @@ import numpy as np
 from mlx.utils import tree_map
 
 from bnf_core.errors import UserError
+from bnf_core.steps.batching import require_known_tokens
 from bnf_core.types import Array, Batch, TokenStats
 from bnf_mlx import adapter
-from bnf_mlx.attention import PageTable
-from bnf_mlx.linear import linear_bnf_loss
-from bnf_mlx.model import completion_hidden
+from bnf_mlx.attention import Layout, PageTable, paged_caches, segments_of
+from bnf_mlx.linear import linear_bnf_loss, linear_log_odds
+from bnf_mlx.losses import bnf_token_loss, token_log_odds
+from bnf_mlx.model import completion_hidden, completion_logits, head_weight
 from bnf_mlx.optimizer import flat
-
-if TYPE_CHECKING:
-    from bnf_mlx.engine import MLXEngine
+from bnf_mlx.pages import pages
+from bnf_mlx.probes import head_is_linear, packing_head_axes, sharing_head_axes
 
 Gradients = dict[str, mx.array]  # by parameter path
+
+
+# A compiled step is computed for grids of a width, and numbers of tokens, that are multiples of these: each shape is
+# compiled once, and there are to be few.
+PAD_COLUMNS, PAD_TOKENS = 32, 64
 
 
 class Inputs(NamedTuple):
@@ -35,6 +42,100 @@ class Inputs(NamedTuple):
     coefficients: mx.array  # (N,)
 
 
+class ScoredModel:
+    """A model as it is trained and evaluated: batches brought to its device, and the head and loss at its end.
+
+    Args:
+        model: with an adapter, with all weights trainable, or frozen.
+        gradient_checkpointing: keep only each layer's input for the backward pass.
+        compiled: whether steps are compiled, once for each shape.
+    """
+
+    def __init__(self, model: nn.Module, device: mx.Device, *, gradient_checkpointing: bool, compiled: bool):
+        self.model = model
+        self.device = device
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compiled = compiled
+        with mx.stream(device):
+            self.fused = head_is_linear(model)  # the logits are hidden @ head.T and nothing else
+            head = head_weight(model) if self.fused else None
+            trainable = flat(model.trainable_parameters())
+            self.trains_head = any(p is head for p in trainable.values())
+            kept = head is not None and all(p is not head for p in flat(model.parameters()).values())
+            self.dequantised = head if kept else None  # once, not for every batch
+            mx.eval(self.dequantised)
+            self.vocabulary = completion_logits(model, mx.arange(2)[None], mx.arange(1)).shape[-1]
+
+    def inputs(self, batch: Batch, ref_log_odds: Array, *, pad: bool = False) -> Inputs:
+        """A batch on the device; with `pad`, of one of few shapes: more columns of padding, and the last token again
+        and again with a coefficient of zero.
+
+        Raises:
+            UserError: a token that the model does not know.
+        """
+        require_known_tokens(batch, self.vocabulary)
+        ids, segment_ids, positions, layout = batch.input_ids, batch.segment_ids, batch.positions, None
+        if batch.shared:
+            if not self.shares_prompts:
+                raise UserError(
+                    "this model cannot compute a prompt once for several completions. Set share_prompts to false"
+                )
+            cut = pages(batch, PAD_COLUMNS if pad else 1)
+            ids, positions, layout = cut.input_ids, cut.positions, (cut.offsets, cut.lengths, cut.table)
+        elif batch.packed:
+            _ = self._head_axes  # an error now, and not while MLX traces
+        tokens = [batch.targets, ref_log_odds, batch.coefficients]
+        if pad:
+            again = (0, -len(positions) % PAD_TOKENS)
+            if layout is None:
+                width = ids.shape[1]
+                more = -width % PAD_COLUMNS
+                ids = np.pad(ids, ((0, 0), (0, more)))
+                segment_ids = np.pad(segment_ids, ((0, 0), (0, more)), constant_values=-1)
+                positions = positions // width * (width + more) + positions % width
+            positions = np.pad(positions, again, "edge")
+            tokens = [np.pad(x, again, "edge") for x in tokens[:2]] + [np.pad(tokens[2], again)]
+        segments = mx.array(segment_ids) if batch.packed and layout is None else None
+        table = None if layout is None else PageTable(*map(mx.array, layout))
+        return Inputs(mx.array(ids), segments, table, mx.array(positions), *map(mx.array, tokens))
+
+    def stats(self, inputs: Inputs) -> TokenStats:
+        """Log-odds and loss are differentiable where the head is not fused."""
+        if self.fused:
+            hidden = completion_hidden(self.model, inputs.ids, inputs.positions, self.layout(inputs))
+            log_odds, entropy = linear_log_odds(hidden, self.head(), inputs.targets)
+        else:
+            logits = completion_logits(self.model, inputs.ids, inputs.positions, self.layout(inputs))
+            log_odds, entropy = token_log_odds(logits, inputs.targets)
+        return TokenStats(log_odds, entropy, bnf_token_loss(log_odds, entropy, inputs.reference))
+
+    def head(self) -> mx.array:
+        return head_weight(self.model) if self.dequantised is None else self.dequantised
+
+    def layout(self, inputs: Inputs) -> Layout | None:
+        if inputs.pages is not None:
+            assert self._page_head_axes is not None
+            return paged_caches(self.model, inputs.pages, self._page_head_axes)
+        if inputs.segment_ids is not None:
+            return segments_of(self.model, inputs.segment_ids, self._head_axes)
+        return None
+
+    @property
+    def shares_prompts(self) -> bool:
+        with mx.stream(self.device):
+            return self._page_head_axes is not None
+
+    @cached_property
+    def _head_axes(self) -> int:
+        self.model.eval()  # dropout would pass for a difference
+        return packing_head_axes(self.model)
+
+    @cached_property
+    def _page_head_axes(self) -> int | None:
+        self.model.eval()
+        return sharing_head_axes(self.model)
+
+
 class MicroStep:
     """The loss of a micro-batch, the statistics of its tokens and its gradients.
 
@@ -42,20 +143,20 @@ class MicroStep:
     then, and be put back after each call, or the model would be left with what stands for them while MLX traces.
     """
 
-    def __init__(self, engine: "MLXEngine"):
-        self.engine = engine
-        self._drops = adapter.has_dropout(engine.model)
+    def __init__(self, scored: ScoredModel):
+        self.scored = scored
+        self._drops = adapter.has_dropout(scored.model)
         self._step = self._gradients
-        if engine.compiled:
-            self._step = mx.compile(self._gradients, inputs=[engine.model.state])
+        if scored.compiled:
+            self._step = mx.compile(self._gradients, inputs=[scored.model.state])
 
     def __call__(self, batch: Batch, ref_log_odds: Array) -> tuple[float, TokenStats, Gradients]:
-        model, tokens = self.engine.model, len(batch.targets)
+        model, tokens = self.scored.model, len(batch.targets)
         if tokens == 0:  # where the processes do not have equally much to do
             nothing = np.zeros(0, np.float32)
             zeros = tree_map(mx.zeros_like, flat(model.trainable_parameters()))
             return 0.0, TokenStats(nothing, nothing, nothing), zeros
-        inputs = self.engine.inputs(batch, ref_log_odds, pad=self.engine.compiled)
+        inputs = self.scored.inputs(batch, ref_log_odds, pad=self.scored.compiled)
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) if self._drops else mx.random.key(0)
         model.train()
         loss, stats, gradients = self._step(inputs, key)
@@ -63,7 +164,7 @@ class MicroStep:
         return float(loss), TokenStats(*(np.array(x)[:tokens] for x in stats)), gradients
 
     def _gradients(self, inputs: Inputs, key: mx.array) -> tuple[mx.array, tuple[mx.array, ...], Gradients]:
-        model = self.engine.model
+        model = self.scored.model
         before = flat(model.state)
         try:
             adapter.new_dropout(model, key)
@@ -74,15 +175,15 @@ class MicroStep:
 
     def _loss(self, parameters: Gradients, inputs: Inputs) -> tuple[mx.array, tuple[mx.array, ...]]:
         """Σ coefficients · ℓ of the micro-batch, and its token statistics."""
-        engine = self.engine
-        engine.model.load_weights(list(parameters.items()), strict=False)
-        with recomputed(engine.model) if engine.gradient_checkpointing else nullcontext():
-            if not engine.fused:
-                stats = engine.stats(inputs)
+        scored = self.scored
+        scored.model.load_weights(list(parameters.items()), strict=False)
+        with recomputed(scored.model) if scored.gradient_checkpointing else nullcontext():
+            if not scored.fused:
+                stats = scored.stats(inputs)
                 return (inputs.coefficients * stats.token_loss).sum(), tuple(map(mx.stop_gradient, stats))
-            hidden = completion_hidden(engine.model, inputs.ids, inputs.positions, engine.layout(inputs))  # (N, D)
+            hidden = completion_hidden(scored.model, inputs.ids, inputs.positions, scored.layout(inputs))  # (N, D)
         rest = inputs.targets, inputs.reference, inputs.coefficients
-        loss, stats = linear_bnf_loss(hidden, engine.head(), *rest, train_head=engine.trains_head)
+        loss, stats = linear_bnf_loss(hidden, scored.head(), *rest, train_head=scored.trains_head)
         return loss, tuple(stats)
 
 

@@ -438,7 +438,7 @@ def engine_of(folder: Path, **options) -> MLXEngine:
 
 
 def gradients_of(engine: MLXEngine, batches) -> dict[str, np.ndarray]:
-    parts = [MicroStep(engine)(batch, np.full(len(batch.targets), -3.0, np.float32))[2] for batch in batches]
+    parts = [MicroStep(engine.scored)(batch, np.full(len(batch.targets), -3.0, np.float32))[2] for batch in batches]
     return {name: np.array(sum(part[name] for part in parts)) for name in parts[0]}
 
 
@@ -462,7 +462,7 @@ def test_the_dense_path_computes_what_the_fused_one_does(checkpoint):
     batch = collate(EXAMPLES, 3)
     fused, dense = engine_of(checkpoint("llama-theta")), engine_of(checkpoint("llama-theta"))
     assert fused.fused
-    dense.fused = False
+    dense.scored.fused = False
     assert_close(gradients_of(dense, [batch]), gradients_of(fused, [batch]))
     reference = fused.reference_log_odds(batch)
     for got, want in zip(dense.evaluate(batch, reference), fused.evaluate(batch, reference), strict=True):

@@ -114,7 +114,7 @@ def test_a_quantised_checkpoint_takes_what_its_arrays_do(tmp_path: Path, bits: i
     model = tiny.make_model(tmp_path / "model", hidden_size=256, intermediate_size=512)
     convert(str(model), str(tmp_path / "q"), quantize=True, q_bits=bits, q_group_size=group_size, dtype="bfloat16")
     engine: Any = MLXBackend().load(tmp_path / "q", device="cpu", dtype="bfloat16")
-    held = sum(x.nbytes for _, x in tree_flatten(engine.model.parameters())) + engine.dequantised.nbytes
+    held = sum(x.nbytes for _, x in tree_flatten(engine.model.parameters())) + engine.scored.dequantised.nbytes
     training = Training("mlx", "cpu", "bfloat16", "lora", LoraConfig())
     assert memory(Architecture.of(tmp_path / "q"), training, Grid(1, 1, 1)).weights == pytest.approx(held, rel=0.01)
 

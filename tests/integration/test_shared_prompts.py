@@ -253,7 +253,7 @@ class MLX:
     def gradients(self, batches: list[Batch]) -> dict[str, Any]:
         from bnf_mlx.scored import MicroStep
 
-        parts = [MicroStep(self.engine)(batch, reference_of(batch))[2] for batch in batches]
+        parts = [MicroStep(self.engine.scored)(batch, reference_of(batch))[2] for batch in batches]
         return {name: np.sum([np.array(part[name]) for part in parts], axis=0) for name in parts[0]}
 
 
@@ -306,7 +306,7 @@ def test_a_compiled_step_of_mlx_takes_shared_prompts() -> None:
     """Whose grids are padded, so that there are few shapes."""
     apart = MLX("llama").gradients(micro_batches(MIXED, APART))
     model, batches = MLX("llama", compiled=True), micro_batches(MIXED, CUTS[1])
-    inputs = [model.engine.inputs(batch, reference_of(batch), pad=True) for batch in batches]
+    inputs = [model.engine.scored.inputs(batch, reference_of(batch), pad=True) for batch in batches]
     assert any(i.pages is not None for i in inputs) and all(i.ids.shape[1] % 32 == 0 for i in inputs)
     assert_close(model.gradients(batches), apart, 1e-5)
 
