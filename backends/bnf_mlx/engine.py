@@ -19,7 +19,7 @@ from bnf_core.storage.shards import Shard, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenStats
 from bnf_mlx import adapter
 from bnf_mlx.attention import Layout, PageTable, paged_caches, segments_of
-from bnf_mlx.linear import linear_log_odds
+from bnf_mlx.linear import detached_log_odds
 from bnf_mlx.losses import bnf_token_loss, token_log_odds
 from bnf_mlx.model import Checkpoint, completion_hidden, completion_logits, head_weight
 from bnf_mlx.optimizer import Optimizer, flat
@@ -150,7 +150,7 @@ class MLXEngine:
         """Log-odds and loss are differentiable where the head is not fused."""
         if self.fused:
             hidden = completion_hidden(self.model, inputs.ids, inputs.positions, self.layout(inputs))
-            log_odds, entropy = linear_log_odds(hidden, self.head(), inputs.targets)
+            log_odds, entropy = detached_log_odds(hidden, self.head(), inputs.targets)
         else:
             logits = completion_logits(self.model, inputs.ids, inputs.positions, self.layout(inputs))
             log_odds, entropy = token_log_odds(logits, inputs.targets)
