@@ -235,8 +235,7 @@ class Backend(Protocol):
         """Called once by a command, before the framework is loaded. It may start the process again."""
         return
 
-    @property
-    def linear_bnf_loss(self) -> Callable[..., Any]:
+    def fused_loss(self) -> Callable[..., Any]:
         """The loss fused with the head, on arrays of the framework."""
         raise self._losses_alone()
 

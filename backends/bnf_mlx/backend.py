@@ -26,8 +26,7 @@ class MLXBackend(Backend):
 
         preload_openblas()
 
-    @property
-    def linear_bnf_loss(self) -> Callable[..., Any]:
+    def fused_loss(self) -> Callable[..., Any]:
         from bnf_mlx.linear import linear_bnf_loss
 
         return linear_bnf_loss

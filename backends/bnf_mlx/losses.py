@@ -24,22 +24,24 @@ def token_log_odds(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.ar
 
     Args:
         logits: (..., V), any float dtype; −inf bans a token.
-        targets: (...), any integer dtype, each in [0, V). This is not checked: MLX would have to wait for the
-            values, and reads whatever lies there if one is outside.
+        targets: (...), any integer dtype, each in [0, V). Not checked by compiled functions. On CUDA the check is
+            an assertion of the device; MLX checks on a CPU alone: it would have to wait for the values.
     Returns:
         log_odds (...) float32, differentiable in `logits`, and other_entropy (...) float32 in nats, detached.
     Raises:
-        ValueError: on V < 2 or mismatched shapes.
+        ValueError: on V < 2, mismatched shapes or targets outside the vocabulary.
 
     In plain code:
         others = mx.put_along_axis(logits.astype(mx.float32), targets[..., None], -inf, axis=-1)
         log_odds = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - mx.logsumexp(others, axis=-1)
-        other_entropy = -(mx.softmax(others) * log_softmax(others)).sum(axis=-1)
+        log_q = others - mx.logsumexp(others, axis=-1, keepdims=True)
+        other_entropy = -(mx.exp(log_q) * log_q).sum(axis=-1)
     """
     if logits.shape[-1] < 2:
         raise ValueError(f"logits {logits.shape}: a vocabulary needs at least 2 tokens")
     if targets.shape != logits.shape[:-1]:
         raise ValueError(f"targets {targets.shape} do not fit logits {logits.shape}")
+    check_targets(targets, logits.shape[-1])
     log_odds, entropy, *_ = _token_log_odds(logits, targets)
     return log_odds, mx.stop_gradient(entropy)
 
@@ -64,6 +66,19 @@ def bnf_token_loss(log_odds: mx.array, other_entropy: mx.array, ref_log_odds: mx
         shapes = ", ".join(str(x.shape) for x in (log_odds, other_entropy, ref_log_odds))
         raise ValueError(f"log_odds, other_entropy and ref_log_odds must have one shape, got {shapes}")
     return _token_loss(*(x.astype(mx.float32) for x in (log_odds, other_entropy, ref_log_odds)))[0]
+
+
+def check_targets(targets: mx.array, vocab: int) -> None:
+    """Raises ValueError unless targets, (...) int, lie in [0, vocab), where looking at them means no wait for a GPU."""
+    if mx.default_device() == mx.gpu or not targets.size:
+        return
+    try:
+        mx.eval(targets)
+    except ValueError:  # within mx.compile, which knows no values
+        return
+    least, most = int(targets.min()), int(targets.max())
+    if least < 0 or most >= vocab:
+        raise ValueError(f"targets must lie in [0, {vocab}), got {least} to {most}")
 
 
 def loss_and_slope(log_odds: mx.array, other_entropy: mx.array, ref_log_odds: mx.array) -> tuple[mx.array, mx.array]:

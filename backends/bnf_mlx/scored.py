@@ -15,7 +15,7 @@ from bnf_core.steps.batching import require_known_tokens
 from bnf_core.types import Array, Batch, TokenStats
 from bnf_mlx import adapter
 from bnf_mlx.attention import Layout, PageTable, paged_caches, segments_of
-from bnf_mlx.linear import linear_bnf_loss, linear_log_odds
+from bnf_mlx.linear import detached_log_odds, linear_bnf_loss
 from bnf_mlx.losses import bnf_token_loss, token_log_odds
 from bnf_mlx.model import completion_hidden, completion_logits, head_weight
 from bnf_mlx.optimizer import flat
@@ -103,7 +103,7 @@ class ScoredModel:
         """Log-odds and loss are differentiable where the head is not fused."""
         if self.fused:
             hidden = completion_hidden(self.model, inputs.ids, inputs.positions, self.layout(inputs))
-            log_odds, entropy = linear_log_odds(hidden, self.head(), inputs.targets)
+            log_odds, entropy = detached_log_odds(hidden, self.head(), inputs.targets)
         else:
             logits = completion_logits(self.model, inputs.ids, inputs.positions, self.layout(inputs))
             log_odds, entropy = token_log_odds(logits, inputs.targets)

@@ -4,12 +4,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bnf_torch.linear import linear_bnf_loss
+    from bnf_torch.linear import linear_bnf_loss, linear_log_odds
     from bnf_torch.losses import bnf_token_loss, token_log_odds
 
-__all__ = ["bnf_token_loss", "linear_bnf_loss", "token_log_odds"]
+__all__ = ["bnf_token_loss", "linear_bnf_loss", "linear_log_odds", "token_log_odds"]
 
-_MODULES = {"bnf_token_loss": "losses", "linear_bnf_loss": "linear", "token_log_odds": "losses"}
+_MODULES = {
+    "bnf_token_loss": "losses",
+    "linear_bnf_loss": "linear",
+    "linear_log_odds": "linear",
+    "token_log_odds": "losses",
+}
 
 
 def __getattr__(name: str) -> Any:

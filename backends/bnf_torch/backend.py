@@ -24,8 +24,7 @@ class TorchBackend(Backend):
     def prepare(self) -> None:
         """Nothing: PyTorch is as fast as it comes."""
 
-    @property
-    def linear_bnf_loss(self) -> Callable[..., Any]:
+    def fused_loss(self) -> Callable[..., Any]:
         from bnf_torch.linear import linear_bnf_loss
 
         return linear_bnf_loss

@@ -13,6 +13,7 @@ the products with it give. With q the softmax over all tokens but the observed o
 
 import math
 import os
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bnf_core.types import TokenStats
-from bnf_torch.losses import loss_and_slope
+from bnf_torch.losses import check_targets, loss_and_slope
 
 CHUNK_BYTES = 48 * 2**20  # of one chunk's exponentials where there is no CUDA
 UPCAST_BYTES = 16 * 2**20  # of one block of a half-precision head, upcast where there is no CUDA
@@ -41,30 +42,34 @@ def linear_bnf_loss(
     *,
     bias: Tensor | None = None,
     soft_cap: float | None = None,
+    train_head: bool | None = None,
     chunk_tokens: int | None = None,
 ) -> tuple[Tensor, TokenStats]:
     """Σ coefficients · ℓ over the tokens whose logits are hidden @ head_weight.T + bias, soft-capped.
 
-    One operator to torch.compile. On CUDA a half-precision head is multiplied in its own precision, accumulated in
-    float32, and the softmax is a Triton kernel where Triton is installed.
+    The gradients are finished with the loss. PyTorch computes those that are wanted; MLX, which cannot tell
+    beforehand, always that of `hidden`.
 
     Args:
-        hidden: (N, D) float32, bfloat16 or float16, the states that predict `targets`.
-        head_weight: (V, D), the same dtype. Its gradient is computed if it requires one.
-        targets: (N,) int, each in [0, V).
+        hidden: (N, D) float32, bfloat16 or float16, the states that predict `targets`. N may be 0.
+        head_weight: (V, D), any of the same dtypes.
+        targets: (N,), any integer dtype, each in [0, V). Checked on a CPU and on CUDA, where it is an assertion of the
+            device. MLX checks on a CPU alone, and not while it compiles: it would have to wait for the values.
         ref_log_odds: (N,) of the reference.
         coefficients: (N,), label / (|y| · sequences in the global batch).
-        bias: (V,), any float dtype; −inf bans a token. Its gradient is computed if it requires one.
+        bias: (V,), any float dtype; −inf bans a token.
         soft_cap: logits z become soft_cap · tanh(z / soft_cap).
-        chunk_tokens: tokens whose exponentials are alive at a time; default: what fits 48 MiB, on CUDA 1 GiB or half
-            of what is free.
+        train_head: whether to finish the gradients of `head_weight` and `bias` in the same pass. True: yes, on PyTorch
+            of those that require one. False: no, they are constants. None: on PyTorch as True, on MLX in a second pass
+            if they are asked for.
+        chunk_tokens: tokens whose logits are alive at a time; default: what fits the device.
     Returns:
-        loss, a float32 scalar differentiable once in `hidden`, `head_weight` and `bias`, and the detached statistics
-        of each token, (N,) float32. Logits, sums and the loss are float32 whatever the inputs. The gradients are
-        finished in place: a second backward pass through the same loss is an error.
+        loss, a float32 scalar differentiable once in `hidden`, `head_weight`, `bias` and `coefficients`, and the
+        detached statistics of each token, (N,) float32. Logits, sums and the loss are float32 whatever the inputs.
+        PyTorch scales the gradients in place: a second backward pass through the same loss is an error.
     Raises:
-        ValueError: on V < 2, a soft_cap that is not positive, targets outside the vocabulary (on CUDA a device-side
-            assertion) or mismatched shapes.
+        ValueError: on V < 2, mismatched shapes, targets outside the vocabulary, or a soft_cap or chunk_tokens that is
+            not positive.
 
     In plain code:
         logits = hidden.float() @ head_weight.float().T + bias
@@ -73,18 +78,11 @@ def linear_bnf_loss(
         token_loss = bnf_token_loss(log_odds, other_entropy, ref_log_odds)
         loss = (coefficients * token_loss).sum()
     """
-    n, vocab = len(hidden), len(head_weight)
-    if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} does not fit head_weight {tuple(head_weight.shape)}")
-    if vocab < 2:
-        raise ValueError(f"head_weight {tuple(head_weight.shape)}: a vocabulary needs at least 2 tokens")
-    if not targets.shape == ref_log_odds.shape == coefficients.shape == (n,):
-        raise ValueError(f"targets, ref_log_odds and coefficients must be ({n},) as hidden is {tuple(hidden.shape)}")
-    if bias is not None and bias.shape != (vocab,):
-        raise ValueError(f"bias {tuple(bias.shape)} does not fit head_weight {tuple(head_weight.shape)}")
-    if soft_cap is not None and not 0 < soft_cap < math.inf:
-        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
-    wanted = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in (hidden, head_weight, bias)]
+    _check(hidden, head_weight, targets, bias, soft_cap, chunk_tokens)
+    if not targets.shape == ref_log_odds.shape == coefficients.shape:
+        raise ValueError(f"targets, ref_log_odds and coefficients must be ({len(hidden)},), one for each hidden state")
+    if train_head is False:
+        head_weight, bias = head_weight.detach(), None if bias is None else bias.detach()
     loss, *stats = _linear_loss(
         hidden,
         head_weight,
@@ -94,9 +92,67 @@ def linear_bnf_loss(
         coefficients.float(),
         soft_cap,
         chunk_tokens,
-        *wanted,
+        *_wanted(hidden, head_weight, bias),
     )[:4]
     return loss, TokenStats(*(x.detach() for x in stats))
+
+
+def linear_log_odds(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    soft_cap: float | None = None,
+    chunk_tokens: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`token_log_odds` of the logits of `linear_bnf_loss`, for a loss of one's own.
+
+    ∂log_odds/∂hidden is finished with the log-odds and kept, (N, D) float32: with a frozen head two matrix products in
+    all. What `head_weight` and `bias` get depends on the loss, and takes a second pass over the head.
+
+    Args, errors: as `linear_bnf_loss`.
+    Returns:
+        log_odds (N,) float32, differentiable once in `hidden`, `head_weight` and `bias`, and other_entropy (N,) float32
+        in nats, detached.
+
+    In plain code:
+        logits = hidden.float() @ head_weight.float().T + bias
+        logits = soft_cap * (logits / soft_cap).tanh()
+        log_odds, other_entropy = token_log_odds(logits, targets)
+    """
+    _check(hidden, head_weight, targets, bias, soft_cap, chunk_tokens)
+    train_hidden, train_head, train_bias = _wanted(hidden, head_weight, bias)
+    # With a trained head the second pass has the gradient of the hidden states as well, and nothing is kept till then.
+    keep = train_hidden and not (train_head or train_bias)
+    log_odds, entropy, _ = _linear_log_odds(hidden, head_weight, bias, targets.long(), soft_cap, chunk_tokens, keep)
+    return log_odds, entropy.detach()
+
+
+def _check(
+    hidden: Tensor,
+    head: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    soft_cap: float | None,
+    chunk_tokens: int | None,
+) -> None:
+    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
+        raise ValueError(f"hidden {tuple(hidden.shape)} does not fit head_weight {tuple(head.shape)}")
+    if len(head) < 2:
+        raise ValueError(f"head_weight {tuple(head.shape)}: a vocabulary needs at least 2 tokens")
+    if targets.shape != hidden.shape[:1]:
+        raise ValueError(f"targets {tuple(targets.shape)} do not fit hidden {tuple(hidden.shape)}: one for each")
+    if bias is not None and bias.shape != head.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)} does not fit head_weight {tuple(head.shape)}")
+    if soft_cap is not None and not 0 < soft_cap < math.inf:
+        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be positive, got {chunk_tokens}")
+
+
+def _wanted(*leaves: Tensor | None) -> list[bool]:
+    return [x is not None and x.requires_grad and torch.is_grad_enabled() for x in leaves]
 
 
 Results = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -119,23 +175,205 @@ def _linear_loss(
 ) -> Results:
     """loss, log_odds, other_entropy, token_loss, then unit and the gradients of hidden, head and bias in that unit;
     those that are not wanted are empty."""
-    valid = ((targets >= 0) & (targets < len(head))).all()
-    if targets.is_cuda:
-        torch._assert_async(valid, f"targets must lie in [0, {len(head)})")  # does not wait for the device
-    elif not valid:
-        raise ValueError(f"targets must lie in [0, {len(head)}), got {targets.min()} to {targets.max()}")
+    unit = _unit(coefficients)
+    stats = hidden.new_empty(3, len(hidden), dtype=torch.float32)
+
+    def weigh(part: slice, log_odds: Tensor, entropy: Tensor) -> Tensor:
+        stats[2, part], slope = loss_and_slope(log_odds, entropy, ref_log_odds[part])
+        return coefficients[part] / unit * slope
+
+    wanted = train_hidden, train_head, train_bias
+    grads = _one_pass(stats, hidden, head, bias, targets, soft_cap, chunk_tokens, wanted, hidden.dtype, weigh)
+    return torch.dot(coefficients, stats[2]), stats[0].clone(), stats[1].clone(), stats[2].clone(), unit, *grads
+
+
+@_linear_loss.register_fake
+def _(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    ref_log_odds: Tensor,
+    coefficients: Tensor,
+    soft_cap: float | None,
+    chunk_tokens: int | None,
+    train_hidden: bool,
+    train_head: bool,
+    train_bias: bool,
+) -> Results:
+    def float32(*shape: int) -> Tensor:
+        return hidden.new_empty(shape, dtype=torch.float32)
+
+    n = len(hidden)
+    gradients = _empty_gradients(hidden, head, bias, train_hidden, train_head, train_bias)
+    return float32(), float32(n), float32(n), float32(n), float32(), *gradients
+
+
+def _setup_loss(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
+    ctx.set_materialize_grads(False)  # no zeros as large as a head for outputs that nobody differentiates
+    ctx.wanted = inputs[-3:]
+    ctx.save_for_backward(*output[4:], output[3] if inputs[5].requires_grad else None)
+
+
+@once_differentiable
+def _loss_backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    unit, *gradients, token_loss = ctx.saved_tensors
+    grads: list[Tensor | None] = [None] * 3
+    grad_coefficients = None
+    if grad_loss is not None:
+        factor = (grad_loss * unit).reshape(1)  # with a dimension it is not rounded to the gradient's dtype first
+        grads = [g.mul_(factor) if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True)]
+        grad_coefficients = None if token_loss is None else grad_loss * token_loss
+    return *grads, None, None, grad_coefficients, *[None] * 5
+
+
+_linear_loss.register_autograd(_loss_backward, setup_context=_setup_loss)
+
+
+@torch.library.custom_op("bnf_torch::linear_log_odds", mutates_args=())
+def _linear_log_odds(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    soft_cap: float | None,
+    chunk_tokens: int | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """log_odds, other_entropy and, if it is to be kept, ∂log_odds/∂hidden in float32, else an empty tensor."""
+
+    def weigh(part: slice, log_odds: Tensor, entropy: Tensor) -> Tensor:
+        return torch.ones_like(log_odds)
+
+    wanted = keep, False, False
+    stats = hidden.new_empty(2, len(hidden), dtype=torch.float32)
+    grads = _one_pass(stats, hidden, head, bias, targets, soft_cap, chunk_tokens, wanted, torch.float32, weigh)
+    return stats[0].clone(), stats[1].clone(), grads[0]
+
+
+@_linear_log_odds.register_fake
+def _(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    soft_cap: float | None,
+    chunk_tokens: int | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    log_odds, entropy = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(2))
+    return log_odds, entropy, torch.empty_like(hidden if keep else hidden[:0], dtype=torch.float32)
+
+
+@torch.library.custom_op("bnf_torch::linear_log_odds_backward", mutates_args=())
+def _log_odds_gradients(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    grad_log_odds: Tensor,
+    soft_cap: float | None,
+    chunk_tokens: int | None,
+    train_hidden: bool,
+    train_head: bool,
+    train_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of hidden, head and bias in a second pass; those that are not wanted are empty."""
+    unit = _unit(grad_log_odds)
+
+    def weigh(part: slice, log_odds: Tensor, entropy: Tensor) -> Tensor:
+        return grad_log_odds[part] / unit
+
+    wanted = train_hidden, train_head, train_bias
+    stats = hidden.new_empty(2, len(hidden), dtype=torch.float32)
+    grads = _one_pass(stats, hidden, head, bias, targets, soft_cap, chunk_tokens, wanted, hidden.dtype, weigh)
+    grad_hidden, grad_head, grad_bias = (g.mul_(unit.reshape(1)) for g in grads)
+    return grad_hidden, grad_head, grad_bias
+
+
+@_log_odds_gradients.register_fake
+def _(
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    grad_log_odds: Tensor,
+    soft_cap: float | None,
+    chunk_tokens: int | None,
+    train_hidden: bool,
+    train_head: bool,
+    train_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_gradients(hidden, head, bias, train_hidden, train_head, train_bias)
+
+
+def _setup_log_odds(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    hidden, *more, ctx.soft_cap, ctx.chunk_tokens, ctx.kept = inputs
+    ctx.set_materialize_grads(False)
+    ctx.dtype = hidden.dtype
+    ctx.save_for_backward(*([output[2]] if ctx.kept else [hidden, *more]))
+
+
+@once_differentiable
+def _log_odds_backward(ctx: Any, grad_log_odds: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * 3
+    if grad_log_odds is not None and ctx.kept:
+        grads[0] = (ctx.saved_tensors[0] * grad_log_odds.unsqueeze(1)).to(ctx.dtype)
+    elif grad_log_odds is not None:
+        wanted = ctx.needs_input_grad[:3]
+        found = _log_odds_gradients(*ctx.saved_tensors, grad_log_odds, ctx.soft_cap, ctx.chunk_tokens, *wanted)
+        grads = [g if w else None for g, w in zip(found, wanted, strict=True)]
+    return *grads, *[None] * 4
+
+
+_linear_log_odds.register_autograd(_log_odds_backward, setup_context=_setup_log_odds)
+
+
+def _empty_gradients(
+    hidden: Tensor, head: Tensor, bias: Tensor | None, train_hidden: bool, train_head: bool, train_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the shapes and dtypes of `_one_pass`."""
+    grad_hidden = torch.empty_like(hidden if train_hidden else hidden[:0])
+    grad_head = head.new_empty(head.shape if train_head else (0,))
+    empty = hidden.new_empty(0, dtype=torch.float32)
+    return grad_hidden, grad_head, empty if bias is None else bias.new_empty(bias.shape if train_bias else (0,))
+
+
+def _unit(weights: Tensor) -> Tensor:
+    """What gradients are kept in: a power of 2 near the largest weight. A long batch's own would leave float16's range
+    before a loss scaler could lift them. Large ones stay: dividing would push them out below."""
+    largest = weights.abs().amax() if len(weights) else weights.new_zeros(())
+    return torch.exp2(largest.clamp(min=torch.finfo(torch.float32).tiny).log2().floor().clamp(max=0.0))
+
+
+def _one_pass(
+    stats: Tensor,
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    soft_cap: float | None,
+    chunk_tokens: int | None,
+    wanted: tuple[bool, bool, bool],
+    hidden_gradient: torch.dtype,
+    weigh: Callable[[slice, Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of Σ w · log_odds in hidden, head and bias; those that are not wanted are empty.
+
+    Args:
+        stats: (2 or more, N) float32; log_odds and other_entropy are written to its first rows.
+        hidden_gradient: dtype of the gradient in hidden; the others have that of head and bias.
+        weigh: the w (C,) of a slice of the tokens, whose log_odds and other_entropy it is given.
+    """
+    check_targets(targets, len(head))
+    train_hidden, train_head, train_bias = wanted
     n, width = hidden.shape
     plan = _plan(hidden, head, train_head, chunk_tokens)
-    # Gradients are kept in a unit near the largest coefficient, a power of 2: a long batch's own would leave
-    # float16's range before a loss scaler could lift them. Large ones stay: dividing would push them out below.
-    largest = coefficients.abs().amax() if n else coefficients.new_zeros(())
-    unit = torch.exp2(largest.clamp(min=torch.finfo(torch.float32).tiny).log2().floor().clamp(max=0.0))
 
     def zeros(wanted: bool, *shape: int, dtype: torch.dtype) -> Tensor:
         return hidden.new_zeros(shape if wanted else (0,), dtype=dtype)
 
-    stats = hidden.new_empty(3, n, dtype=torch.float32)
-    grad_hidden = torch.empty_like(hidden if train_hidden else hidden[:0])
+    grad_hidden = torch.empty_like(hidden if train_hidden else hidden[:0], dtype=hidden_gradient)
     grad_head = zeros(train_head, *head.shape, dtype=plan.head_gradient)
     grad_bias = zeros(train_bias, len(head), dtype=torch.float32)
     training = train_hidden or train_head or train_bias
@@ -174,14 +412,13 @@ def _linear_loss(
             log_odds = observed - highest - total.log()
             total = total.masked_fill(nothing, 1.0)
             entropy = (total.log() - moment / total).masked_fill(nothing, 0.0)
-            token_loss, slope = loss_and_slope(log_odds, entropy, ref_log_odds[part])
-            stats[:, part] = torch.stack([log_odds, entropy, token_loss])
+            stats[:2, part] = torch.stack([log_odds, entropy])
+            w = weigh(part, log_odds, entropy)
             if not training:
                 continue
 
             # ∂/∂z_y = w, ∂/∂z_v = −w q_v: e itself goes through the products, its scale before or afterwards.
             # Over the sum of e as it was rounded, so that what all tokens have in common cancels nevertheless.
-            w = coefficients[part] / unit * slope
             scale = (-w * share / mass.masked_fill(nothing, 1.0)).unsqueeze(2)  # (blocks, C, 1)
             w = (w * observed_slope).unsqueeze(1)
             grad = h.new_zeros(len(h), width if train_hidden else 0, dtype=torch.float32)
@@ -200,53 +437,8 @@ def _linear_loss(
             if train_bias:
                 grad_bias.index_add_(0, y, w.squeeze(1))
 
-    loss = torch.dot(coefficients, stats[2])
     grad_bias = grad_bias if bias is None else grad_bias.to(bias.dtype)
-    log_odds, entropy, token_loss = stats[0].clone(), stats[1].clone(), stats[2].clone()
-    return loss, log_odds, entropy, token_loss, unit, grad_hidden, grad_head.to(head.dtype), grad_bias
-
-
-@_linear_loss.register_fake
-def _(
-    hidden: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    ref_log_odds: Tensor,
-    coefficients: Tensor,
-    soft_cap: float | None,
-    chunk_tokens: int | None,
-    train_hidden: bool,
-    train_head: bool,
-    train_bias: bool,
-) -> Results:
-    def float32(*shape: int) -> Tensor:
-        return hidden.new_empty(shape, dtype=torch.float32)
-
-    n = len(hidden)
-    grad_hidden = torch.empty_like(hidden if train_hidden else hidden[:0])
-    grad_head = head.new_empty(head.shape if train_head else (0,))
-    grad_bias = float32(0) if bias is None else bias.new_empty(bias.shape if train_bias else (0,))
-    return float32(), float32(n), float32(n), float32(n), float32(), grad_hidden, grad_head, grad_bias
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Results) -> None:
-    ctx.set_materialize_grads(False)  # no zeros as large as a head for outputs that nobody differentiates
-    ctx.wanted = inputs[-3:]
-    ctx.save_for_backward(*output[4:])
-
-
-@once_differentiable
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    unit, *gradients = ctx.saved_tensors
-    grads: list[Tensor | None] = [None] * 3
-    if grad_loss is not None:
-        factor = (grad_loss * unit).reshape(1)  # with a dimension it is not rounded to the gradient's dtype first
-        grads = [g.mul_(factor) if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True)]
-    return *grads, *[None] * 8
-
-
-_linear_loss.register_autograd(_backward, setup_context=_setup_context)
+    return grad_hidden, grad_head.to(head.dtype), grad_bias
 
 
 class _Plan(NamedTuple):

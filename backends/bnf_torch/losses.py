@@ -23,21 +23,25 @@ def token_log_odds(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: (..., V), any float dtype; −inf bans a token.
-        targets: (...), int64 or int32, each in [0, V).
+        targets: (...), any integer dtype, each in [0, V). Not checked by compiled functions. On CUDA the check is
+            an assertion of the device; MLX checks on a CPU alone: it would have to wait for the values.
     Returns:
         log_odds (...) float32, differentiable in `logits`, and other_entropy (...) float32 in nats, detached.
     Raises:
-        ValueError: on V < 2 or mismatched shapes.
+        ValueError: on V < 2, mismatched shapes or targets outside the vocabulary.
 
     In plain code:
         others = logits.float().scatter(-1, targets[..., None], -inf)
         log_odds = logits.gather(-1, targets[..., None])[..., 0] - others.logsumexp(-1)
-        other_entropy = Categorical(logits=others).entropy()
+        log_q = others - others.logsumexp(-1, keepdim=True)
+        other_entropy = -(log_q.exp() * log_q).sum(-1)
     """
     if logits.shape[-1] < 2:
         raise ValueError(f"logits {tuple(logits.shape)}: a vocabulary needs at least 2 tokens")
     if targets.shape != logits.shape[:-1]:
         raise ValueError(f"targets {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}")
+    if not torch.compiler.is_compiling():  # which cannot branch on values
+        check_targets(targets, logits.shape[-1])
     return _TokenLogOdds.apply(logits, targets.long())
 
 
@@ -61,6 +65,17 @@ def bnf_token_loss(log_odds: Tensor, other_entropy: Tensor, ref_log_odds: Tensor
         shapes = ", ".join(str(tuple(x.shape)) for x in (log_odds, other_entropy, ref_log_odds))
         raise ValueError(f"log_odds, other_entropy and ref_log_odds must have one shape, got {shapes}")
     return _TokenLoss.apply(log_odds.float(), other_entropy.float(), ref_log_odds.float())
+
+
+def check_targets(targets: Tensor, vocab: int) -> None:
+    """Raises ValueError unless targets, (...) int, lie in [0, vocab). CUDA, which is not waited for, asserts it."""
+    if targets.is_meta:
+        return
+    valid = ((targets >= 0) & (targets < vocab)).all()
+    if targets.is_cuda:
+        torch._assert_async(valid, f"targets must lie in [0, {vocab})")
+    elif not valid:
+        raise ValueError(f"targets must lie in [0, {vocab}), got {targets.min()} to {targets.max()}")
 
 
 def loss_and_slope(log_odds: Tensor, other_entropy: Tensor, ref_log_odds: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ def __getattr__(name: str) -> Any:
     if name == "linear_bnf_loss":
         from bnf_core import registry
 
-        return registry.get().linear_bnf_loss
+        return registry.get().fused_loss()
     if name in _MODULES:
         return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
