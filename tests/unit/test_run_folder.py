@@ -13,7 +13,15 @@ from filelock import UnixFileLock
 from bnf_align.run.run_folder import RunFolder
 from bnf_core.errors import UserError
 
-HOLD = "import sys, filelock; lock = filelock.FileLock(sys.argv[1]); lock.acquire(); print('held', flush=True); sys.stdin.read()"
+HOLD = """
+import sys
+from filelock import FileLock
+
+lock = FileLock(sys.argv[1])
+lock.acquire()
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 def folder(path: Path) -> RunFolder:
