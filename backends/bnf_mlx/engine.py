@@ -14,7 +14,7 @@ from mlx.utils import tree_unflatten
 from bnf_core.config import OptimizerConfig
 from bnf_core.processes import ALONE, Processes
 from bnf_core.storage.files import agreed
-from bnf_core.storage.shards import Shard, require_same_shapes, under
+from bnf_core.storage.shards import OPTIMIZER, WEIGHTS, Shard, put_under, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenStats
 from bnf_mlx import adapter
 from bnf_mlx.model import Checkpoint
@@ -102,18 +102,18 @@ class MLXEngine:
                 "random/key": Shard(key[None], self.processes.rank, (self.processes.count, *key.shape))
             }
             if self.processes.rank == 0:  # what all have alike
-                state |= {f"weights/{name}": np.array(p) for name, p in flat(self.model.trainable_parameters()).items()}
+                state |= put_under(WEIGHTS, _to_numpy(flat(self.model.trainable_parameters())))
                 if self.optimizer is not None:
-                    state |= {f"optimizer/{name}": np.array(x) for name, x in self.optimizer.state().items()}
+                    state |= put_under(OPTIMIZER, _to_numpy(self.optimizer.state()))
             return state
 
     def load_state(self, state: Mapping[str, Array]) -> None:
-        weights, trainable = under("weights", state), flat(self.model.trainable_parameters())
+        weights, trainable = under(WEIGHTS, state), flat(self.model.trainable_parameters())
         require_same_shapes(weights, {name: p.shape for name, p in trainable.items()})
         with mx.stream(self.device):
             self.model.update(tree_unflatten([(name, mx.array(weights[name])) for name in trainable]))
             if self.optimizer is not None:
-                self.optimizer.load_state({name: mx.array(a) for name, a in under("optimizer", state).items()})
+                self.optimizer.load_state({name: mx.array(a) for name, a in under(OPTIMIZER, state).items()})
             keys = state["random/key"]  # (processes, 2)
             high, low = (int(half) for half in keys[self.processes.rank % len(keys)])
             mx.random.seed(high << 32 | low)  # a key is its seed's two halves
@@ -143,6 +143,10 @@ class MLXEngine:
                 self.whole.save(self.model, folder)
             else:
                 adapter.save_adapter(self.model, folder)
+
+
+def _to_numpy(arrays: Mapping[str, mx.array]) -> dict[str, Array]:
+    return {name: np.array(array) for name, array in arrays.items()}
 
 
 def _dtype(model: nn.Module) -> str:

@@ -18,7 +18,7 @@ from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes
 from bnf_core.steps.batching import require_known_tokens
 from bnf_core.storage.files import replacing
-from bnf_core.storage.shards import Shard, require_same_shapes, under
+from bnf_core.storage.shards import OPTIMIZER, WEIGHTS, Shard, put_under, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenStats
 from bnf_torch import adapter
 from bnf_torch.attention import LAYOUT
@@ -193,9 +193,9 @@ class TorchEngine:
     # What training changes
 
     def state(self) -> dict[str, Array | Shard]:
-        parts: dict[str, Tensor] = {f"weights/{name}": p for name, p in self.trainable.items()}
+        parts: dict[str, Tensor] = put_under(WEIGHTS, self.trainable)
         if self.optimizer is not None:
-            parts |= {f"optimizer/{name}": value for name, value in self.optimizer.state()}
+            parts |= put_under(OPTIMIZER, dict(self.optimizer.state()))
         taken = {name: piece(tensor) for name, tensor in parts.items()}
         if self.processes.rank > 0:  # what all have alike the first one gives
             taken = {name: value for name, value in taken.items() if isinstance(value, Shard)}
@@ -206,13 +206,13 @@ class TorchEngine:
         self._reshard()
         self.load_weights(state)
         if self.optimizer is not None:
-            self.optimizer.load_state(under("optimizer", state))
+            self.optimizer.load_state(under(OPTIMIZER, state))
         self.load_random_state(state)
         self.steps_taken = True
 
     @torch.no_grad()
     def load_weights(self, state: Mapping[str, Array]) -> None:
-        weights = under("weights", state)
+        weights = under(WEIGHTS, state)
         require_same_shapes(weights, {name: tuple(p.shape) for name, p in self.trainable.items()})
         for name, p in self.trainable.items():
             p.copy_(like(weights[name], p))

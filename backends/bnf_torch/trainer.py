@@ -38,7 +38,7 @@ from bnf_core.storage.checkpoints import Checkpoint, Checkpoints, Facts
 from bnf_core.storage.digests import rows_digest
 from bnf_core.storage.files import agreed
 from bnf_core.storage.reference_folder import StoredReference, fingerprint, open_reference
-from bnf_core.storage.shards import under
+from bnf_core.storage.shards import REFERENCE, put_under, under
 from bnf_core.types import Batch, Example, Position
 from bnf_torch import adapter
 from bnf_torch.engine import TorchEngine
@@ -284,7 +284,7 @@ class BNFTrainer(Trainer):
         group = self.engine.processes
         arrays = self.engine.state()
         if group.rank == 0:
-            arrays |= {f"reference/{name}": array for name, array in self.reference.state().items()}
+            arrays |= put_under(REFERENCE, self.reference.state())
         assert self.lr_scheduler is not None
         facts = self._facts() | {"scheduler": self.lr_scheduler.state_dict()}
         folder = Checkpoints(Path(output_dir) / STATE, keep=1)
@@ -307,7 +307,7 @@ class BNFTrainer(Trainer):
         assert self.optimizer is not None and self.lr_scheduler is not None
         found = self._found(checkpoint)
         self.engine.load_state(found.arrays)
-        self.reference.load_state(under("reference", found.arrays))
+        self.reference.load_state(under(REFERENCE, found.arrays))
         self.position = found.position
         self.lr_scheduler.load_state_dict(found.facts["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):

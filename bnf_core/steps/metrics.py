@@ -7,6 +7,9 @@ from bnf_core.types import Array, Batch, TokenStats
 
 Metrics = dict[str, float | None]
 
+# Names that others show as well.
+SHIFT_CHOSEN, SHIFT_REJECTED = "log_odds_shift/chosen", "log_odds_shift/rejected"
+
 # Of each row: its label, prompt group, token count, and sums over its tokens.
 COLUMNS = ("label", "tokens", "loss", "log_p", "log_r", "shift", "target", "below")
 
@@ -70,8 +73,8 @@ class Meter:
 
         return {
             "loss": float(rows["loss"].sum()),
-            "log_odds_shift/chosen": over_tokens("shift", good),
-            "log_odds_shift/rejected": over_tokens("shift", bad),
+            SHIFT_CHOSEN: over_tokens("shift", good),
+            SHIFT_REJECTED: over_tokens("shift", bad),
             "target_weight": over_tokens("target", everything),
             "share_below_reference": over_tokens("below", everything),
             "tokens": int(rows["tokens"].sum()),

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from bnf_core.config import TrainConfig
 from bnf_core.errors import UserError
@@ -27,6 +27,16 @@ from bnf_core.storage.shards import State, StoredArrays, write_state
 from bnf_core.types import Array
 
 Facts = dict[str, Any]  # what a run is made of, by name: JSON values
+MODEL_WEIGHTS = "weights of the model"  # the name of one of them
+
+
+class Change(NamedTuple):
+    """A fact that is not what it was; None: it was not there, or no longer is."""
+
+    name: str
+    before: Any
+    now: Any
+
 
 FORMAT = 2
 ABOUT, SUMS = "state.json", "SHA256SUMS"
@@ -196,14 +206,14 @@ def run_facts(config: TrainConfig, model: Path, rows: str, held_out: str | None)
         held_out: digest of the held-out rows; None: there are none.
     """
     settings = {name: value for name, value in config.flat().items() if name not in FREE}
-    return settings | {"training rows": rows, "held-out rows": held_out, "weights of the model": model_digest(model)}
+    return settings | {"training rows": rows, "held-out rows": held_out, MODEL_WEIGHTS: model_digest(model)}
 
 
-def changes(before: Facts, now: Facts) -> list[str]:
-    """`name: before → now` of each fact that differs; none where only names of the same content do."""
+def changes(before: Facts, now: Facts) -> list[Change]:
+    """The facts that differ; none where only names of the same content do."""
     changed = [name for name in before | now if before.get(name) != now.get(name)]
     if before.get("data.streaming") or now.get("data.streaming"):
         same_content = all(name in STREAM_SOURCES for name in changed)
     else:
         same_content = all(name.startswith(SOURCES) for name in changed)
-    return [] if same_content else [f"{name}: {before.get(name)} → {now.get(name)}" for name in changed]
+    return [] if same_content else [Change(name, before.get(name), now.get(name)) for name in changed]

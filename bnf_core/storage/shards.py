@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -17,6 +17,9 @@ from bnf_core.types import Array
 
 BLOCK = 1 << 24  # bytes of a piece to hold at a time while an array is put together
 RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_a": 1, "lora_b": 0}  # of PEFT's matrices and of mlx-lm's
+
+# What an engine's and a reference's arrays are kept under in a checkpoint: `weights/…`.
+WEIGHTS, OPTIMIZER, REFERENCE = "weights", "optimizer", "reference"
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Shard:
 # What one process saves. Every row of every array is saved by exactly one process: what all have alike, one of them
 # gives; what each has of its own, such as the state of its random numbers, are the rows of one array.
 State = Mapping[str, Array | Shard]
+V = TypeVar("V")
 
 
 def write_state(path: Path, state: State) -> None:
@@ -154,6 +158,11 @@ def _require_every_row_once(parts: Sequence[_Part]) -> None:
         end = rows.stop
     if end != _rows(shape):
         raise ValueError(f"{name} of shape {shape}: rows {end} to {_rows(shape)} are missing")
+
+
+def put_under(prefix: str, arrays: Mapping[str, V]) -> dict[str, V]:
+    """The same by the names `prefix/…`, from which `under` brings them back."""
+    return {f"{prefix}/{name}": array for name, array in arrays.items()}
 
 
 def under(prefix: str, arrays: Mapping[str, Array]) -> Mapping[str, Array]:

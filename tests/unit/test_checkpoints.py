@@ -23,7 +23,7 @@ from bnf_core.config import DataConfig, TrainConfig
 from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes
 from bnf_core.storage import checkpoints, shards
-from bnf_core.storage.checkpoints import Checkpoint, Checkpoints, changes, run_facts
+from bnf_core.storage.checkpoints import Change, Checkpoint, Checkpoints, changes, run_facts
 from bnf_core.storage.digests import files_digest, model_digest, rows_digest
 from bnf_core.storage.files import agreed, replacing
 from bnf_core.storage.shards import Shard, State, StoredArrays, require_same_shapes, under
@@ -529,7 +529,7 @@ def test_settings_that_do_not_change_the_result_are_free(model: Path) -> None:
         "save_every": 7, "output": "elsewhere",
     }  # fmt: skip
     assert changes(facts(model), facts(model, **free)) == []
-    assert changes(facts(model), facts(model, seed=1)) == ["seed: 0 → 1"]
+    assert changes(facts(model), facts(model, seed=1)) == [Change("seed", 0, 1)]
     assert TrainConfig("m", DataConfig("a")).flat().keys() >= checkpoints.FREE
     for name in ("hardware.backend", "hardware.device", "hardware.dtype", "fine_tune_type", "lora.rank"):
         assert name in facts(model), name
@@ -539,10 +539,10 @@ def test_rows_are_compared_by_content_and_streams_setting_by_setting(model: Path
     before = facts(model, held_out="held out")
     assert changes(before, facts(model, held_out="held out", path="b.jsonl", max_length=9, valid="v.jsonl")) == []
     assert changes(before, facts(model, rows="other", held_out="held out", path="b.jsonl")) == [
-        "data.path: a.jsonl → b.jsonl",
-        "training rows: rows → other",
+        Change("data.path", "a.jsonl", "b.jsonl"),
+        Change("training rows", "rows", "other"),
     ]
-    assert changes(before, facts(model)) == ["held-out rows: held out → None"]
+    assert changes(before, facts(model)) == [Change("held-out rows", "held out", None)]
     stream = facts(model, streaming=True)
     assert changes(stream, facts(model, streaming=True, path="b.jsonl", valid="v.jsonl")) == []
     for change in ({"max_length": 9}, {"shuffle_buffer": 3}, {"template": "plain"}, {"skip_bad_rows": True}):

@@ -32,11 +32,11 @@ from bnf_core.protocol import Engine
 from bnf_core.steps import loop
 from bnf_core.steps import steps as plan
 from bnf_core.steps.batching import collate
-from bnf_core.steps.metrics import Meter, Metrics
+from bnf_core.steps.metrics import SHIFT_CHOSEN, SHIFT_REJECTED, Meter, Metrics
 from bnf_core.steps.reference import ReferenceCache
 from bnf_core.steps.steps import Step
-from bnf_core.storage.checkpoints import Facts, changes, run_facts
-from bnf_core.storage.shards import under
+from bnf_core.storage.checkpoints import MODEL_WEIGHTS, Change, Facts, changes, run_facts
+from bnf_core.storage.shards import REFERENCE, put_under, under
 from bnf_core.types import Position, TokenStats
 
 # More to measure at each evaluation, such as the accuracy of generated answers.
@@ -201,8 +201,8 @@ class _Training:
         )
         self.progress.advance(
             loss=f"{metrics['loss']:+.3f}",
-            good=_signed(metrics["log_odds_shift/chosen"]),
-            bad=_signed(metrics["log_odds_shift/rejected"]),
+            good=_signed(metrics[SHIFT_CHOSEN]),
+            bad=_signed(metrics[SHIFT_REJECTED]),
             **{"tok/s": f"{speed:,.0f}"},
         )
         last = done == self.num_steps
@@ -258,7 +258,7 @@ class _Training:
     def _save(self, step: int) -> None:
         if step == self.saved_at:
             return
-        known = {f"reference/{name}": array for name, array in self.reference.state().items()} if self.first else {}
+        known = put_under(REFERENCE, self.reference.state()) if self.first else {}
         self.folder.save(step, self.engine, known, self.facts, self.position)
         self.saved_at = step
 
@@ -315,20 +315,26 @@ class _Training:
         if changed and not self.config.resume_anyway:
             raise UserError(
                 f"{found.folder} is of another run than this:\n  "
-                + "\n  ".join(changed)
+                + "\n  ".join(map(_in_words, changed))
                 + "\nChange it back, or pass --resume-anyway to go on all the same"
             )
         self.engine.load_state(found.arrays)
         self.position = found.position
         # The reference is known by the rows' tokens, and holds as long as the weights it was computed with.
-        if not any(line.startswith("weights of the model") for line in changed):
-            self.reference.load_state(under("reference", found.arrays))
+        if not any(change.name == MODEL_WEIGHTS for change in changed):
+            self.reference.load_state(under(REFERENCE, found.arrays))
         self.console.print(f"going on after step {found.step}, from {found.folder}", highlight=False)
-        for line in changed:
-            self.console.print(f"[yellow]  changed: {escape(line)}[/yellow]", highlight=False, soft_wrap=True)
+        for change in changed:
+            self.console.print(
+                f"[yellow]  changed: {escape(_in_words(change))}[/yellow]", highlight=False, soft_wrap=True
+            )
         self.evaluations = self.folder.resume(found.step, self.engine)
         self.saved_at = found.step
         return found.step
+
+
+def _in_words(change: Change) -> str:
+    return f"{change.name}: {change.before} → {change.now}"
 
 
 def _due(step: int, every: int | None) -> bool:

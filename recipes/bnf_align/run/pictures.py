@@ -11,6 +11,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from bnf_core.steps.metrics import SHIFT_CHOSEN, SHIFT_REJECTED
+
 Line = dict[str, Any]
 
 # Okabe and Ito's palette, told apart by colour-blind readers.
@@ -44,10 +46,10 @@ def run_figure(lines: Sequence[Line]) -> Figure:
     _curve(loss, evals, "loss", AFTER, "held-out rows", marker="o")
     label_axes(loss, "Loss", "label · token loss, mean over rows")
 
-    _curve(shift, train, "log_odds_shift/chosen", GOOD, "good rows, training")
-    _curve(shift, train, "log_odds_shift/rejected", BAD, "bad rows, training", style="--")
-    _curve(shift, evals, "log_odds_shift/chosen", GOOD, "good rows, held out", style="", marker="o")
-    _curve(shift, evals, "log_odds_shift/rejected", BAD, "bad rows, held out", style="", marker="s")
+    _curve(shift, train, SHIFT_CHOSEN, GOOD, "good rows, training")
+    _curve(shift, train, SHIFT_REJECTED, BAD, "bad rows, training", style="--")
+    _curve(shift, evals, SHIFT_CHOSEN, GOOD, "good rows, held out", style="", marker="o")
+    _curve(shift, evals, SHIFT_REJECTED, BAD, "bad rows, held out", style="", marker="s")
     shift.axhline(0, color=PLAIN, linewidth=0.8)
     label_axes(shift, "How far the policy has moved from the reference", "log-odds of tokens, nats")
 

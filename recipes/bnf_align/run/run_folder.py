@@ -1,14 +1,16 @@
 """The folder of one run: config.yaml, metrics.jsonl, checkpoints, what was trained, run.png."""
 
+import errno
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import yaml
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 
 from bnf_core.config import TrainConfig
@@ -20,10 +22,7 @@ from bnf_core.storage.checkpoints import Checkpoints, Facts
 from bnf_core.storage.files import replace_file
 from bnf_core.types import Array, Position
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems that have none
 
 
 class RunFolder:
@@ -52,20 +51,25 @@ class RunFolder:
         Raises:
             UserError: another run has the folder, or it cannot be made.
         """
-        lock, taken = None, False
+        lock: BaseFileLock | None = None
+        taken = False
         if self._first:
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"output {self.path} is a file: expected a folder")
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                lock = (self.path / ".lock").open("w")  # it stays: a lock on a file that was removed keeps nobody out
+                lock = _lock(self.path / ".lock")
+            except Timeout:
+                taken = True
             except OSError as error:
                 raise UserError(f"output {self.path}: {error.strerror}") from error
-            taken = not _locked(lock)
-        with lock or nullcontext():
+        try:
             if self.processes.any(taken):
                 raise UserError(f"another run is writing to {self.path}: choose another --output, or wait for its end")
             yield
+        finally:
+            if lock is not None:
+                lock.release()
 
     def start(self) -> None:
         """Begin a run, without what an earlier one left.
@@ -156,13 +160,19 @@ class RunFolder:
             raise TrainingStopped(f"{self.path} could not be written: {error}; {hint}") from error
 
 
-def _locked(file: IO[str]) -> bool:
-    """Lock it until it is closed; False: another process has."""
-    if fcntl is not None:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:  # a file system without locks
-            pass
-    return True
+def _lock(path: Path) -> BaseFileLock:
+    """Take a lock that the system lets go of when this process ends; the file stays, since a lock on a file that was
+    removed keeps nobody out. On a file system without locks nothing is taken: a file in a lock's place would outlive a
+    run that was killed, and keep out the one that resumes it.
+
+    Raises:
+        Timeout: another process has it.
+        OSError: the file cannot be written.
+    """
+    lock = FileLock(path, fallback_to_soft=False)
+    try:
+        lock.acquire(blocking=False)
+    except OSError as error:  # of which Timeout is one
+        if error.errno not in NO_LOCKS:
+            raise
+    return lock
