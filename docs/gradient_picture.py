@@ -48,12 +48,12 @@ def main() -> None:
     # Dense at both ends, and on every r, where the curve has its corner.
     p = np.union1d(np.linspace(0.001, 0.999, 999), list(REFERENCES))
     figure = Figure(figsize=(11, 4.4), layout="constrained")
-    good, bad = figure.subplots(1, 2)
-    panel(good, +1, p)
-    panel(bad, -1, p)
-    good.set_title("Good rows: pushed up", loc="left", fontsize=11)
-    bad.set_title("Bad rows: pushed down", loc="left", fontsize=11)
-    good.set_ylabel("push on the token's logit, −∂(label · loss)/∂z")
+    chosen, rejected = figure.subplots(1, 2)
+    panel(chosen, +1, p)
+    panel(rejected, -1, p)
+    chosen.set_title("Chosen rows: pushed up", loc="left", fontsize=11)
+    rejected.set_title("Rejected rows: pushed down", loc="left", fontsize=11)
+    chosen.set_ylabel("push on the token's logit, −∂(label · loss)/∂z")
     print(save(figure, OUTPUT))
 
 
