@@ -1,5 +1,7 @@
 """What a run reports, by name. Sums and counts of each row are carried and divided once, never means of means."""
 
+from typing import Any
+
 import numpy as np
 
 from bnf_core.processes import Processes
@@ -20,18 +22,18 @@ class Meter:
 
     Names, all means over completion tokens unless said otherwise:
         loss                    Σ coefficients · ℓ: the mean over sequences of label · mean token loss
-        log_odds_shift/chosen     policy minus reference log-odds, in nats, on preferred rows
-        log_odds_shift/rejected      the same on dispreferred rows
+        log_odds_shift/chosen     policy minus reference log-odds, in nats, on chosen rows
+        log_odds_shift/rejected      the same on rejected rows
         target_weight           t = min(1, p/r)
         share_below_reference   tokens with p < r
         tokens                  completion tokens, a count
-        preference_accuracy     over all pairs of a good and a bad completion of one prompt: the share in which the
-                                good one has the higher mean log-probability per token, ties count half
+        preference_accuracy     over all pairs of a chosen and a rejected completion of one prompt: the share in which
+                                the chosen one has the higher mean log-probability per token, ties count half
     and, as TRL's trainers name them, means over sequences of the sum over a sequence's tokens:
-        logps/chosen, logps/rejected        Σ log p of preferred and dispreferred rows
+        logps/chosen, logps/rejected        Σ log p of chosen and rejected rows
         rewards/chosen, rewards/rejected    Σ (log p − log r), a reward of scale β = 1
         rewards/margins                     their difference
-        rewards/accuracies                  over the same pairs: the share in which the good one has the higher reward
+        rewards/accuracies                  over the same pairs: the share in which the chosen one has the higher reward
     None where there is nothing to average: no such rows, no pairs.
     """
 
@@ -63,37 +65,37 @@ class Meter:
         order = np.argsort(np.concatenate(self._keys), kind="stable")  # sums in an order that the rows decide
         rows = dict(zip(COLUMNS, np.concatenate(self._tables)[order].T, strict=True))
         groups = np.concatenate(self._groups)[order]
-        good, bad = rows["label"] > 0, rows["label"] < 0
-        everything = good | bad
+        is_chosen, is_rejected = rows["label"] > 0, rows["label"] < 0
+        everything = is_chosen | is_rejected
         rewards = rows["log_p"] - rows["log_r"]
-        chosen, rejected = _mean(rewards[good]), _mean(rewards[bad])
+        chosen, rejected = _mean(rewards[is_chosen]), _mean(rewards[is_rejected])
 
         def over_tokens(name: str, of: Array) -> float | None:
             return float(rows[name][of].sum() / rows["tokens"][of].sum()) if of.any() else None
 
         return {
             "loss": float(rows["loss"].sum()),
-            SHIFT_CHOSEN: over_tokens("shift", good),
-            SHIFT_REJECTED: over_tokens("shift", bad),
+            SHIFT_CHOSEN: over_tokens("shift", is_chosen),
+            SHIFT_REJECTED: over_tokens("shift", is_rejected),
             "target_weight": over_tokens("target", everything),
             "share_below_reference": over_tokens("below", everything),
             "tokens": int(rows["tokens"].sum()),
-            "preference_accuracy": _pair_accuracy(rows["log_p"] / np.maximum(rows["tokens"], 1), groups, good),
-            "logps/chosen": _mean(rows["log_p"][good]),
-            "logps/rejected": _mean(rows["log_p"][bad]),
+            "preference_accuracy": _pair_accuracy(rows["log_p"] / np.maximum(rows["tokens"], 1), groups, is_chosen),
+            "logps/chosen": _mean(rows["log_p"][is_chosen]),
+            "logps/rejected": _mean(rows["log_p"][is_rejected]),
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
             "rewards/margins": None if chosen is None or rejected is None else chosen - rejected,
-            "rewards/accuracies": _pair_accuracy(rewards, groups, good),
+            "rewards/accuracies": _pair_accuracy(rewards, groups, is_chosen),
         }
 
 
-def _pair_accuracy(values: Array, groups: Array, good: Array) -> float | None:
-    """Over all pairs of a good and a bad row of one group: the share in which the good one's value is higher."""
+def _pair_accuracy(values: Array, groups: Array, is_chosen: Array) -> float | None:
+    """Over all pairs of a chosen and a rejected row of one group: the share in which the chosen one has more."""
     wins, pairs = 0.0, 0
     by_group = np.argsort(groups, kind="stable")
     for rows in np.split(by_group, np.flatnonzero(np.diff(groups[by_group])) + 1):
-        a, b = values[rows][good[rows]], np.sort(values[rows][~good[rows]])
+        a, b = values[rows][is_chosen[rows]], np.sort(values[rows][~is_chosen[rows]])
         below, up_to = np.searchsorted(b, a, "left"), np.searchsorted(b, a, "right")
         wins += float((below + up_to).sum()) / 2.0  # a tie counts half
         pairs += len(a) * len(b)
@@ -102,3 +104,9 @@ def _pair_accuracy(values: Array, groups: Array, good: Array) -> float | None:
 
 def _mean(values: Array) -> float | None:
     return float(np.mean(values)) if len(values) else None
+
+
+def with_present_names(line: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics.jsonl of a run before 0.2, which called chosen rows good and rejected ones bad."""
+    before = {"log_odds_shift/good": SHIFT_CHOSEN, "log_odds_shift/bad": SHIFT_REJECTED}
+    return {before.get(name, name): value for name, value in line.items()}

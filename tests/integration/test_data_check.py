@@ -100,8 +100,8 @@ def test_labels_prompts_and_pairs_are_counted(tmp_path: Path) -> None:
     assert counts == {
         "rows": 5,
         "bad_rows": 1,
-        "labelled_good": 2,
-        "labelled_bad": 3,
+        "labelled_chosen": 2,
+        "labelled_rejected": 3,
         "prompts": 3,
         "prompts_with_both": 1,
     }
@@ -222,7 +222,7 @@ def test_the_picture_holds_every_row_on_its_side(tokenizer_folder: Path, feedbac
     report = check(feedback, tokenizer_folder, max_length=24)
     prompts, completions, whole = data_check.figure(report).axes
     assert sum(bar.get_height() for bar in prompts.patches) == 12 == sum(bar.get_height() for bar in whole.patches)
-    assert [text.get_text() for text in completions.get_legend().get_texts()] == ["good: 6", "bad: 6"]
+    assert [text.get_text() for text in completions.get_legend().get_texts()] == ["chosen: 6", "rejected: 6"]
     assert list(whole.lines[0].get_xdata()) == [24, 24]
 
 

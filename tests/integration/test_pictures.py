@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from matplotlib.axes import Axes
 
-from bnf_align.run.pictures import BAD, GOOD, run_figure, run_picture
+from bnf_align.run.pictures import CHOSEN, REJECTED, run_figure, run_picture
 
 
 def train(step: int, good: float | None = 0.1, bad: float | None = -0.2, **more: Any) -> dict[str, Any]:
@@ -58,9 +58,9 @@ def test_draws_each_metric_where_it_belongs() -> None:
     loss, shift, weight, held_out = run_figure(lines).axes
     assert curve(loss, "training batches") == [(1, 0.5), (2, 0.5)]
     assert curve(loss, "held-out rows") == [(0, 0.4), (2, 0.4)]
-    assert curve(shift, "good rows, training") == [(1, 0.1), (2, 0.3)]
-    assert curve(shift, "bad rows, training") == [(1, -0.2), (2, -0.6)]
-    assert (colour(shift, "good rows, training"), colour(shift, "bad rows, training")) == (GOOD, BAD)
+    assert curve(shift, "chosen rows, training") == [(1, 0.1), (2, 0.3)]
+    assert curve(shift, "rejected rows, training") == [(1, -0.2), (2, -0.6)]
+    assert (colour(shift, "chosen rows, training"), colour(shift, "rejected rows, training")) == (CHOSEN, REJECTED)
     assert curve(weight, "mean target weight t = min(1, p/r)") == [(1, 0.9), (2, 0.8)]
     assert [bar.get_height() for bar in held_out.patches] == [0.5, 1.0, 0.25, 0.75]  # type: ignore[attr-defined]
     assert "50%\nstep 0" in texts(held_out) and "75%\nstep 2" in texts(held_out)
@@ -69,7 +69,7 @@ def test_draws_each_metric_where_it_belongs() -> None:
 def test_leaves_out_what_was_not_measured() -> None:
     lines = [train(1, good=None), train(2, loss=float("nan")), train(3, good=0.3), evaluation(3, 0.5, None)]
     loss, shift, _, held_out = run_figure(lines).axes
-    assert curve(shift, "good rows, training") == [(2, 0.1), (3, 0.3)]
+    assert curve(shift, "chosen rows, training") == [(2, 0.1), (3, 0.3)]
     assert curve(loss, "training batches") == [(1, 0.5), (3, 0.5)]
     assert [bar.get_height() for bar in held_out.patches] == [0.5]  # type: ignore[attr-defined]
 

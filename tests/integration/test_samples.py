@@ -65,7 +65,7 @@ def test_the_first_different_prompts_with_what_is_known_of_them(
     tmp_path: Path, examples: list[Example], tokenizer: Any, parrot: Any
 ) -> None:
     make(tmp_path, examples, tokenizer).write(5, parrot)
-    assert [(s["step"], s["prompt"], s.get("good"), s.get("bad")) for s in read(tmp_path)] == [
+    assert [(s["step"], s["prompt"], s.get("chosen"), s.get("rejected")) for s in read(tmp_path)] == [
         (5, "What is 2 plus 2? ", "It is 4.", "No idea."),
         (5, "Paris", " is the capital", None),
     ]
@@ -113,13 +113,13 @@ def test_processes_besides_the_first_complete_and_write_nothing(
 
 def test_the_page_shows_text_as_it_is() -> None:
     prompt = "<|user|>a|b\n\n# no *heading* [x](y)"
-    lines = page([{"step": 3, "prompt": prompt, "completion": "if x:\n    `y` <b> & ü", "bad": "\\"}]).splitlines()
+    lines = page([{"step": 3, "prompt": prompt, "completion": "if x:\n    `y` <b> & ü", "rejected": "\\"}]).splitlines()
     assert lines[2:] == [
         "## Prompt 1",
         "",
         r"| prompt | \<\|user\|\>a\|b<br><br># no \*heading\* \[x\](y) |",
         "|---|---|",
-        r"| bad | \\ |",
+        r"| rejected | \\ |",
         r"| step 3 | if x\:<br>&nbsp; &nbsp; \`y\` \<b\> \& ü |",
     ]
 

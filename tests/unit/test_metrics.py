@@ -8,7 +8,7 @@ import pytest
 
 from bnf_core.processes import Processes
 from bnf_core.steps.batching import MicroBatching, micro_batches
-from bnf_core.steps.metrics import Meter
+from bnf_core.steps.metrics import Meter, with_present_names
 from bnf_core.types import Example, TokenStats
 
 # Rows of 1, 3 and 2 completion tokens; the first two share a prompt.
@@ -127,3 +127,9 @@ def test_one_sided_batches_have_no_other_side() -> None:
     result = meter.result()
     assert result["log_odds_shift/rejected"] is result["rewards/rejected"] is result["rewards/margins"] is None
     assert result["log_odds_shift/chosen"] == 0.0 and result["target_weight"] == 1.0
+
+
+def test_lines_of_older_runs_are_read_by_their_present_names() -> None:
+    line = {"kind": "train", "step": 3, "log_odds_shift/good": 0.5, "log_odds_shift/bad": None, "loss": 1.0}
+    now = {"kind": "train", "step": 3, "log_odds_shift/chosen": 0.5, "log_odds_shift/rejected": None, "loss": 1.0}
+    assert with_present_names(line) == now == with_present_names(now)

@@ -18,10 +18,11 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Column, Table
 
-from bnf_align.run.pictures import AFTER, BAD, GOOD, PLAIN, label_axes, save
+from bnf_align.run.pictures import AFTER, CHOSEN, PLAIN, REJECTED, label_axes, save
 from bnf_core.config import flat
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Adapter, LowRank, read_adapter
+from bnf_core.steps.metrics import with_present_names
 from bnf_core.storage.checkpoints import FREE
 from bnf_core.storage.tensors import StoredTensor, float_tensors
 from bnf_core.types import Array
@@ -121,7 +122,10 @@ def read_run(folder: Path) -> Run:
             raise UserError(f"{folder} is not a run: it has no {name}")
     try:
         settings = dict(flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))))
-        lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [
+            with_present_names(json.loads(text))
+            for text in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         steps = {int(line["step"]): line for line in lines if line["kind"] == "train"}
         if not all(isinstance(line[key], int | float) for line in steps.values() for key in ("loss", "learning_rate")):
             raise ValueError("a training line of metrics.jsonl without a loss or learning rate")
@@ -180,8 +184,8 @@ def figure(result: Result, names: list[str]) -> Figure:
     if result.losses:
         steps, a, b, errors = zip(*result.losses, strict=True)
         marker = "o" if len(steps) == 1 else ""
-        loss.plot(steps, a, color=GOOD, linewidth=3, alpha=0.5, marker=marker, label=names[0])
-        loss.plot(steps, b, color=BAD, linewidth=1.2, linestyle="--", marker=marker, label=names[1])
+        loss.plot(steps, a, color=CHOSEN, linewidth=3, alpha=0.5, marker=marker, label=names[0])
+        loss.plot(steps, b, color=REJECTED, linewidth=1.2, linestyle="--", marker=marker, label=names[1])
         if exact := [(step, error) for step, error in zip(steps, errors, strict=True) if error > 0]:
             difference.plot(*zip(*exact, strict=True), color=AFTER, marker="o", markersize=4, label="difference")
             difference.axhline(LOSS_BOUND, color=PLAIN, linestyle=":", label="bound")

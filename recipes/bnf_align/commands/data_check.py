@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from bnf_align.run.pictures import AFTER, BAD, GOOD, PLAIN, save
+from bnf_align.run.pictures import AFTER, CHOSEN, PLAIN, REJECTED, save
 from bnf_align.run.progress import bar
 from bnf_core.config import DataCheckConfig, DataConfig
 from bnf_core.data import sources
@@ -62,7 +62,7 @@ class CheckedFile:
     bad_rows: list[str]  # a message for each, with file:line and field
     sizes: list[Size]  # of every usable completion: a pair has two
     prompts: int  # different ones
-    prompts_with_both: int  # with a completion labelled good and one labelled bad
+    prompts_with_both: int  # with a completion labelled true and one labelled false
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Repeats:
     """Completions that occur again after the same prompt, found by the digest of both."""
 
     duplicates: list[tuple[str, str]] = field(default_factory=list)  # where it was first, where it is again
-    contradictions: list[tuple[str, str]] = field(default_factory=list)  # where labelled good, where labelled bad
+    contradictions: list[tuple[str, str]] = field(default_factory=list)  # where chosen, where rejected
     _places: dict[object, dict[bool, str]] = field(default_factory=dict)  # digest -> label -> the first file:line
 
     def add(self, row: Feedback) -> None:
@@ -128,7 +128,9 @@ class DataReport:
             "prompts_cut": [size._asdict() for size in self.prompts_cut],
             "completions_cut": [size._asdict() for size in self.completions_cut],
             "duplicates": [{"first": first, "again": again} for first, again in self.repeats.duplicates],
-            "contradictions": [{"good": good, "bad": bad} for good, bad in self.repeats.contradictions],
+            "contradictions": [
+                {"chosen": chosen, "rejected": rejected} for chosen, rejected in self.repeats.contradictions
+            ],
             "bad_rows": self.bad_rows,
         }
 
@@ -312,8 +314,8 @@ def _counts(file: CheckedFile) -> dict[str, int]:
     return {
         "rows": file.rows,
         "bad_rows": len(file.bad_rows),
-        "labelled_good": good,
-        "labelled_bad": len(file.sizes) - good,
+        "labelled_chosen": good,
+        "labelled_rejected": len(file.sizes) - good,
         "prompts": file.prompts,
         "prompts_with_both": file.prompts_with_both,
     }
@@ -349,13 +351,13 @@ def _print(report: DataReport, config: DataConfig, console: Console) -> None:
 def _summary(report: DataReport) -> Table:
     table = Table("", *(Path(name).name for name in report.files))
     counts = [_counts(file) for file in report.files.values()]
-    completions = [max(1, c["labelled_good"] + c["labelled_bad"]) for c in counts]
+    completions = [max(1, c["labelled_chosen"] + c["labelled_rejected"]) for c in counts]
     for name, text in (("rows", "rows"), ("bad_rows", "bad rows")):
         table.add_row(text, *(f"{c[name]:,}" for c in counts))
-    for name, text in (("labelled_good", "completions labelled good"), ("labelled_bad", "completions labelled bad")):
+    for name, text in (("labelled_chosen", "chosen completions"), ("labelled_rejected", "rejected completions")):
         table.add_row(text, *(f"{c[name]:,} ({c[name] / of:.1%})" for c, of in zip(counts, completions, strict=True)))
     table.add_row("different prompts", *(f"{c['prompts']:,}" for c in counts))
-    table.add_row("prompts with good and bad ones", *(f"{c['prompts_with_both']:,}" for c in counts))
+    table.add_row("prompts with both", *(f"{c['prompts_with_both']:,}" for c in counts))
     table.add_row(report.unit, *(f"{sum(s.whole for s in file.sizes):,}" for file in report.files.values()))
     return table
 
@@ -388,13 +390,14 @@ def _findings(report: DataReport) -> Iterable[tuple[str, list[str]]]:
     yield "duplicates: prompt, completion and label as before", [f"{b} as {a}" for a, b in report.repeats.duplicates]
     yield (
         "contradictions: prompt and completion with both labels",
-        [f"{good} good, {bad} bad" for good, bad in report.repeats.contradictions],
+        [f"{chosen} chosen, {rejected} rejected" for chosen, rejected in report.repeats.contradictions],
     )
 
 
 def _places(sizes: Sequence[Size]) -> list[str]:
     return [
-        f"{s.source} prompt {s.prompt:,}, {'good' if s.label else 'bad'} completion {s.completion:,}" for s in sizes
+        f"{s.source} prompt {s.prompt:,}, {'chosen' if s.label else 'rejected'} completion {s.completion:,}"
+        for s in sizes
     ]
 
 
@@ -410,7 +413,10 @@ def figure(report: DataReport) -> Figure:
 
     prompts.hist([max(s.prompt, 1) for s in sizes], edges, color=PLAIN)
     prompts.set_title("Prompts", fontsize=11, loc="left")
-    for label, name, style in ((True, "good", {"color": GOOD}), (False, "bad", {"color": BAD, "linestyle": "--"})):
+    for label, name, style in (
+        (True, "chosen", {"color": CHOSEN}),
+        (False, "rejected", {"color": REJECTED, "linestyle": "--"}),
+    ):
         values = [s.completion for s in sizes if s.label is label]
         if values:
             completions.hist(values, edges, histtype="step", linewidth=1.8, label=f"{name}: {len(values):,}", **style)

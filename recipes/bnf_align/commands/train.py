@@ -201,8 +201,8 @@ class _Training:
         )
         self.progress.advance(
             loss=f"{metrics['loss']:+.3f}",
-            good=_signed(metrics[SHIFT_CHOSEN]),
-            bad=_signed(metrics[SHIFT_REJECTED]),
+            chosen=_signed(metrics[SHIFT_CHOSEN]),
+            rejected=_signed(metrics[SHIFT_REJECTED]),
             **{"tok/s": f"{speed:,.0f}"},
         )
         last = done == self.num_steps

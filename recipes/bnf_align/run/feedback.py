@@ -139,9 +139,9 @@ def _tokenized(
     tokens = feedback(rows)
     _list_skipped(tokens.skipped, name, console)
     examples = tokens.examples
-    good = sum(e.label for e in examples)
+    chosen = sum(e.label for e in examples)
     console.print(
-        f"{name}: {len(examples):,} rows ({good:,} good, {len(examples) - good:,} bad), "
+        f"{name}: {len(examples):,} rows ({chosen:,} chosen, {len(examples) - chosen:,} rejected), "
         f"{sum(map(len, examples)):,} tokens",
         highlight=False,
     )

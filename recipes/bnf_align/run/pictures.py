@@ -11,12 +11,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bnf_core.steps.metrics import SHIFT_CHOSEN, SHIFT_REJECTED
+from bnf_core.steps.metrics import SHIFT_CHOSEN, SHIFT_REJECTED, with_present_names
 
 Line = dict[str, Any]
 
 # Okabe and Ito's palette, told apart by colour-blind readers.
-GOOD, BAD, PLAIN, BEFORE, AFTER = "#0072B2", "#D55E00", "#444444", "#BBBBBB", "#009E73"
+CHOSEN, REJECTED, PLAIN, BEFORE, AFTER = "#0072B2", "#D55E00", "#444444", "#BBBBBB", "#009E73"
 
 
 def run_picture(run_folder: Path) -> Path:
@@ -46,15 +46,15 @@ def run_figure(lines: Sequence[Line]) -> Figure:
     _curve(loss, evals, "loss", AFTER, "held-out rows", marker="o")
     label_axes(loss, "Loss", "label · token loss, mean over rows")
 
-    _curve(shift, train, SHIFT_CHOSEN, GOOD, "good rows, training")
-    _curve(shift, train, SHIFT_REJECTED, BAD, "bad rows, training", style="--")
-    _curve(shift, evals, SHIFT_CHOSEN, GOOD, "good rows, held out", style="", marker="o")
-    _curve(shift, evals, SHIFT_REJECTED, BAD, "bad rows, held out", style="", marker="s")
+    _curve(shift, train, SHIFT_CHOSEN, CHOSEN, "chosen rows, training")
+    _curve(shift, train, SHIFT_REJECTED, REJECTED, "rejected rows, training", style="--")
+    _curve(shift, evals, SHIFT_CHOSEN, CHOSEN, "chosen rows, held out", style="", marker="o")
+    _curve(shift, evals, SHIFT_REJECTED, REJECTED, "rejected rows, held out", style="", marker="s")
     shift.axhline(0, color=PLAIN, linewidth=0.8)
     label_axes(shift, "How far the policy has moved from the reference", "log-odds of tokens, nats")
 
-    _curve(weight, train, "target_weight", GOOD, "mean target weight t = min(1, p/r)")
-    _curve(weight, train, "share_below_reference", BAD, "share of tokens with p < r", style="--")
+    _curve(weight, train, "target_weight", CHOSEN, "mean target weight t = min(1, p/r)")
+    _curve(weight, train, "share_below_reference", REJECTED, "share of tokens with p < r", style="--")
     weight.set_ylim(-0.03, 1.03)
     label_axes(weight, "Where tokens stand against the reference", "")
 
@@ -80,7 +80,7 @@ def _read(path: Path) -> list[Line]:
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
-            line = json.loads(text)
+            line = with_present_names(json.loads(text))
         except ValueError:
             continue
         if isinstance(line, dict):
@@ -123,7 +123,7 @@ def _before_and_after(axes: Axes, evals: list[Line]) -> None:
     """Bars of the first and the last evaluation, of each accuracy that was measured."""
     axes.set_title("Held-out prompts, before and after", fontsize=11, loc="left")
     names = {
-        "preference_accuracy": "good answer preferred\nto the bad one",
+        "preference_accuracy": "chosen answer likelier\nthan the rejected one",
         "answer_accuracy": "generated answer\nright",
     }
     ticks: list[str] = []

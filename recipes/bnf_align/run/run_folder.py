@@ -17,7 +17,7 @@ from bnf_core.config import TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.processes import ALONE, Processes
 from bnf_core.protocol import Engine
-from bnf_core.steps.metrics import Metrics
+from bnf_core.steps.metrics import Metrics, with_present_names
 from bnf_core.storage.checkpoints import Checkpoints, Facts
 from bnf_core.storage.files import replace_file
 from bnf_core.types import Array, Position
@@ -113,19 +113,19 @@ class RunFolder:
         if self._metrics.exists():
             for text in self._metrics.read_text(encoding="utf-8").splitlines():
                 try:
-                    line = json.loads(text)
+                    line = with_present_names(json.loads(text))
                 except ValueError:  # the last one, cut short
                     break
                 if line["step"] > step:
                     break
-                lines.append((text, line))
+                lines.append(line)
         self.processes.barrier()  # nobody writes before everybody has read
         with self.writing():
             if self._first:
                 self._write_config()
-                replace_file(self._metrics, "".join(f"{text}\n" for text, _ in lines))
+                replace_file(self._metrics, "".join(json.dumps(line) + "\n" for line in lines))
             engine.save(self.trained)
-        evaluations = [line for _, line in lines if line["kind"] == "eval"]
+        evaluations = [line for line in lines if line["kind"] == "eval"]
         return {e["step"]: {k: v for k, v in e.items() if k not in ("kind", "step")} for e in evaluations}
 
     def log(self, **values: Any) -> None:

@@ -1,7 +1,7 @@
 """What the model says as it is trained: greedy completions of some held-out prompts, step by step.
 
-In the run folder, `samples.jsonl` has a line for each completion: `step`, `prompt`, `completion`, and as `good` and
-`bad` a completion from the held-out rows where there is one. All are text as the model sees it, special tokens
+In the run folder, `samples.jsonl` has a line for each completion: `step`, `prompt`, `completion`, and as `chosen`
+and `rejected` a completion from the held-out rows where there is one. All are text as the model sees it, special tokens
 included, but for the end of a completion. `samples.md` shows the same, a table for each prompt.
 """
 
@@ -68,7 +68,7 @@ class Samples:
 
     def _describe(self, prompt: tuple[int, ...], examples: Sequence[Example]) -> Sample:
         known: Sample = {"prompt": self._tokenizer.decode(list(prompt))}
-        for name, label in (("good", True), ("bad", False)):
+        for name, label in (("chosen", True), ("rejected", False)):
             ids = next((e.completion_ids for e in examples if e.prompt_ids == prompt and e.label == label), None)
             if ids is not None:  # without the end of turn, which `generate` leaves out too
                 known[name] = self._tokenizer.decode(list(ids[:-1] if ids[-1] in self._stops else ids))
@@ -80,7 +80,7 @@ def page(samples: Sequence[Sample]) -> str:
     parts = ["# Samples\n"]
     for number, prompt in enumerate(dict.fromkeys(sample["prompt"] for sample in samples), 1):
         of_prompt = [sample for sample in samples if sample["prompt"] == prompt]
-        rows = [(str(name), of_prompt[0][name]) for name in ("good", "bad") if name in of_prompt[0]]
+        rows = [(str(name), of_prompt[0][name]) for name in ("chosen", "rejected") if name in of_prompt[0]]
         rows += [(f"step {sample['step']}", sample["completion"]) for sample in of_prompt]
         parts += [f"## Prompt {number}\n", f"| prompt | {_cell(prompt)} |", "|---|---|"]
         parts += [f"| {name} | {_cell(text)} |" for name, text in rows]
@@ -104,7 +104,12 @@ def _read(run_folder: Path) -> list[Sample]:
     path = run_folder / "samples.jsonl"
     try:
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-        samples = [json.loads(line) for line in lines if line]
+        samples = [_with_present_names(dict(json.loads(line))) for line in lines if line]
         return sorted(samples, key=lambda sample: int(sample["step"]))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not the samples of a run ({error!r}). Move it away to go on") from error
+
+
+def _with_present_names(sample: Sample) -> Sample:
+    """A sample of a run before 0.2, which called the two completions good and bad."""
+    return {{"good": "chosen", "bad": "rejected"}.get(name, name): value for name, value in sample.items()}
