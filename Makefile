@@ -5,12 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-unit test-slow lint openblas clean
+.PHONY: help install demo test test-unit test-slow lint bench openblas clean
 help:
 	@echo "make demo [BACKEND=torch|mlx]  align a small model, show before and after (some minutes)"
-	@echo "make test                      every fast test, linter and type checker"
-	@echo "make test-unit                 the tests of the core, in seconds"
+	@echo "make test                      linters and type checker, then unit, integration and distributed tests"
+	@echo "make test-unit                 the tests that take seconds"
 	@echo "make test-slow                 the tests on a real model, and every arrangement of a run"
+	@echo "make lint                      ruff, mypy, deptry"
+	@echo "make bench                     what there is to measure, and how"
 	@echo "make clean                     remove .venv and caches; runs and models stay"
 
 install: $(INSTALLED)
@@ -44,10 +46,10 @@ demo: $(VENV)/.model openblas
 
 # Two files at a time, a thread each: threads that wait for each other's cores cost more than they bring.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/integration tests/distributed
 
 test-unit: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 tests/unit
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit
 
 test-slow: $(VENV)/.model
 	$(BIN)/python -m pytest -q -m slow
@@ -56,6 +58,14 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/deptry .
+
+# Measurements take minutes and a model, so each is started by hand.
+bench:
+	@echo "$(BIN)/python -m benchmarks.loss --backend torch|mlx                             the loss alone"
+	@echo "$(BIN)/python -m benchmarks.step --backend torch|mlx --model MODEL --data FILE   a whole step"
+	@echo "$(BIN)/python -m benchmarks.growth --backend torch|mlx --model MODEL             how both grow"
+	@echo "docs/performance.md says what is measured, and what to install to measure others beside it"
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,7 +19,7 @@ def preload_openblas() -> None:
         return
     if (library := find_openblas()) is not None:
         os.environ["LD_PRELOAD"] = library
-        os.execv(sys.executable, [sys.executable, "-m", "bnf_align", *sys.argv[1:]])
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def find_openblas() -> str | None:

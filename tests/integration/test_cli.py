@@ -1,13 +1,16 @@
 """The command line as a user meets it: exit codes, messages, and nothing half-written."""
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 import tiny
 from bnf_align import cli
+from bnf_mlx import blas
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
@@ -189,3 +192,18 @@ def test_ready_made_configs_hold_known_settings(name: str, capsys: pytest.Captur
     with pytest.raises(SystemExit) as stop:
         cli.run(["train", "--config", str(path), "--print-config"])
     assert stop.value.code == 0 and f"output: runs/{name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["-m", "benchmarks.step", "--backend", "mlx"], ["/usr/bin/bnf", "train"]])
+def test_openblas_is_put_in_front_of_the_same_command(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(blas.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(blas, "find_openblas", lambda: "libopenblas.so.0")
+    monkeypatch.setattr(blas.os, "execv", lambda program, argv: started.append(argv))
+    monkeypatch.setattr(sys, "orig_argv", ["python", *words])
+    monkeypatch.setenv("LD_PRELOAD", "")  # puts back what is changed below
+    blas.preload_openblas()  # set by the user, even to nothing
+    assert not started
+    monkeypatch.delenv("LD_PRELOAD")
+    blas.preload_openblas()
+    assert started == [[sys.executable, *words]] and os.environ["LD_PRELOAD"] == "libopenblas.so.0"
