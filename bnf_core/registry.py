@@ -3,7 +3,7 @@
 import importlib
 import importlib.util
 import platform
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
@@ -14,12 +14,12 @@ GROUP = "bnf.backends"
 
 def names() -> list[str]:
     """Every registered backend, installed or not."""
-    return sorted({point.name for point in entry_points(group=GROUP)})
+    return sorted(_points())
 
 
 def missing(name: str) -> list[str]:
     """Packages that the named backend lacks here, by its own account (`Backend.requires`)."""
-    point = next((point for point in entry_points(group=GROUP) if point.name == name), None)
+    point = _points().get(name)
     requires = getattr(point.load(), "requires", ()) if point else ()
     return [package for package in requires if importlib.util.find_spec(package) is None]
 
@@ -45,10 +45,10 @@ def for_layout(layout: Layout) -> Backend:
     Raises:
         UserError: there is none.
     """
-    found = [point.name for point in entry_points(group=GROUP) if getattr(point.load(), "adapter_layout", "") == layout]
-    here = [name for name in sorted(found) if not missing(name)]
+    found = sorted(name for name, point in _points().items() if getattr(point.load(), "adapter_layout", "") == layout)
+    here = [name for name in found if not missing(name)]
     if not here:
-        wanted = " or ".join(f"'bnf-align[{name}]'" for name in sorted(found)) or "a backend for it"
+        wanted = " or ".join(f"'bnf-align[{name}]'" for name in found) or "a backend for it"
         raise UserError(f"no backend for adapters of {layout} is installed: pip install {wanted}")
     return get(here[0])
 
@@ -67,17 +67,22 @@ def get(name: str = "auto") -> Backend:
         except (ImportError, AttributeError) as error:
             raise UserError(f"backend {name!r}: {error}; expected package.module:factory") from error
     else:
-        points = [point for point in entry_points(group=GROUP) if point.name == name]
-        if not points:
+        point = _points().get(name)
+        if point is None:
             raise UserError(f"unknown backend {name!r}: expected auto, {', '.join(names())} or package.module:factory")
         if absent := missing(name):
             raise UserError(
                 f"backend {name!r} is not installed (no {', '.join(absent)}): pip install 'bnf-align[{name}]'"
             )
-        factory = points[0].load()
+        factory = point.load()
     backend = factory()
     if not isinstance(backend, Backend):
         raise UserError(
             f"backend {name!r} is a {type(backend).__name__}, which lacks parts of bnf_core.protocol.Backend"
         )
     return backend
+
+
+def _points() -> dict[str, EntryPoint]:
+    """By name; of several of one name, the first."""
+    return {point.name: point for point in reversed(entry_points(group=GROUP))}

@@ -20,7 +20,7 @@ from bnf_mlx import adapter
 from bnf_mlx.model import Checkpoint
 from bnf_mlx.optimizer import Optimizer, flat
 from bnf_mlx.processes import sum_over
-from bnf_mlx.scored import Gradients, MicroStep, ScoredModel, wired_memory
+from bnf_mlx.scored import Gradients, MicroStep, ScoredModel
 
 
 class MLXEngine:
@@ -77,7 +77,7 @@ class MLXEngine:
     ) -> tuple[list[TokenStats], float]:
         if self.optimizer is None:
             raise RuntimeError("this engine was loaded without anything to train and an optimizer")
-        with mx.stream(self.device), wired_memory():
+        with mx.stream(self.device):
             loss, stats, gradients = 0.0, [], Gradients()
             for batch, ref_log_odds in batches:
                 micro_loss, micro_stats, added = self.micro_step(batch, ref_log_odds)
@@ -93,6 +93,11 @@ class MLXEngine:
 
     @cached_property
     def micro_step(self) -> MicroStep:
+        from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+        # On Metal, as much memory stays resident as Apple recommends, from the first step on: set anew at each, it
+        # would have to wait for the device.
+        maybe_set_recommended_wired_limit()
         return MicroStep(self.scored)
 
     def state(self) -> dict[str, Array | Shard]:

@@ -24,7 +24,7 @@ Seen = dict[str, tuple[mx.array, mx.array]]
 
 
 class MLXInspector:
-    """A model in float32 on the CPU. Its modules go by `bnf_mlx.model_config.module_path`, as on every backend.
+    """A model in float32 on the CPU. Its modules go by `bnf_core.models.model_config.module_path`, as on every backend.
 
     Raises:
         UserError: the model cannot be loaded.

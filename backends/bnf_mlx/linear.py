@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
+from bnf_core.shapes import require_linear, require_one_for_each
 from bnf_core.types import TokenStats
 from bnf_mlx.kernels import exponentials
 from bnf_mlx.losses import accurate_sum, check_targets, custom_function, loss_and_slope
@@ -64,8 +65,7 @@ def linear_bnf_loss(
         loss = (coefficients * token_loss).sum()
     """
     _check(hidden, head_weight, targets, bias, soft_cap, chunk_tokens)
-    if not targets.shape == ref_log_odds.shape == coefficients.shape:
-        raise ValueError(f"targets, ref_log_odds and coefficients must be ({len(hidden)},), one for each hidden state")
+    require_one_for_each(len(hidden), targets.shape, ref_log_odds.shape, coefficients.shape)
     if train_head is False:
         head_weight, bias = mx.stop_gradient(head_weight), None if bias is None else mx.stop_gradient(bias)
 
@@ -191,18 +191,8 @@ def _check(
     soft_cap: float | None,
     chunk_tokens: int | None,
 ) -> None:
-    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
-        raise ValueError(f"hidden {hidden.shape} does not fit head_weight {head.shape}")
-    if len(head) < 2:
-        raise ValueError(f"head_weight {head.shape}: a vocabulary needs at least 2 tokens")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets {targets.shape} do not fit hidden {hidden.shape}: one for each")
-    if bias is not None and bias.shape != head.shape[:1]:
-        raise ValueError(f"bias {bias.shape} does not fit head_weight {head.shape}")
-    if soft_cap is not None and not 0 < soft_cap < math.inf:
-        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be positive, got {chunk_tokens}")
+    shape_of_bias = None if bias is None else bias.shape
+    require_linear(hidden.shape, head.shape, targets.shape, shape_of_bias, soft_cap, chunk_tokens)
     check_targets(targets, len(head))
 
 

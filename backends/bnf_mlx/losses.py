@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from bnf_core.shapes import require_logits, require_one_shape
+
 custom_function: Any = mx.custom_function  # typed as returning object
 NEVER = -200.0  # exp of it is exactly 0 in float32, and so is 0 times it
 
@@ -37,10 +39,7 @@ def token_log_odds(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.ar
         log_q = others - mx.logsumexp(others, axis=-1, keepdims=True)
         other_entropy = -(mx.exp(log_q) * log_q).sum(axis=-1)
     """
-    if logits.shape[-1] < 2:
-        raise ValueError(f"logits {logits.shape}: a vocabulary needs at least 2 tokens")
-    if targets.shape != logits.shape[:-1]:
-        raise ValueError(f"targets {targets.shape} do not fit logits {logits.shape}")
+    require_logits(logits.shape, targets.shape)
     check_targets(targets, logits.shape[-1])
     log_odds, entropy, *_ = _token_log_odds(logits, targets)
     return log_odds, mx.stop_gradient(entropy)
@@ -62,9 +61,7 @@ def bnf_token_loss(log_odds: mx.array, other_entropy: mx.array, ref_log_odds: mx
         t = mx.stop_gradient(mx.minimum(1, p / r))
         loss = -(t * log(p) + (1 - t) * (log(1 - p) - mx.stop_gradient(other_entropy)))
     """
-    if not log_odds.shape == other_entropy.shape == ref_log_odds.shape:
-        shapes = ", ".join(str(x.shape) for x in (log_odds, other_entropy, ref_log_odds))
-        raise ValueError(f"log_odds, other_entropy and ref_log_odds must have one shape, got {shapes}")
+    require_one_shape(log_odds.shape, other_entropy.shape, ref_log_odds.shape)
     return _token_loss(*(x.astype(mx.float32) for x in (log_odds, other_entropy, ref_log_odds)))[0]
 
 

@@ -228,17 +228,3 @@ class _Recomputed:
         output = mx.checkpoint(run)(parameters, args, kwargs)
         layer.load_weights(list(parameters.items()), strict=False)  # for a layer that is used twice
         return output
-
-
-@contextmanager
-def wired_memory() -> Iterator[None]:
-    """On Metal, let MLX keep as much memory resident as Apple recommends, as mlx-lm does."""
-    from mlx_lm.utils import maybe_set_recommended_wired_limit
-
-    before = maybe_set_recommended_wired_limit()
-    try:
-        yield
-    finally:
-        if before is not None:
-            mx.synchronize()
-            mx.set_wired_limit(before)

@@ -1,7 +1,8 @@
 """The BNF loss and its training engine on PyTorch. Mirrors bnf_mlx file by file. Nothing loads before it is used."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from bnf_core.lazy import attributes
 
 if TYPE_CHECKING:
     from bnf_torch.linear import linear_bnf_loss, linear_log_odds
@@ -9,15 +10,12 @@ if TYPE_CHECKING:
 
 __all__ = ["bnf_token_loss", "linear_bnf_loss", "linear_log_odds", "token_log_odds"]
 
-_MODULES = {
-    "bnf_token_loss": "losses",
-    "linear_bnf_loss": "linear",
-    "linear_log_odds": "linear",
-    "token_log_odds": "losses",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = attributes(
+    __name__,
+    {
+        "bnf_token_loss": "bnf_torch.losses",
+        "linear_bnf_loss": "bnf_torch.linear",
+        "linear_log_odds": "bnf_torch.linear",
+        "token_log_odds": "bnf_torch.losses",
+    },
+)

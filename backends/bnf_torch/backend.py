@@ -21,9 +21,6 @@ class TorchBackend(Backend):
     requires = ("torch", "transformers", "peft")
     adapter_layout: Layout = "peft"
 
-    def prepare(self) -> None:
-        """Nothing: PyTorch is as fast as it comes."""
-
     def fused_loss(self) -> Callable[..., Any]:
         from bnf_torch.linear import linear_bnf_loss
 
@@ -96,9 +93,6 @@ class TorchBackend(Backend):
             gradient_checkpointing=gradient_checkpointing,
         )
 
-    def notes(self, model: Path) -> list[str]:
-        return []
-
     def inspector(self, model: Path) -> Inspector:
         from bnf_torch.inspection import TorchInspector
 
@@ -135,11 +129,13 @@ def _check(
     fine_tune_type: FineTuneType | None, adapter: Path | None, load_in_4bit: bool, sharded: bool, dtype: "torch.dtype"
 ) -> None:
     """Raises UserError where settings do not go together."""
+    import torch
+
     if fine_tune_type == "full" and load_in_4bit:
         raise UserError("4-bit weights cannot be trained: use fine_tune_type lora, or leave out hardware.load_in_4bit")
     if fine_tune_type == "full" and adapter is not None:
         raise UserError(f"full fine-tuning starts from a model, and {adapter} is an adapter: merge it into one first")
-    if fine_tune_type == "full" and str(dtype) == "torch.float16":
+    if fine_tune_type == "full" and dtype == torch.float16:
         raise UserError("full fine-tuning in float16 would need loss scaling: use --dtype bfloat16 or float32")
     if load_in_4bit and sharded:
         raise UserError("4-bit weights are not sharded: use DDP (recipes/configs/accelerate/ddp.yaml)")

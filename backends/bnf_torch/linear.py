@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bnf_core.shapes import require_linear, require_one_for_each
 from bnf_core.types import TokenStats
 from bnf_torch.losses import check_targets, loss_and_slope
 
@@ -79,8 +80,7 @@ def linear_bnf_loss(
         loss = (coefficients * token_loss).sum()
     """
     _check(hidden, head_weight, targets, bias, soft_cap, chunk_tokens)
-    if not targets.shape == ref_log_odds.shape == coefficients.shape:
-        raise ValueError(f"targets, ref_log_odds and coefficients must be ({len(hidden)},), one for each hidden state")
+    require_one_for_each(len(hidden), tuple(targets.shape), tuple(ref_log_odds.shape), tuple(coefficients.shape))
     if train_head is False:
         head_weight, bias = head_weight.detach(), None if bias is None else bias.detach()
     loss, *stats = _linear_loss(
@@ -137,18 +137,8 @@ def _check(
     soft_cap: float | None,
     chunk_tokens: int | None,
 ) -> None:
-    if hidden.ndim != 2 or head.ndim != 2 or hidden.shape[1] != head.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} does not fit head_weight {tuple(head.shape)}")
-    if len(head) < 2:
-        raise ValueError(f"head_weight {tuple(head.shape)}: a vocabulary needs at least 2 tokens")
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets {tuple(targets.shape)} do not fit hidden {tuple(hidden.shape)}: one for each")
-    if bias is not None and bias.shape != head.shape[:1]:
-        raise ValueError(f"bias {tuple(bias.shape)} does not fit head_weight {tuple(head.shape)}")
-    if soft_cap is not None and not 0 < soft_cap < math.inf:
-        raise ValueError(f"soft_cap must be positive, got {soft_cap}")
-    if chunk_tokens is not None and chunk_tokens < 1:
-        raise ValueError(f"chunk_tokens must be positive, got {chunk_tokens}")
+    shape_of_bias = None if bias is None else tuple(bias.shape)
+    require_linear(tuple(hidden.shape), tuple(head.shape), tuple(targets.shape), shape_of_bias, soft_cap, chunk_tokens)
 
 
 def _wanted(*leaves: Tensor | None) -> list[bool]:

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bnf_core.shapes import require_logits, require_one_shape
+
 
 def token_log_odds(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-odds of the observed tokens, and the entropy of the others.
@@ -36,10 +38,7 @@ def token_log_odds(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         log_q = others - others.logsumexp(-1, keepdim=True)
         other_entropy = -(log_q.exp() * log_q).sum(-1)
     """
-    if logits.shape[-1] < 2:
-        raise ValueError(f"logits {tuple(logits.shape)}: a vocabulary needs at least 2 tokens")
-    if targets.shape != logits.shape[:-1]:
-        raise ValueError(f"targets {tuple(targets.shape)} do not fit logits {tuple(logits.shape)}")
+    require_logits(tuple(logits.shape), tuple(targets.shape))
     if not torch.compiler.is_compiling():  # which cannot branch on values
         check_targets(targets, logits.shape[-1])
     return _TokenLogOdds.apply(logits, targets.long())
@@ -61,9 +60,7 @@ def bnf_token_loss(log_odds: Tensor, other_entropy: Tensor, ref_log_odds: Tensor
         t = (p / r).clamp(max=1).detach()
         loss = -(t * log(p) + (1 - t) * (log(1 - p) - other_entropy.detach()))
     """
-    if not log_odds.shape == other_entropy.shape == ref_log_odds.shape:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (log_odds, other_entropy, ref_log_odds))
-        raise ValueError(f"log_odds, other_entropy and ref_log_odds must have one shape, got {shapes}")
+    require_one_shape(tuple(log_odds.shape), tuple(other_entropy.shape), tuple(ref_log_odds.shape))
     return _TokenLoss.apply(log_odds.float(), other_entropy.float(), ref_log_odds.float())
 
 

@@ -110,10 +110,19 @@ def raw_config(folder: Path) -> Config:
 def resolved_config(folder: Path) -> Config:
     """The config with every default of transformers', under its present names and the published ones; empty for a
     model that only mlx-lm knows."""
+    return _from_transformers(folder, _named_both_ways)
+
+
+def transformers_config(folder: Path) -> Config:
+    """The config as transformers holds it, under its present names alone; empty for a model it does not know."""
+    return _from_transformers(folder, lambda config: config.to_dict())
+
+
+def _from_transformers(folder: Path, read: Callable[[Any], Config]) -> Config:
     from transformers import AutoConfig
 
     try:
-        return _named_both_ways(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        return read(AutoConfig.from_pretrained(folder, trust_remote_code=False))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
@@ -144,14 +153,3 @@ def rope_scaling(config: Config) -> str | None:
 def family_of(folder: Path) -> str:
     """The checkpoint's model_type."""
     return str(raw_config(folder).get("model_type"))
-
-
-def transformers_config(folder: Path) -> Config:
-    """The config as transformers holds it, under its present names alone; empty for a model it does not know."""
-    from transformers import AutoConfig
-
-    try:
-        config: Config = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    return config

@@ -1,15 +1,6 @@
-"""The reference's log-odds, one float32 per completion token: computed once per row, in memory or in a folder.
-
-    ref/index.json                 what the reference is of, and the shards with their SHA-256
-        shard-00000.safetensors    keys (R,) uint64, lengths (R,) int32, log_odds (Σ lengths,) float32
-
-A row is known by `Example.key`, a hash of its tokens. So neither order, epochs, duplicates nor batching matter, and a
-folder can serve any part of the data it was made of, or grow by more. Among ten million rows, two of one 64-bit key
-have odds of 3 in a million.
-"""
+"""The reference's log-odds of a run, one float32 per completion token: looked up, or computed once per row."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,14 +8,6 @@ from bnf_core.errors import UserError
 from bnf_core.processes import Processes
 from bnf_core.storage.reference_folder import StoredReference
 from bnf_core.types import Array, Batch
-
-if TYPE_CHECKING:
-    pass
-
-Fingerprint = dict[str, str]  # what the reference depends on, by name
-
-FORMAT = 1
-INDEX = "index.json"
 
 
 class ReferenceCache:

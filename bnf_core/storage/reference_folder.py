@@ -1,4 +1,4 @@
-"""The reference's log-odds, one float32 per completion token: computed once per row, in memory or in a folder.
+"""The reference's log-odds in a folder, one float32 per completion token, for any number of runs.
 
     ref/index.json                 what the reference is of, and the shards with their SHA-256
         shard-00000.safetensors    keys (R,) uint64, lengths (R,) int32, log_odds (Σ lengths,) float32

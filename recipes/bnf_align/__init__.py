@@ -4,9 +4,10 @@
 who know transformers' Trainer; `linear_bnf_loss` is that of the backend at hand.
 """
 
-from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from bnf_core.lazy import attributes
 
 if TYPE_CHECKING:
     from bnf_align.commands.evaluate import evaluate
@@ -16,13 +17,16 @@ if TYPE_CHECKING:
 
 __all__ = ["BNFConfig", "BNFTrainer", "__version__", "evaluate", "generate", "linear_bnf_loss", "train"]
 
-_MODULES = {
-    "BNFConfig": "bnf_torch.trainer",
-    "BNFTrainer": "bnf_torch.trainer",
-    "evaluate": "bnf_align.commands.evaluate",
-    "generate": "bnf_align.commands.generate",
-    "train": "bnf_align.commands.train",
-}
+_of_module = attributes(
+    __name__,
+    {
+        "BNFConfig": "bnf_torch.trainer",
+        "BNFTrainer": "bnf_torch.trainer",
+        "evaluate": "bnf_align.commands.evaluate",
+        "generate": "bnf_align.commands.generate",
+        "train": "bnf_align.commands.train",
+    },
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -32,6 +36,4 @@ def __getattr__(name: str) -> Any:
         from bnf_core import registry
 
         return registry.get().fused_loss()
-    if name in _MODULES:
-        return getattr(import_module(_MODULES[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _of_module(name)
