@@ -10,12 +10,11 @@ if TYPE_CHECKING:
 
 __all__ = ["bnf_token_loss", "linear_bnf_loss", "linear_log_odds", "token_log_odds"]
 
-__getattr__ = attributes(
-    __name__,
-    {
-        "bnf_token_loss": "bnf_mlx.losses",
-        "linear_bnf_loss": "bnf_mlx.linear",
-        "linear_log_odds": "bnf_mlx.linear",
-        "token_log_odds": "bnf_mlx.losses",
-    },
-)
+_MODULES = {
+    "bnf_token_loss": "bnf_mlx.losses",
+    "linear_bnf_loss": "bnf_mlx.linear",
+    "linear_log_odds": "bnf_mlx.linear",
+    "token_log_odds": "bnf_mlx.losses",
+}
+
+__getattr__ = attributes(__name__, _MODULES)

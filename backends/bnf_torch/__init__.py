@@ -10,12 +10,11 @@ if TYPE_CHECKING:
 
 __all__ = ["bnf_token_loss", "linear_bnf_loss", "linear_log_odds", "token_log_odds"]
 
-__getattr__ = attributes(
-    __name__,
-    {
-        "bnf_token_loss": "bnf_torch.losses",
-        "linear_bnf_loss": "bnf_torch.linear",
-        "linear_log_odds": "bnf_torch.linear",
-        "token_log_odds": "bnf_torch.losses",
-    },
-)
+_MODULES = {
+    "bnf_token_loss": "bnf_torch.losses",
+    "linear_bnf_loss": "bnf_torch.linear",
+    "linear_log_odds": "bnf_torch.linear",
+    "token_log_odds": "bnf_torch.losses",
+}
+
+__getattr__ = attributes(__name__, _MODULES)
