@@ -88,19 +88,21 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int, kind: FineTuneT
     """A fresh float32 adapter, `lora` or `dora`: A as drawn by `bnf_core.models.lora`, B zero, m the norms of the rows.
 
     Raises:
-        UserError: a target that is no linear layer of this model's decoder layers; a DoRA adapter that mlx-lm could
-            not load.
+        UserError: a target that is no linear layer of this model; a DoRA adapter that mlx-lm could not load.
     """
     linear = sorted({name for layer in model.layers for name, m in layer.named_modules() if _is_linear(m)})
+    head = [(name, m) for name, m in model.named_modules() if _last(name) == "lm_head" and _is_linear(m)]  # if not tied
     if config.targets == ["all-linear"]:
-        keys = set(linear)
+        keys, head = set(linear), []
     else:
         keys = {path for path in linear if _last(path) in config.targets}
-        if unknown := sorted(set(config.targets) - set(map(_last, linear))):
+        there = {_last(path) for path in linear} | {_last(path) for path, _ in head}
+        if unknown := sorted(set(config.targets) - there):
             raise UserError(
-                f"lora.targets: no linear layer is called {', '.join(unknown)}; "
-                f"this model has {', '.join(sorted(set(map(_last, linear))))}"
+                f"lora.targets: no linear layer is called {', '.join(unknown)}; this model has "
+                f"{', '.join(sorted(there))}"
             )
+        head = head if "lm_head" in config.targets else []
 
     def adapted(linear: Any) -> nn.Module:
         if kind == "dora":
@@ -115,6 +117,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int, kind: FineTuneT
     for layer in model.layers:
         chosen = [(name, module) for name, module in layer.named_modules() if name in keys and _is_linear(module)]
         _put(layer, [(name, adapted(module)) for name, module in chosen])
+    _put(model, [(name, adapted(module)) for name, module in head])
     for name, module in _adapted(model):
         a = initial_lora_a(name, config.rank, dense_weight(module.linear).shape[1], seed)  # (r, in)
         module.lora_a = mx.array(a.T)  # (in, r)
@@ -127,6 +130,15 @@ def new_dropout(model: nn.Module, key: mx.array) -> None:
     modules = _adapted(model)
     for (_, module), own in zip(modules, mx.random.split(key, len(modules)) if modules else (), strict=True):
         module.dropout._key = own
+
+
+def drop_inputs(model: nn.Module) -> None:
+    """For training: the adapter drops inputs, if it is to, and nothing else does. With dropout of the model's own p
+    would differ from r before anything is learned, and from one cut into micro-batches to another."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and not isinstance(module, Dropout):
+            module.eval()
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from mlx.utils import tree_unflatten
 
 from bnf_core.config import OptimizerConfig
 from bnf_core.processes import ALONE, Processes
+from bnf_core.steps.scaling import loss_scales
 from bnf_core.storage.files import agreed
 from bnf_core.storage.shards import OPTIMIZER, WEIGHTS, Shard, put_under, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenStats
@@ -78,16 +79,20 @@ class MLXEngine:
         if self.optimizer is None:
             raise RuntimeError("this engine was loaded without anything to train and an optimizer")
         with mx.stream(self.device):
-            loss, stats, gradients = 0.0, [], Gradients()
-            for batch, ref_log_odds in batches:
-                micro_loss, micro_stats, added = self.micro_step(batch, ref_log_odds)
-                loss += micro_loss
-                stats.append(micro_stats)
-                gradients = {name: gradients[name] + g if gradients else g for name, g in added.items()}
-                mx.eval(gradients)
-            norm = math.nan
-            if math.isfinite(self.processes.sum(np.array([loss]))[0]):  # so on every process, or on none
+            for scale in loss_scales(self.dtype, batches, self.processes):
+                loss, stats, gradients = 0.0, [], Gradients()
+                for batch, ref_log_odds in batches:
+                    micro_loss, micro_stats, added = self.micro_step(batch, ref_log_odds, scale)
+                    loss += micro_loss
+                    stats.append(micro_stats)
+                    gradients = {name: gradients[name] + g if gradients else g for name, g in added.items()}
+                    mx.eval(gradients)
+                norm = math.nan
+                if not math.isfinite(self.processes.sum(np.array([loss]))[0]):  # on every process, or on none
+                    break
                 norm = self.optimizer.update(sum_over(self.processes, gradients), learning_rate, max_grad_norm)
+                if math.isfinite(norm):
+                    break
             mx.clear_cache()  # shapes vary: what is kept for one is rarely of use to the next
         return stats, norm
 

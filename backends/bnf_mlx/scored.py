@@ -150,7 +150,11 @@ class MicroStep:
         if scored.compiled:
             self._step = mx.compile(self._gradients, inputs=[scored.model.state])
 
-    def __call__(self, batch: Batch, ref_log_odds: Array) -> tuple[float, TokenStats, Gradients]:
+    def __call__(self, batch: Batch, ref_log_odds: Array, scale: float = 1.0) -> tuple[float, TokenStats, Gradients]:
+        """
+        Args:
+            scale: what the loss is multiplied by for the backward pass, and the gradients are divided by.
+        """
         model, tokens = self.scored.model, len(batch.targets)
         if tokens == 0:  # where the processes do not have equally much to do
             nothing = np.zeros(0, np.float32)
@@ -158,20 +162,27 @@ class MicroStep:
             return 0.0, TokenStats(nothing, nothing, nothing), zeros
         inputs = self.scored.inputs(batch, ref_log_odds, pad=self.scored.compiled)
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) if self._drops else mx.random.key(0)
-        model.train()
-        loss, stats, gradients = self._step(inputs, key)
+        adapter.drop_inputs(model)
+        loss, stats, gradients = self._step(inputs, key, mx.array(scale))
         mx.eval(loss, stats, gradients)
         return float(loss), TokenStats(*(np.array(x)[:tokens] for x in stats)), gradients
 
-    def _gradients(self, inputs: Inputs, key: mx.array) -> tuple[mx.array, tuple[mx.array, ...], Gradients]:
+    def _gradients(
+        self, inputs: Inputs, key: mx.array, scale: mx.array
+    ) -> tuple[mx.array, tuple[mx.array, ...], Gradients]:
         model = self.scored.model
+
+        def scaled(parameters: Gradients, inputs: Inputs) -> tuple[mx.array, tuple[mx.array, ...]]:
+            loss, stats = self._loss(parameters, inputs)
+            return loss * scale, stats
+
         before = flat(model.state)
         try:
             adapter.new_dropout(model, key)
-            (loss, stats), gradients = mx.value_and_grad(self._loss)(flat(model.trainable_parameters()), inputs)
+            (loss, stats), gradients = mx.value_and_grad(scaled)(flat(model.trainable_parameters()), inputs)
         finally:
             model.load_weights(list(before.items()), strict=False)
-        return loss, stats, gradients
+        return loss / scale, stats, {name: g / scale for name, g in gradients.items()}
 
     def _loss(self, parameters: Gradients, inputs: Inputs) -> tuple[mx.array, tuple[mx.array, ...]]:
         """Σ coefficients · ℓ of the micro-batch, and its token statistics."""

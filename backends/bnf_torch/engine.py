@@ -1,22 +1,26 @@
 """A loaded PyTorch model that scores, trains and generates: bnf_core.protocol.Engine."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bnf_core.config import OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes
 from bnf_core.steps.batching import require_known_tokens
+from bnf_core.steps.scaling import loss_scales
 from bnf_core.storage.files import replacing
 from bnf_core.storage.shards import OPTIMIZER, WEIGHTS, Shard, put_under, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenStats
@@ -168,17 +172,20 @@ class TorchEngine:
             gradient before clipping. Where either number is not finite the norm is not, and there is no gradient.
         """
         assert self.optimizer is not None
-        self.scored.train()
-        stats, loss = [], 0.0
-        with lost_processes():
-            for i, (batch, ref_log_odds) in enumerate(batches):
-                with nullcontext() if self._syncs(i, len(batches)) else gradients_wait(self.to_train):
-                    micro_loss, micro_stats = self.to_train(**self._inputs(batch, ref_log_odds))
-                    (micro_loss * self.processes.count).backward()  # of which DDP and FSDP take the mean
-                loss += float(micro_loss.detach())
-                stats.append(_to_numpy(micro_stats))
-            loss = float(self.processes.sum(np.array([loss]))[0])
-            norm = self.optimizer.clip(max_grad_norm)
+        adapter.drop_inputs(self.model)
+        for scale in loss_scales(self.dtype, batches, self.processes):
+            stats, loss = [], 0.0
+            with lost_processes():
+                for i, (batch, ref_log_odds) in enumerate(batches):
+                    with nullcontext() if self._syncs(i, len(batches)) else gradients_wait(self.to_train):
+                        micro_loss, micro_stats = self.to_train(**self._inputs(batch, ref_log_odds))
+                        (micro_loss * (scale * self.processes.count)).backward()  # of which DDP and FSDP take the mean
+                    loss += float(micro_loss.detach())
+                    stats.append(_to_numpy(micro_stats))
+                loss = float(self.processes.sum(np.array([loss]))[0])
+                norm = self.optimizer.clip(max_grad_norm, scale)
+            if math.isfinite(norm) or not math.isfinite(loss):
+                break
         if not math.isfinite(loss):
             self.optimizer.torch.zero_grad(set_to_none=True)
             norm = math.nan
@@ -264,6 +271,22 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     """Keep only each layer's input for the backward pass and compute the rest again (arXiv 1604.06174)."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer._gradient_checkpointing_func = partial(_checkpoint_quietly, layer)
+
+
+def _checkpoint_quietly(layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """A layer that is in training mode so that it is checkpointed, and is to compute as in evaluation mode."""
+
+    def run(*args: Any) -> Any:
+        layer.training = False
+        try:
+            return function(*args)
+        finally:
+            layer.training = True
+
+    return checkpoint(run, *args, use_reentrant=False)
 
 
 def _to_numpy(stats: TokenStats) -> TokenStats:

@@ -139,6 +139,9 @@ def save_model(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Pa
     config = normalised_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     for key in ("torch_dtype", *QUANTIZED):  # of the source: these are plain tensors
         config.pop(key, None)
+    for part, own in ((config, model.config), (config.get("text_config"), model.config.get_text_config())):
+        if isinstance(part, dict) and not own.tie_word_embeddings:
+            part["tie_word_embeddings"] = False
     config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 

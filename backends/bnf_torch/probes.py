@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -17,9 +18,11 @@ OWN_WINDOWS = ("gpt_neo",)  # their attention looks so far back in the grid, wha
 
 @torch.no_grad()
 def head_is_linear(model: PreTrainedModel) -> bool:
-    """Whether the logits are hidden @ head.T and nothing else. Some families scale or cap them or add a bias;
-    comparing is surer than a list of them."""
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:  # may be below half precision's tolerance
+    """Whether the logits are hidden @ head.T and nothing else, and stay so while something is trained. Some families
+    scale or cap them or add a bias; comparing is surer than a list of them. But an adapter adds nothing before it is
+    trained, so the head has to be a matrix to look at as well."""
+    layer = model.get_output_embeddings()
+    if not _is_plain(layer) or layer.bias is not None:  # a bias may be below half precision's tolerance
         return False
     head = head_weight(model)
     positions = torch.arange(8, device=head.device)
@@ -39,6 +42,18 @@ def head_is_linear(model: PreTrainedModel) -> bool:
         return False
     tolerance = 1e-5 if logits.dtype == torch.float32 else 2e-2
     return bool((logits.float() - linear.float()).abs().max() <= tolerance * linear.float().abs().max())
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer is its weight and bias: linear, and nothing adapts, wraps or hooks it."""
+    hooks = [layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks]
+    if any(hooks):
+        return False
+    if isinstance(layer, ModulesToSaveWrapper):  # calls the original or a trained copy, and shows the weight of that
+        return all(map(_is_plain, (layer.original_module, *layer.modules_to_save.values())))
+    mover = getattr(layer, "_hf_hook", None)  # accelerate's, in the place of `forward`
+    replaced = "forward" in vars(layer) and not (type(mover).__name__ == "AlignDevicesHook" and not mover.offload)
+    return type(layer) is nn.Linear and not replaced
 
 
 @torch.no_grad()

@@ -436,12 +436,11 @@ def _engine(
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise UserError("the model has an adapter already: leave out peft_config to train it on")
-        if peft_config.is_prompt_learning:
-            raise UserError(
-                f"peft_config is {type(peft_config).__name__}: expected one that adapts layers, such as LoRA"
-            )
+        model.eval()
         model.requires_grad_(False)
         model = adapter.add_adapter(model, peft_config, args.seed)
+    elif isinstance(model, PeftModel):
+        adapter.require_removable(model.eval())
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()

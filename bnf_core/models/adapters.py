@@ -17,7 +17,7 @@ PEFT can hold far more than mlx-lm; what only one of them can hold is refused wi
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -62,6 +62,14 @@ ONLY_PEFT = {
 }
 # The others take something away from the model's own weights when they begin.
 KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+# What PEFT changes in the model itself, where switching the adapter off does not reach: by the key that says so,
+# whether a value does, and what it means.
+STAYS_ON: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "bias": (lambda value: value not in (None, "none"), "it trains the model's own biases"),
+    "layer_replication": (bool, "it has layers of the model twice"),
+    "init_lora_weights": (lambda value: value not in KEEPS_BASE, "it began by changing the model's own weights"),
+}
 
 
 @dataclass(frozen=True)
@@ -162,6 +170,14 @@ def require_adapter(
             f"{folder} has rank {rank} and alpha {scale * rank:g}, and this run has lora.rank {lora.rank} and "
             f"lora.alpha {lora.alpha:g}: set both to the adapter's"
         )
+
+
+def stays_on(config: Config) -> str | None:
+    """What of a PEFT adapter stays in the model when it is switched off, by its config and in words; None: nothing."""
+    for key, (does, meaning) in STAYS_ON.items():
+        if does(config.get(key)):
+            return f"{meaning} ({key}: {config[key]})"
+    return None
 
 
 def write_adapter(adapter: Adapter, folder: Path, layout: Layout, model: str, shapes: Shapes) -> None:
