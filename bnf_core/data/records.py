@@ -42,8 +42,9 @@ class Feedback:
 
     prompt: Text
     completion: Text  # messages are all the assistant's
-    label: bool  # True: preferred, False: dispreferred
+    label: bool  # True: chosen, False: rejected
     source: str  # file:line, such as feedback.jsonl:17
+    paired: bool = False  # whether the same row gives its partner
 
 
 def parse_row(row: Any, source: str) -> list[Feedback]:
@@ -94,7 +95,7 @@ def parse_row(row: Any, source: str) -> list[Feedback]:
     _check_prompt(prompt, source, "chosen and rejected share no leading message" if columns == IMPLICIT else "")
     _check_completion(chosen, "chosen", prompt, source)
     _check_completion(rejected, "rejected", prompt, source)
-    return [Feedback(prompt, chosen, True, source), Feedback(prompt, rejected, False, source)]
+    return [Feedback(prompt, chosen, True, source, True), Feedback(prompt, rejected, False, source, True)]
 
 
 def _column_set(row: Mapping[str, Any], source: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bnf_core.config import Template
 from bnf_core.data.records import Feedback, Message, RowError, Text, common_length
-from bnf_core.data.sources import prompt_group
+from bnf_core.data.sources import pair_number, prompt_group
 from bnf_core.errors import UserError
 from bnf_core.types import Example
 
@@ -86,7 +86,10 @@ def tokenize(
             prompts_cut += len(short_prompt) < len(prompt)
             completions_cut += len(short_completion) < len(completion)
             group = prompt_group(rows[i].prompt)
-            examples.append(Example(tuple(short_prompt), tuple(short_completion), rows[i].label, group, rows[i].source))
+            pair = pair_number(rows[i].source) if rows[i].paired else 0
+            examples.append(
+                Example(tuple(short_prompt), tuple(short_completion), rows[i].label, group, pair, rows[i].source)
+            )
         if progress is not None:
             progress(min(at + CHUNK, len(rows)), len(rows))
     if skipped and not examples:

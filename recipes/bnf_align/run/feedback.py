@@ -12,10 +12,10 @@ from bnf_core.data.feedback import FeedbackTokenizer
 from bnf_core.data.records import Feedback
 from bnf_core.data.streaming import FeedbackStream
 from bnf_core.errors import UserError
-from bnf_core.steps.batching import Rows
+from bnf_core.steps.batching import Rows, require_units, rows_alone
 from bnf_core.steps.steps import Data
 from bnf_core.storage.digests import rows_digest, tokenizer_digest
-from bnf_core.types import Example
+from bnf_core.types import Example, Unit
 
 
 def load_split(
@@ -30,14 +30,20 @@ def load_split(
 
 
 def stream(
-    split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, shuffle_buffer: int = 1, seed: int = 0
+    split: str,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    shuffle_buffer: int = 1,
+    seed: int = 0,
+    unit: Unit = "row",
 ) -> FeedbackStream:
     """The tokenised rows of one split, read as they are needed; in the order of the data, unless it is shuffled.
 
     Raises:
         UserError: nothing there, or no such split.
     """
-    return _tokens_of(config, tokenizer).stream(config.path, split, shuffle_buffer=shuffle_buffer, seed=seed)
+    return _tokens_of(config, tokenizer).stream(config.path, split, shuffle_buffer=shuffle_buffer, seed=seed, unit=unit)
 
 
 def read_once(
@@ -96,12 +102,13 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, 
     train = _rows(data.path, "train", data, console)
     if valid is None and config.valid_fraction > 0:
         train, valid = sources.split_by_prompt(train, config.valid_fraction, config.seed)
-    examples = _tokenized(train, "train", data, tokenizer, console)
+    unit = config.make_objective().unit
+    examples = _of_units(_tokenized(train, "train", data, tokenizer, console), "train", unit, data, console)
     return TrainingData(
-        rows=Rows(examples, config.seed),
+        rows=Rows(examples, config.seed, unit),
         examples=examples,
         digest=rows_digest(examples),
-        held_out=None if valid is None else _tokenized(valid, "valid", data, tokenizer, console),
+        held_out=_held_out(valid, unit, data, tokenizer, console),
     )
 
 
@@ -114,12 +121,31 @@ def _streamed(
             "valid_fraction cannot hold out rows of streamed data: give held-out rows in a file, with --valid"
         )
 
+    unit = config.make_objective().unit
     return TrainingData(
-        rows=stream("train", data, tokenizer, shuffle_buffer=data.shuffle_buffer, seed=config.seed),
+        rows=stream("train", data, tokenizer, shuffle_buffer=data.shuffle_buffer, seed=config.seed, unit=unit),
         examples=None,
         digest=f"{sources.digest(data.path, 'train')}, tokenizer {tokenizer_digest(tokenizer)}",
-        held_out=None if valid is None else _tokenized(valid, "valid", data, tokenizer, console),
+        held_out=_held_out(valid, unit, data, tokenizer, console),
     )
+
+
+def _held_out(
+    rows: list[Feedback] | None, unit: Unit, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> list[Example] | None:
+    if rows is None:
+        return None
+    return _of_units(_tokenized(rows, "valid", config, tokenizer, console), "valid", unit, config, console)
+
+
+def _of_units(examples: list[Example], name: str, unit: Unit, config: DataConfig, console: Console) -> list[Example]:
+    """Without the rows that the objective has nothing to compare with, where bad rows are to be skipped."""
+    alone = rows_alone(examples, unit) if config.skip_bad_rows else []
+    if alone:
+        console.print(f"[yellow]skipped {len(alone)} rows of {name} that lack what this objective compares[/yellow]")
+    kept = [e for i, e in enumerate(examples) if i not in set(alone)]
+    require_units(kept or examples, unit)
+    return kept
 
 
 def _rows(path: str, split: str, config: DataConfig, console: Console) -> list[Feedback]:
