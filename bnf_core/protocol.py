@@ -42,6 +42,16 @@ class FusedResult:
 
 
 @dataclass(frozen=True)
+class LogOddsResult:
+    """linear_log_odds and its vector-Jacobian product."""
+
+    log_odds: Array  # (N,) float32
+    other_entropy: Array  # (N,) float32
+    grad_hidden: Array  # (N, D)
+    grad_head: Array | None  # (V, D), None when the head is frozen
+
+
+@dataclass(frozen=True)
 class BatchResult:
     """One optimizer step's loss, accumulated over its micro-batches."""
 
@@ -53,7 +63,8 @@ class BatchResult:
 class Losses(Protocol):
     """A backend's losses as the conformance suite sees them; conformance/SPEC.md has the clauses. Inputs come as
     float32 holding values that `dtype` can represent; the backend casts to `dtype` first. What a backend does not have
-    it names in an optional attribute `lacks`: of "dense", "fused", "train_head", "batch" and "cross_entropy"."""
+    it names in an optional attribute `lacks`: of "dense", "fused", "train_head", "batch", "cross_entropy",
+    "log_odds" and "objective"."""
 
     dtypes: Sequence[str]  # of "float32", "bfloat16", "float16"
 
@@ -78,6 +89,32 @@ class Losses(Protocol):
 
     def batch(self, micro_batches: Sequence[tuple[Array, Batch, Array]], *, dtype: str) -> BatchResult:
         """Each micro-batch is logits (B, T, V), its Batch and its tokens' ref_log_odds (N,)."""
+        ...
+
+    def log_odds(
+        self,
+        hidden: Array,
+        head_weight: Array,
+        targets: Array,
+        cotangent: Array,
+        *,
+        dtype: str,
+        train_head: bool,
+        chunk_tokens: int | None = None,
+    ) -> LogOddsResult:
+        """hidden (N, D), head_weight (V, D), the rest (N,); gradients of Σ cotangent · log_odds."""
+        ...
+
+    def objective(
+        self,
+        objective: Objective,
+        log_odds: Array,
+        other_entropy: Array,
+        ref_log_odds: Array,
+        batch: Batch,
+        baseline: float,
+    ) -> tuple[float, Array]:
+        """The loss of a batch, its tokens' numbers (N,) given, and its gradient (N,) in the log-odds."""
         ...
 
     def cross_entropy(self, logits: Array, targets: Array, *, dtype: str) -> tuple[Array, Array]:

@@ -2,8 +2,6 @@
 
 import mlx.core as mx
 
-from bnf_mlx.losses import accurate_sum
-
 
 class MLXOps:
     exp = staticmethod(mx.exp)
@@ -26,7 +24,15 @@ class MLXOps:
         return x[index]
 
     def row_sum(self, x: mx.array, grid: mx.array) -> mx.array:
-        return accurate_sum(mx.pad(x, (0, 1))[grid])[..., 0]
+        terms = mx.pad(x, (0, 1))[grid]
+        terms = mx.pad(terms, [(0, 0), (0, 2 ** max(terms.shape[1] - 1, 0).bit_length() - terms.shape[1])])
+        lost = mx.zeros(terms.shape)
+        while terms.shape[1] > 1:  # halves added to halves, with what each addition rounds off (Knuth's two-sum)
+            (a, b), (lost_a, lost_b) = mx.split(terms, 2, axis=1), mx.split(lost, 2, axis=1)
+            terms = a + b
+            of_b = terms - a
+            lost = mx.stop_gradient(lost_a + lost_b + (a - (terms - of_b)) + (b - of_b))
+        return (terms + lost).sum(axis=1)
 
 
 OPS = MLXOps()

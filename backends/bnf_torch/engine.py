@@ -25,6 +25,7 @@ from bnf_core.types import Array, Batch, TokenScores
 from bnf_torch import adapter
 from bnf_torch.attention import LAYOUT
 from bnf_torch.model import head_weight, save_model
+from bnf_torch.ops import tensors
 from bnf_torch.optimizer import Optimizer, adamw
 from bnf_torch.processes import gradients_wait, like, lost_processes, piece, spread, whole
 from bnf_torch.scored import ScoredModel
@@ -141,19 +142,8 @@ class TorchEngine:
         if batch.shared or batch.packed:
             names = LAYOUT if self.scored.shares else ("position_ids",)
             arrays |= {name: getattr(batch, name) for name in names}
-        inputs: dict[str, Any] = {name: self._tensor(array) for name, array in arrays.items()}
-        return inputs | {"structure": self._tensors(structure(self.objective, batch, baseline))}
-
-    def _tensors(self, tree: Any) -> Any:
-        """A tuple of arrays and tuples as tensors."""
-        if not isinstance(tree, tuple):
-            return self._tensor(np.asarray(tree))
-        parts = [self._tensors(x) for x in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-
-    def _tensor(self, array: Array) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return (tensor.long() if tensor.dtype == torch.int32 else tensor).to(self.device)
+        inputs: dict[str, Any] = {name: tensors(array, self.device) for name, array in arrays.items()}
+        return inputs | {"structure": tensors(structure(self.objective, batch, baseline), self.device)}
 
     def _reshard(self) -> None:
         """FSDP keeps embeddings and head gathered after a forward pass, and would not see new weights in the shards."""

@@ -253,10 +253,10 @@ def linearised(ops: Ops, value: Any, slope: Any, x: Any) -> Any:
     return ops.stop_gradient(value) + ops.stop_gradient(slope) * (finite - ops.stop_gradient(finite))
 
 
-def log_p(ops: Ops, log_odds: Any) -> Any:
-    """log σ(o), with slope 1 − p = σ(−o)."""
-    o = ops.stop_gradient(log_odds)
-    return linearised(ops, -ops.softplus(-o), ops.sigmoid(-o), log_odds)
+def log_sigmoid(ops: Ops, x: Any) -> Any:
+    """log σ(x), with slope σ(−x): of log-odds, log p."""
+    here = ops.stop_gradient(x)
+    return linearised(ops, -ops.softplus(-here), ops.sigmoid(-here), x)
 
 
 def log_not_p(ops: Ops, log_odds: Any) -> Any:
@@ -286,10 +286,6 @@ def log1mexp(ops: Ops, x: Any) -> Any:
     return linearised(ops, value, ops.exp(below) / ops.expm1(below), x)
 
 
-def log_sigmoid(ops: Ops, x: Any) -> Any:
-    return -ops.softplus(-x)
-
-
 def sigmoid(ops: Ops, x: Any) -> Any:
     here = ops.stop_gradient(x)
     value = ops.sigmoid(here)
@@ -300,7 +296,7 @@ def rows_of(ops: Ops, seen: Seen, *, reference: bool) -> Rows:
     """Sums over the tokens of each row, (S,); without a reference `log_ratio` is not there to be used."""
     grid = seen.structure.grid
     ratio = ops.row_sum(log_ratio(ops, seen.log_odds, seen.ref_log_odds), grid) if reference else None
-    return Rows(ops.row_sum(log_p(ops, seen.log_odds), grid), ratio, seen.structure.tokens, seen.structure.labels)
+    return Rows(ops.row_sum(log_sigmoid(ops, seen.log_odds), grid), ratio, seen.structure.tokens, seen.structure.labels)
 
 
 def some(ops: Ops, rows: Rows, index: Any) -> Rows:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from bnf_core.objectives.base import Objective, Ops, Seen, Units, log_p, mean_over_tokens
+from bnf_core.objectives.base import Objective, Ops, Seen, Units, log_sigmoid, mean_over_tokens
 
 
 @dataclass(frozen=True)
@@ -18,4 +18,4 @@ class NLL(Objective):
     needs_reference = False
 
     def losses(self, ops: Ops, seen: Seen, units: Units) -> Any:
-        return -mean_over_tokens(ops, log_p(ops, seen.log_odds), seen)
+        return -mean_over_tokens(ops, log_sigmoid(ops, seen.log_odds), seen)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from bnf_core.objectives.base import Objective, Ops, Seen, Units, log_not_p, log_p, mean_over_tokens
+from bnf_core.objectives.base import Objective, Ops, Seen, Units, log_not_p, log_sigmoid, mean_over_tokens
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,6 @@ class Unlikelihood(Objective):
         self._require(self.alpha >= 0, "alpha", "a number of at least 0")
 
     def losses(self, ops: Ops, seen: Seen, units: Units) -> Any:
-        liked = mean_over_tokens(ops, log_p(ops, seen.log_odds), seen)
+        liked = mean_over_tokens(ops, log_sigmoid(ops, seen.log_odds), seen)
         avoided = mean_over_tokens(ops, log_not_p(ops, seen.log_odds), seen)
         return -ops.where(seen.structure.labels > 0, liked, self.alpha * avoided)
