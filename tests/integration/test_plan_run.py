@@ -25,6 +25,8 @@ from bnf_core.models.architecture import Architecture, Grid, Training, memory
 from bnf_core.steps.batching import MicroBatching, Rows
 from bnf_core.types import Example
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 VOCAB = 4000
 
 
