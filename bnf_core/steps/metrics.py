@@ -44,8 +44,8 @@ class Meter:
 
     def add(self, batch: Batch, stats: TokenStats, ref_log_odds: Array) -> None:
         policy, reference = stats.log_odds.astype(np.float64), ref_log_odds.astype(np.float64)
-        log_p, log_r = -np.logaddexp(0.0, -policy), -np.logaddexp(0.0, -reference)
-        with np.errstate(invalid="ignore"):
+        with np.errstate(invalid="ignore"):  # a loss that is not finite is told by the caller
+            log_p, log_r = -np.logaddexp(0.0, -policy), -np.logaddexp(0.0, -reference)
             shift = np.where(policy == reference, 0.0, policy - reference)
             log_t = np.where(policy >= reference, 0.0, log_p - log_r)
         loss = batch.coefficients.astype(np.float64) * stats.token_loss.astype(np.float64)
