@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
-from bnf_core.models.architecture import Grid
+from bnf_core.models.architecture import Architecture, Grid, Kept, Training
 from bnf_core.objectives import Objective
 from bnf_core.processes import ALONE, Processes
 from bnf_core.storage.shards import Shard
@@ -230,6 +230,10 @@ class Measures(Protocol):
         """The sizes of a micro-batch as this backend computes it."""
         ...
 
+    def kept(self, model: Architecture, training: Training, grid: Grid) -> Kept:
+        """What a training step of such a micro-batch keeps in memory, by formulae."""
+        ...
+
     def products(self, shapes: Sequence[tuple[int, int, int]], *, train_weights: bool) -> Callable[[], None]:
         """The matrix products that linear layers cannot do without, forward and backward and nothing else.
 
@@ -267,12 +271,18 @@ class Backend(Protocol):
     A backend derives from this class and gives `name`, `losses`, `devices` and `describe`. The rest is for training and
     for looking inside of models; as it stands here, it says that the backend has losses alone.
 
-    Making one, `name`, `requires`, `adapter_layout` and `prepare` need nothing but the core: no framework is loaded
-    before it is known to be there, and `prepare` has run."""
+    Making one, `name`, `requires`, `adapter_layout`, `preference` and `prepare` need nothing but the core: no framework
+    is loaded before it is known to be there, and `prepare` has run."""
 
     name: str
     requires: Sequence[str] = ()  # packages without which it cannot run, as they are imported
     adapter_layout: Layout | None = None  # of the adapters that it saves, loads and fuses; None: it has none
+    follows_config: bool = False  # its models are transformers' own, which compute what config.json says
+
+    def preference(self) -> int:
+        """On this machine, beside other backends: `--backend auto` is the installed one with the highest. 0: it is
+        used only where it is asked for by name."""
+        return 0
 
     def prepare(self) -> None:
         """Called once by a command, before the framework is loaded. It may start the process again."""

@@ -22,6 +22,10 @@ class MLXBackend(Backend):
     requires = ("mlx", "mlx_lm")
     adapter_layout: Layout = "mlx"
 
+    def preference(self) -> int:
+        apple_silicon = platform.system() == "Darwin" and platform.machine() == "arm64"
+        return 3 if apple_silicon else 1
+
     def prepare(self) -> None:
         from bnf_mlx.blas import preload_openblas
 

@@ -12,7 +12,7 @@ from bnf_core.errors import UserError
 from bnf_core.models.model_config import Config, family_of, full_config, rope_scaling
 from bnf_core.storage.tensors import BFLOAT16
 
-# Families that tests/test_families.py holds to agreement, in log-odds, loss and gradients.
+# Families that tests/integration/test_families.py holds to agreement, in log-odds, loss and gradients.
 VERIFIED = frozenset(
     """
     afmoe apertus cohere cohere2 deepseek_v2 deepseek_v3 dots1 ernie4_5 exaone4 exaone_moe falcon_h1 falcon_mamba

@@ -21,6 +21,10 @@ class TorchBackend(Backend):
     name = "torch"
     requires = ("torch", "transformers", "peft")
     adapter_layout: Layout = "peft"
+    follows_config = True
+
+    def preference(self) -> int:
+        return 2
 
     def fused_loss(self) -> Callable[..., Any]:
         from bnf_torch.linear import linear_bnf_loss
