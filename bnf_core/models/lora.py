@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-
 # Linear layers that no adapter is put on: transformers' Mamba models read this one's weight past it.
 UNADAPTED = frozenset(("dt_proj",))
 

@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 import tiny
+from published import PUBLISHED, Published
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("mlx_lm")
@@ -19,6 +20,8 @@ pytest.importorskip("mlx_lm")
 from bnf_align.commands.check_model import Result, compare, rows, verdict
 from bnf_core.errors import UserError
 from bnf_core.models import model_config
+from bnf_core.steps.batching import collate
+from bnf_core.types import Example
 from bnf_mlx import corrections, families
 from bnf_mlx.backend import MLXBackend
 from bnf_mlx.inspection import MLXInspector as Inspector
@@ -216,6 +219,28 @@ DIFFERENT: list[tuple[str, Settings, str, str]] = [
     ),
 ]
 
+# Of a published model, beside `published.PUBLISHED`: what keeps it small.
+SMALLER: dict[str, Settings] = {
+    "gpt_neox": {"intermediate_size": None},  # four times the hidden size
+    "nemotron_h": {"mamba_num_heads": 16},
+}
+
+
+def settings_of(model: Published) -> Settings:
+    """A published model's numbers, few layers, a small vocabulary and narrow MLPs."""
+    smaller = dict(SMALLER.get(model.family, {}))
+    if "intermediate_size" in smaller:
+        smaller["intermediate_size"] = 4 * model.numbers["hidden_size"]
+    return VERIFIED[model.family] | dict(model.numbers) | smaller
+
+
+def is_wide(model: Published) -> bool:
+    """Whether its attention's weights make it too slow for every run of the tests."""
+    hidden = model.numbers.get("hidden_size") or model.numbers["n_embd"]
+    width = BASE["num_attention_heads"] * model.numbers["head_dim"] if "head_dim" in model.numbers else hidden
+    return hidden * width > 2_500_000
+
+
 UNREADABLE: dict[str, Settings] = {
     "bitnet": {},
     "gpt_oss": LOCAL_EXPERTS | WINDOW,
@@ -257,6 +282,22 @@ def make(folder: Path, family: str, settings: Settings) -> Path:
 
 def checked(folder: Path) -> Result:
     return compare(folder, ["torch", "mlx"], rows(folder, None, Console()))
+
+
+def at_real_numbers(model: Published, folder: Path) -> Result:
+    """Two rows of random tokens: fewer than `bnf check-model` takes, for wide models take long on MLX's own BLAS."""
+    batch = rows(make(folder, model.family, settings_of(model)), None, Console())
+    few = [Example(tuple(ids[:8]), tuple(ids[8:24]), i == 0) for i, ids in enumerate(batch.input_ids[:2].tolist())]
+    return compare(folder, ["torch", "mlx"], collate(few, 2))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(model, id=model.model, marks=[pytest.mark.slow] if is_wide(model) else []) for model in PUBLISHED],
+)
+def test_a_family_agrees_at_the_numbers_of_a_published_model(model: Published, tmp_path: Path) -> None:
+    result = at_real_numbers(model, tmp_path)
+    assert result.agree, (result.comparisons, result.divergence)
 
 
 @pytest.mark.parametrize("family", VERIFIED)
