@@ -62,7 +62,7 @@ def apart(name: str, job: Callable[..., float], *args: Any) -> float:
     Raises:
         ContenderFailed: it failed, or its process was killed.
     """
-    context = multiprocessing.get_context(START_METHOD)
+    context: Any = multiprocessing.get_context(START_METHOD)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, job, args))
     process.start()

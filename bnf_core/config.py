@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from bnf_core.errors import UserError
+from bnf_core.models.lora import UNADAPTED
 from bnf_core.objectives import Objective, parse
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -33,6 +34,10 @@ class LoraConfig:
         _require(self.rank >= 1, "lora.rank", self.rank, "an integer of at least 1")
         _require(self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
         _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a number from 0 up to, not including, 1")
+        for name in UNADAPTED & set(self.targets):
+            _require(
+                False, "lora.targets", name, "layers that use an adapter; transformers reads this one's weight past it"
+            )
         _require(len(self.targets) > 0, "lora.targets", self.targets, "at least one layer name, or all-linear")
 
     @property
