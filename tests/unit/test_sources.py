@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from bnf_core.data.records import Feedback, RowError
+from bnf_core.data.messages import RowError
+from bnf_core.data.records import Feedback
 from bnf_core.data.sources import digest, has_split, load_feedback, prompt_group, split_by_prompt
 from bnf_core.errors import UserError
 
