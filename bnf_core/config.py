@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, field
 from datetime import date
 from typing import Any, Literal
 
+from bnf_core.errors import UserError
+from bnf_core.objectives import Objective, parse
+
 Schedule = Literal["constant", "linear", "cosine"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Template = Literal["auto", "chat", "plain"]
@@ -137,6 +140,9 @@ class TrainConfig:
     """Go on with the run in the output folder from its newest whole checkpoint."""
     resume_anyway: bool = False
     """With `resume`: go on although the data, the model or settings have changed."""
+    objective: dict[str, Any] | str = field(default_factory=lambda: {"name": "bnf"})
+    """What is minimised, by `name` and with its settings (`--objective dpo --objective.beta 0.3`), or a weighted sum
+    (`--objective "bnf + 0.2*dpo"`); `bnf objectives` lists them."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     fine_tune_type: FineTuneType = "lora"
     """What is trained: low-rank adapters, the same with weight decomposition (DoRA, arXiv 2402.09353), or all
@@ -197,6 +203,19 @@ class TrainConfig:
             not self.data.streaming or self.max_steps is not None, "max_steps", None, "a number with data.streaming"
         )
         _require(self.resume or not self.resume_anyway, "resume_anyway", True, "resume as well")
+        objective = self.make_objective()
+        if self.reference is not None and not objective.needs_reference:
+            raise UserError(f"objective {objective.name} needs no reference, and reference is given: leave it out")
+
+    def make_objective(self) -> Objective:
+        """
+        Raises:
+            UserError: an unknown objective or setting, or a value that does not fit.
+        """
+        if isinstance(self.objective, str):
+            return parse(self.objective)
+        settings = dict(self.objective)
+        return parse(str(settings.pop("name", "bnf")), settings)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -13,9 +13,10 @@ from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
 from bnf_core.models.architecture import Grid
+from bnf_core.objectives import Objective
 from bnf_core.processes import ALONE, Processes
 from bnf_core.storage.shards import Shard
-from bnf_core.types import Array, Batch, TokenStats
+from bnf_core.types import Array, Batch, TokenScores
 
 
 @dataclass(frozen=True)
@@ -105,23 +106,28 @@ class Engine(Protocol):
         """
         ...
 
-    def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenStats:
-        """Token statistics of the policy without gradients, as NumPy float32 (N,)."""
+    def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenScores:
+        """What the policy says of each token, without gradients, as NumPy float32 (N,)."""
         ...
 
     def step(
-        self, batches: Sequence[tuple[Batch, Array]], learning_rate: float, max_grad_norm: float | None
-    ) -> tuple[list[TokenStats], float]:
-        """Take one optimizer step: the gradient of Σ coefficients · ℓ over all micro-batches and processes, clipped,
-        then AdamW. A step whose loss or gradient is not finite is not taken.
+        self,
+        batches: Sequence[tuple[Batch, Array]],
+        learning_rate: float,
+        max_grad_norm: float | None,
+        baseline: float = 0.0,
+    ) -> tuple[list[TokenScores], float]:
+        """Take one optimizer step: the gradient of the objective over all micro-batches and processes, clipped, then
+        AdamW. A step whose loss or gradient is not finite is not taken.
 
         Args:
             batches: this process's micro-batches, each with its ref_log_odds (N,).
             learning_rate: of this step.
             max_grad_norm: clip the gradient to this norm; None: do not.
+            baseline: what the objective's rewards are compared with, from `bnf_core.steps.baseline`.
         Returns:
-            the token statistics of each micro-batch as NumPy float32 (N,), and the global norm of the gradient before
-            clipping: not finite where the step was not taken.
+            the policy's scores of each micro-batch's tokens as NumPy float32 (N,), and the global norm of the gradient
+            before clipping: not finite where the step was not taken.
         Raises:
             RuntimeError: the engine was loaded without anything to train and an optimizer.
         """
@@ -260,13 +266,14 @@ class Backend(Protocol):
         fine_tune_type: FineTuneType | None = None,
         lora: LoraConfig | None = None,
         optimizer: OptimizerConfig | None = None,
+        objective: Objective | None = None,
         gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> Engine:
         """Load a checkpoint folder, with `adapter` a saved adapter on it.
 
         With `fine_tune_type` it is there to be trained: `lora` or `dora` add a fresh adapter (or train the saved
-        one on), `full` trains all weights. Whatever is trained is float32.
+        one on), `full` trains all weights. Whatever is trained is float32. The objective is BNF by default.
 
         Raises:
             UserError: no such model, no weights, unknown device, an adapter for another model, or something this

@@ -10,6 +10,7 @@ from typing import Any
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
+from bnf_core.objectives import Objective
 from bnf_core.processes import Processes
 from bnf_core.protocol import Backend, Engine, Inspector, Losses, Measures
 
@@ -58,6 +59,7 @@ class MLXBackend(Backend):
         fine_tune_type: FineTuneType | None = None,
         lora: LoraConfig | None = None,
         optimizer: OptimizerConfig | None = None,
+        objective: Objective | None = None,
         gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> Engine:
@@ -95,7 +97,13 @@ class MLXBackend(Backend):
             elif fine_tune_type is not None:
                 adapters.add_adapter(loaded, lora or LoraConfig(), seed, fine_tune_type)
         return MLXEngine(
-            loaded, where, optimizer, whole=whole, gradient_checkpointing=gradient_checkpointing, processes=members
+            loaded,
+            where,
+            optimizer,
+            objective=objective,
+            whole=whole,
+            gradient_checkpointing=gradient_checkpointing,
+            processes=members,
         )
 
     def notes(self, model: Path) -> list[str]:

@@ -9,7 +9,7 @@ from bnf_core.data.records import Feedback
 from bnf_core.data.rendering import Chat, chat_of
 from bnf_core.data.streaming import FeedbackStream
 from bnf_core.data.tokenization import Tokenized, tokenize
-from bnf_core.types import Example
+from bnf_core.types import Example, Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -92,12 +92,13 @@ class FeedbackTokenizer:
         *,
         shuffle_buffer: int,
         seed: int,
+        unit: Unit = "row",
         report: Callable[[Tokenized], None] | None = None,
     ) -> FeedbackStream:
         """Rows that are read and tokenised as they are needed; the stream counts those that it skips.
 
         Args:
-            source, split, shuffle_buffer, seed: as for FeedbackStream.
+            source, split, shuffle_buffer, seed, unit: as for FeedbackStream.
             report: called with what each batch of rows gave.
         Raises:
             UserError: nothing there, or no such split.
@@ -110,7 +111,13 @@ class FeedbackTokenizer:
             return tokens.examples
 
         return FeedbackStream(
-            source, split, examples, shuffle_buffer=shuffle_buffer, seed=seed, skip_bad_rows=self.skip_bad_rows
+            source,
+            split,
+            examples,
+            shuffle_buffer=shuffle_buffer,
+            seed=seed,
+            skip_bad_rows=self.skip_bad_rows,
+            unit=unit,
         )
 
     def tally(self, *tokens: Tokenized) -> Tally:

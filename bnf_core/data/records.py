@@ -33,8 +33,9 @@ class Feedback:
 
     prompt: Text
     completion: Text  # messages begin and end with the assistant's
-    label: bool  # True: preferred, False: dispreferred
+    label: bool  # True: chosen, False: rejected
     source: str  # file:line, such as feedback.jsonl:17
+    paired: bool = False  # whether the same row gives its partner
     tools: list[Tool] | None = None  # what the chat template is given besides the messages
     template_kwargs: dict[str, Any] | None = None  # the same, over those of the run
 
@@ -60,7 +61,7 @@ def parse_row(row: Any, source: str) -> list[Feedback]:
         completion = text_or_messages(row["completion"], "completion", source)
         _check_prompt(prompt, source)
         _check_completion(completion, "completion", prompt, source)
-        return [Feedback(for_template(prompt), completion, _label(row["label"], source), source, tools, kwargs)]
+        return [Feedback(for_template(prompt), completion, _label(row["label"], source), source, False, tools, kwargs)]
 
     chosen, rejected = (text_or_messages(row[column], column, source) for column in IMPLICIT)
     if type(chosen) is not type(rejected):
@@ -90,7 +91,7 @@ def parse_row(row: Any, source: str) -> list[Feedback]:
     _check_completion(chosen, "chosen", prompt, source)
     _check_completion(rejected, "rejected", prompt, source)
     both = ((chosen, True), (rejected, False))
-    return [Feedback(for_template(prompt), completion, label, source, tools, kwargs) for completion, label in both]
+    return [Feedback(for_template(prompt), text, label, source, True, tools, kwargs) for text, label in both]
 
 
 def _column_set(row: Mapping[str, Any], source: str) -> tuple[str, ...]:

@@ -122,6 +122,11 @@ def prompt_group(prompt: Text, *given: Any) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=kind).digest()) >> 1
 
 
+def pair_number(source: str) -> int:
+    """A number below 2^63, not 0, for the pair that stands at file:line."""
+    return int.from_bytes(hashlib.blake2b(source.encode(), digest_size=8, person=b"pair").digest()) >> 1 | 1
+
+
 def split_by_prompt(rows: Sequence[Feedback], fraction: float, seed: int) -> tuple[list[Feedback], list[Feedback]]:
     """Hold out a share of the prompts, with all of their rows: no prompt is on both sides.
 

@@ -68,7 +68,7 @@ def run(model: Path, kind: Any, output: Path, die_at: int = -1) -> None:
 
     def done(step: Step, stats: list[TokenStats], norm: float) -> None:
         norms.append(norm)
-        tokens.append(sum(len(s.token_loss) for s in stats))
+        tokens.append(sum(len(s.log_odds) for s in stats))
         if die_at == step.number and us.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -34,8 +34,8 @@ def test_unpaired_text_and_messages_and_other_columns_are_ignored() -> None:
 
 def test_a_pair_is_a_preferred_and_a_dispreferred_row() -> None:
     assert parse_row({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, AT) == [
-        Feedback("2+2=", "4", True, AT),
-        Feedback("2+2=", "5", False, AT),
+        Feedback("2+2=", "4", True, AT, True),
+        Feedback("2+2=", "5", False, AT, True),
     ]
 
 
@@ -61,8 +61,8 @@ def test_implicit_prompt_of_messages_is_the_shared_leading_messages() -> None:
     start = [user("Hi"), assistant("Hello"), user("Capital of France?")]
     row = {"chosen": [*start, assistant("Paris")], "rejected": [*start, assistant("Rome")]}
     assert parse_row(row, AT) == [
-        Feedback(start, [assistant("Paris")], True, AT),
-        Feedback(start, [assistant("Rome")], False, AT),
+        Feedback(start, [assistant("Paris")], True, AT, True),
+        Feedback(start, [assistant("Rome")], False, AT, True),
     ]
 
 
@@ -72,7 +72,7 @@ def test_a_text_prompt_repeated_in_both_conversations_is_taken_from_them() -> No
         "chosen": [*QUESTION, assistant("Paris")],
         "rejected": [*QUESTION, assistant("Rome")],
     }
-    assert parse_row(row, AT)[0] == Feedback(QUESTION, [assistant("Paris")], True, AT)
+    assert parse_row(row, AT)[0] == Feedback(QUESTION, [assistant("Paris")], True, AT, True)
     with pytest.raises(RowError, match="chosen: is a list of messages where the prompt is the text"):
         parse_row(row | {"prompt": "Capital of Spain?"}, AT)
 

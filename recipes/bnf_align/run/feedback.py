@@ -14,10 +14,10 @@ from bnf_core.data.records import Feedback
 from bnf_core.data.rendering import asks_for_date, chat_of
 from bnf_core.data.streaming import FeedbackStream
 from bnf_core.errors import UserError
-from bnf_core.steps.batching import Rows
+from bnf_core.steps.batching import Rows, require_units, rows_alone
 from bnf_core.steps.steps import Data
 from bnf_core.storage.digests import json_digest, rows_digest, tokenizer_digest
-from bnf_core.types import Example
+from bnf_core.types import Example, Unit
 
 
 def load_split(
@@ -64,7 +64,13 @@ def with_date(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *recorded:
 
 
 def _stream(
-    split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, shuffle_buffer: int = 1, seed: int = 0
+    split: str,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    shuffle_buffer: int = 1,
+    seed: int = 0,
+    unit: Unit = "row",
 ) -> tuple[FeedbackStream, Tally]:
     """The tokenised rows of one split, read as they are needed, and what became of those that were; in the order of
     the data, unless it is shuffled.
@@ -74,7 +80,7 @@ def _stream(
     """
     feedback = FeedbackTokenizer.of(tokenizer, config)
     tally = feedback.tally()
-    rows = feedback.stream(config.path, split, shuffle_buffer=shuffle_buffer, seed=seed, report=tally.add)
+    rows = feedback.stream(config.path, split, shuffle_buffer=shuffle_buffer, seed=seed, unit=unit, report=tally.add)
     return rows, tally
 
 
@@ -122,12 +128,13 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, 
     train = _rows(data.path, "train", data, console)
     if valid is None and config.valid_fraction > 0:
         train, valid = sources.split_by_prompt(train, config.valid_fraction, config.seed)
-    examples = _tokenized(train, "train", data, tokenizer, console)
+    unit = config.make_objective().unit
+    examples = _of_units(_tokenized(train, "train", data, tokenizer, console), "train", unit, data, console)
     return TrainingData(
-        rows=Rows(examples, config.seed),
+        rows=Rows(examples, config.seed, unit),
         examples=examples,
         digest=rows_digest(examples),
-        held_out=None if valid is None else _tokenized(valid, "valid", data, tokenizer, console),
+        held_out=_held_out(valid, unit, data, tokenizer, console),
     )
 
 
@@ -140,7 +147,8 @@ def _streamed(
             "valid_fraction cannot hold out rows of streamed data: give held-out rows in a file, with --valid"
         )
 
-    rows, tally = _stream("train", data, tokenizer, shuffle_buffer=data.shuffle_buffer, seed=config.seed)
+    unit = config.make_objective().unit
+    rows, tally = _stream("train", data, tokenizer, shuffle_buffer=data.shuffle_buffer, seed=config.seed, unit=unit)
     made = [f"{sources.digest(data.path, 'train')}, tokenizer {tokenizer_digest(tokenizer)}"]
     if template := chat_of(data).template:
         made.append(f"chat template {json_digest(template)}")
@@ -148,9 +156,27 @@ def _streamed(
         rows=rows,
         examples=None,
         digest=", ".join(made),
-        held_out=None if valid is None else _tokenized(valid, "valid", data, tokenizer, console),
+        held_out=_held_out(valid, unit, data, tokenizer, console),
         tally=tally,
     )
+
+
+def _held_out(
+    rows: list[Feedback] | None, unit: Unit, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> list[Example] | None:
+    if rows is None:
+        return None
+    return _of_units(_tokenized(rows, "valid", config, tokenizer, console), "valid", unit, config, console)
+
+
+def _of_units(examples: list[Example], name: str, unit: Unit, config: DataConfig, console: Console) -> list[Example]:
+    """Without the rows that the objective has nothing to compare with, where bad rows are to be skipped."""
+    alone = rows_alone(examples, unit) if config.skip_bad_rows else []
+    if alone:
+        console.print(f"[yellow]skipped {len(alone)} rows of {name} that lack what this objective compares[/yellow]")
+    kept = [e for i, e in enumerate(examples) if i not in set(alone)]
+    require_units(kept or examples, unit)
+    return kept
 
 
 def _rows(path: str, split: str, config: DataConfig, console: Console) -> list[Feedback]:
