@@ -147,7 +147,7 @@ class Renderer:
         whole = self._apply(form, prompt + completion, *given, opened=False)
         reopened = not whole.startswith(opened)
         if reopened:
-            whole = opened + whole[self._finished(form, prompt, opened, whole, given) :]
+            whole = opened + whole[self._finished(form, prompt, opened, whole, behind_prompt, given) :]
         ends: list[int] = []
         at = len(opened)
         for i, message in enumerate(completion):
@@ -192,13 +192,21 @@ class Renderer:
         return text, at
 
     def _finished(
-        self, form: "_Form", prompt: list[Message], opened: str, whole: str, given: tuple[Any, Any, str]
+        self,
+        form: "_Form",
+        prompt: list[Message],
+        opened: str,
+        whole: str,
+        behind_prompt: int,
+        given: tuple[Any, Any, str],
     ) -> int:
         """Where the completion begins in a text whose turn does not begin as the opened one: behind what the beginnings
         share. Before the turn both must be the same."""
         closed = self._apply(form, prompt, *given, opened=False)
-        before = _common_pieces(closed, opened)
-        if len(opened) <= before or self._special.sub("", closed[before:]).strip() or whole[:before] != opened[:before]:
+        # A template that always opens a turn, or never, does not show where it begins: behind the last message's text.
+        before = behind_prompt if closed == opened else _common_pieces(closed, opened)
+        rest = "" if closed == opened else closed[before:]
+        if len(opened) <= before or self._special.sub("", rest).strip() or whole[:before] != opened[:before]:
             raise RowError(
                 given[2],
                 "prompt",
@@ -296,7 +304,7 @@ class Renderer:
         opened: bool,
     ) -> str:
         try:
-            return str(
+            text = str(
                 self._tokenizer.apply_chat_template(
                     [form(message) for message in messages],
                     tools=cast(Any, tools),
@@ -316,6 +324,14 @@ class Renderer:
                 f"the chat template refuses the roles {roles}: {' '.join(str(error).split()) or type(error).__name__}",
                 "Give the roles that the model's template asks for, in its order",
             ) from error
+        if form.is_printed(text):
+            raise RowError(
+                source,
+                "prompt",
+                "the chat template writes an object as Python prints it, expected what the messages say",
+                "Set data.chat_template to a template for such messages, or give the row as plain text",
+            )
+        return text
 
     def _source(self, tools: list[Tool] | None) -> str:
         """The template's text: of several the one that is named, or that fits."""
@@ -400,6 +416,10 @@ class _Form(NamedTuple):
                 for call in message["tool_calls"]
             ]
         return result
+
+    def is_printed(self, text: str) -> bool:
+        """Whether a template that takes another form has written one of these objects itself."""
+        return self.parts and re.search(r"""\[\{['"]type['"]: ?['"]text['"]""", text) is not None
 
 
 def _forms(messages: Sequence[Message]) -> Iterator[_Form]:

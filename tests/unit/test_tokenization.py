@@ -227,6 +227,9 @@ def test_a_turn_that_the_template_always_opens_is_not_trained(header: str) -> No
         "{{ header }}"
     )
     assert one(make(template), QUESTION, ANSWER)[1] == "Paris.<|im_end|>"
+    other = template.replace("{{ header }}", "{{ header }}<turn>")  # than what a finished turn begins with
+    prompt, completion = one(make(other), QUESTION, ANSWER)
+    assert prompt.endswith(header + "<turn>") and completion == "Paris.<|im_end|>"
     bare = make(BARE.replace("{% if add_generation_prompt %}assistant:{% endif %}", "assistant:"))
     assert one(bare, QUESTION, ANSWER)[1] == " Paris.</s>"
 
@@ -312,6 +315,14 @@ def test_what_the_template_leaves_out_is_named_with_a_remedy(
     assert caught.value.field == field
     assert "the chat template leaves out" in str(caught.value) and what in str(caught.value)
     assert "data.template_kwargs" in str(caught.value) and "data.chat_template" in str(caught.value)
+
+
+def test_a_list_of_parts_that_a_template_prints_is_no_text() -> None:
+    """Rejects taking the words for found where the template wrote a Python list with them."""
+    split = "m.content.split('</think>')[-1]"
+    template = THINKER.replace(split, f"{split} if m.content is string else m.content")
+    with pytest.raises(RowError, match="the chat template leaves out the text 'a b'"):
+        one(make(template), QUESTION, [assistant("<think>a b</think>Paris.")])
 
 
 def test_white_space_is_the_templates_own_affair() -> None:
