@@ -5,6 +5,7 @@ The CLI makes its flags and `--help` from these classes; a YAML file holds the s
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from typing import Any, Literal
 
 from bnf_core.errors import UserError
@@ -101,6 +102,15 @@ class DataConfig:
     template: Template = "auto"
     """`auto`: the chat template for messages, plain strings as they are; `chat`: the chat template for both;
     `plain`: never."""
+    chat_template: str | None = None
+    """A chat template to use instead of the model's: its file or text, or the name of one of several that the model
+    has."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the chat template is given besides the messages, such as {enable_thinking: false}; a row's own
+    `chat_template_kwargs` come over it."""
+    date: str | None = None
+    """The day, as 2025-12-31, that chat templates which write today's date are told; default: the day the run began,
+    that of `reference`, or that of the run which trained `adapter`."""
     max_length: int = 1024
     """Longest row in tokens; a longer prompt is cut from the left."""
     skip_bad_rows: bool = False
@@ -113,6 +123,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "an integer of at least 1")
         _require(self.max_length >= 2, "data.max_length", self.max_length, "an integer of at least 2")
+        _require(self.date is None or _is_day(self.date), "data.date", self.date, "a day as 2025-12-31")
 
 
 @dataclass
@@ -272,6 +283,10 @@ class GenerateConfig:
     """An adapter folder."""
     template: Template = "chat"
     """`chat`: the prompt is a user's message; `plain`: the text is continued as it is."""
+    chat_template: str | None = None
+    """As `data.chat_template` of `bnf train`."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """As `data.template_kwargs` of `bnf train`."""
     max_tokens: int = 256
     """Longest completion."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
@@ -312,6 +327,13 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

@@ -23,15 +23,22 @@ class Example:
     group: int = 0  # rows with one prompt share a number: they are compared with each other
     pair: int = 0  # the chosen and the rejected row of one pair share a number; 0: it is none's
     source: str = ""  # file:line, for messages
+    trained: tuple[bool, ...] | None = None  # which tokens of the completion are trained, one at least; None: all
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
 
     @property
+    def trained_positions(self) -> Array:
+        """(|y|,) int64: which tokens of the completion are trained."""
+        return np.arange(len(self.completion_ids)) if self.trained is None else np.flatnonzero(self.trained)
+
+    @property
     def key(self) -> int:
         """64 bits of a hash of the tokens: what the row is known by, wherever it is met."""
-        ids = np.asarray((len(self.prompt_ids), *self.prompt_ids, *self.completion_ids), "<i4")
-        return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
+        ids = np.asarray((len(self.prompt_ids), *self.prompt_ids, *self.completion_ids), "<i4").tobytes()
+        mask = b"" if self.trained is None else bytes(self.trained)
+        return int.from_bytes(hashlib.blake2b(ids + mask, digest_size=8).digest(), "little")
 
 
 class Counts(NamedTuple):

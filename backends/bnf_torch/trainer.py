@@ -3,7 +3,8 @@
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -83,6 +84,13 @@ class BNFConfig(TrainingArguments):
     """Longest row in tokens; a longer prompt is cut from the left."""
     template: Template = "auto"
     """`auto`: the chat template for messages, plain strings as they are; `chat`: for both; `plain`: never."""
+    chat_template: str | None = None
+    """A chat template to use instead of the model's: its file or text, or the name of one of several that it has."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the chat template is given besides the messages, such as {"enable_thinking": False}."""
+    date: str | None = None
+    """The day, as 2025-12-31, that chat templates which write today's date are told; default: today. Give it where a
+    run may be resumed on another day, or has a stored reference."""
     packing: bool = False
     """Fill the rows of a micro-batch with several sequences each, up to `max_length` tokens."""
     group_by_length: bool = True
@@ -106,6 +114,19 @@ class BNFConfig(TrainingArguments):
                 raise UserError(f"{name} is {value!r}, which BNFTrainer does not support{hint}")
         processes()  # joined on our terms, before accelerate would on its own
         super().__post_init__()
+
+    @property
+    def data(self) -> DataConfig:
+        """How rows become tokens."""
+        return DataConfig(
+            path="",
+            template=self.template,
+            chat_template=self.chat_template,
+            template_kwargs=self.template_kwargs,
+            date=self.date,
+            max_length=self.max_length,
+            skip_bad_rows=self.skip_bad_rows,
+        )
 
 
 class BNFTrainer(Trainer):
@@ -417,15 +438,16 @@ class _Tokens:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, args: BNFConfig, unit: Unit):
         self.tokenizer, self.args, self.unit = tokenizer, args, unit
         self.pad = pad_id(tokenizer)
-        self.feedback = FeedbackTokenizer(tokenizer, args.template, args.max_length, args.skip_bad_rows)
+        self.feedback = FeedbackTokenizer.of(tokenizer, args.data)
 
     def training_rows(self, data: Feed) -> plan.Data:
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         if isinstance(data, str) or hasattr(data, "__len__"):
             return Rows(self.examples(data, "train"), seed, self.unit)
+        report = partial(self._report, whole=False)
         return self.feedback.stream(
-            data, "train", shuffle_buffer=args.shuffle_buffer, seed=seed, unit=self.unit, report=self._report
+            data, "train", shuffle_buffer=args.shuffle_buffer, seed=seed, unit=self.unit, report=report
         )
 
     def examples(self, data: Feed, split: str) -> list[Example]:
@@ -437,11 +459,11 @@ class _Tokens:
         require_units(tokens.examples, self.unit)
         return tokens.examples
 
-    def _report(self, tokens: Tokenized) -> None:
+    def _report(self, tokens: Tokenized, whole: bool = True) -> None:
         for message in tokens.skipped:
             logger.warning("skipped: %s", message)
-        if cuts := self.feedback.cuts(tokens):
-            logger.warning("%s", cuts)
+        for note in self.feedback.tally(tokens).notes(whole):
+            logger.warning("%s", note)
 
 
 def _engine(
@@ -496,9 +518,8 @@ def _stored_reference(
         return None
     if not (folder / "config.json").is_file():
         raise UserError("reference is given, and can be checked only against a model that is given by its folder")
-    data = DataConfig(path="", template=args.template, max_length=args.max_length)
     hardware = HardwareConfig(load_in_4bit=bool(getattr(engine.base, "is_loaded_in_4bit", False)))
-    return open_reference(args.reference, fingerprint(folder, tokenizer, data, hardware, engine.dtype))
+    return open_reference(args.reference, fingerprint(folder, tokenizer, args.data, hardware, engine.dtype))
 
 
 def _gathered(meter: Meter, group: Processes) -> dict[str, float]:

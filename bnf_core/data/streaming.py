@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from numpy.random import PCG64
 
+from bnf_core.data.messages import RowError
 from bnf_core.data.readers import RawRow
-from bnf_core.data.records import Feedback, RowError
+from bnf_core.data.records import Feedback
 from bnf_core.data.sources import find_source, no_rows, source_of
 from bnf_core.errors import UserError
 from bnf_core.types import Example, Position, Unit

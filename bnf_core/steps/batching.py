@@ -59,11 +59,12 @@ def collate(
                 span = slice(at, at + count)
                 input_ids[b, span], position_ids[b, span] = completion, len(prompt) + np.arange(count)
                 segment_ids[b, span], prefix_ids[b, span] = segment, prefix
-                positions.append(b * width + np.array([last, *range(at, at + count - 1)], np.int64))
-                targets.append(np.asarray(completion, np.int32))
-                rows.append(np.full(count, len(positions) - 2, np.int32))
-                weight = (1.0 if examples[i].label else -1.0) / (count * num_sequences)
-                coefficients.append(np.full(count, weight, np.float32))
+                trained = examples[i].trained_positions
+                positions.append(b * width + np.array([last, *range(at, at + count - 1)], np.int64)[trained])
+                targets.append(np.asarray(completion, np.int32)[trained])
+                rows.append(np.full(len(trained), len(positions) - 2, np.int32))
+                weight = (1.0 if examples[i].label else -1.0) / (len(trained) * num_sequences)
+                coefficients.append(np.full(len(trained), weight, np.float32))
                 at += count
             segment += 1
         position_ids[b, at:] = np.arange(width - at)

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 
-from bnf_core.data.records import Feedback, RowError, parse_row
+from bnf_core.data.messages import RowError
+from bnf_core.data.records import Feedback, parse_row
 from bnf_core.errors import UserError
 
 AT = "feedback.jsonl:17"
 
 
-def user(content: str) -> dict[str, Any]:
+def user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
@@ -109,10 +110,19 @@ CHAT = {"prompt": QUESTION, "completion": [assistant("Paris")], "label": True}
         (CHAT | {"prompt": [{"content": "hi"}]}, "prompt[0]", 'no "role": found content'),
         (CHAT | {"prompt": [{"role": "user"}]}, "prompt[0]", 'no "content": found role'),
         (CHAT | {"prompt": [{"role": 1, "content": "hi"}]}, "prompt[0].role", "is 1, expected text"),
-        (CHAT | {"prompt": [{"role": "user", "content": [1]}]}, "prompt[0].content", "is a list, expected text"),
+        (CHAT | {"prompt": [{"role": "user", "content": [1]}]}, "prompt[0].content[0]", "is 1, expected text"),
+        (
+            CHAT | {"prompt": [user([{"type": "image_url", "image_url": {}}])]},
+            "prompt[0].content[0]",
+            "is a part of the type 'image_url', expected text",
+        ),
         (CHAT | {"completion": []}, "completion", "has no message after the prompt"),
         (CHAT | {"completion": [assistant(" ")]}, "completion[0].content", "is empty"),
-        (CHAT | {"completion": [user("hi")]}, "completion", "role 'user', expected only the assistant's"),
+        (
+            CHAT | {"completion": [user("hi")]},
+            "completion",
+            "begins with a message of the role 'user'",
+        ),
         ({"prompt": "q", "completion": "a", "lable": True}, "label", "no such column: .* Rename 'lable' to 'label'"),
         ({"prompt": "q", "choosen": "a", "rejected": "b"}, "chosen", "Rename 'choosen' to 'chosen'"),
         ({"promt": "q", "chosen": "a"}, "prompt", "no such column: found promt, chosen, .* Rename 'promt' to 'prompt'"),

@@ -15,16 +15,17 @@ from transformers import PreTrainedTokenizerBase
 
 from bnf_align.commands.reference import open_reference
 from bnf_align.run.auto_batch import auto_micro_batch
-from bnf_align.run.feedback import TrainingData, load_training_data
+from bnf_align.run.feedback import TrainingData, load_training_data, tell, with_date
 from bnf_align.run.interrupts import Interrupts
 from bnf_align.run.pictures import run_picture
 from bnf_align.run.progress import bar
-from bnf_align.run.run_folder import RunFolder
+from bnf_align.run.run_folder import RunFolder, recorded_setting
 from bnf_align.run.samples import Samples
 from bnf_align.run.scoring import score, table
 from bnf_align.run.tracking import check_trackers, open_trackers
 from bnf_core import registry
 from bnf_core.config import TrainConfig
+from bnf_core.data.rendering import chat_of
 from bnf_core.data.tokenization import load_tokenizer, pad_id, stop_ids
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.models.model_folder import resolve_model
@@ -36,6 +37,7 @@ from bnf_core.steps.metrics import SHIFT_CHOSEN, SHIFT_REJECTED, Meter, Metrics
 from bnf_core.steps.reference import NoReference, Reference, ReferenceCache
 from bnf_core.steps.steps import Step
 from bnf_core.storage.checkpoints import MODEL_WEIGHTS, Change, Facts, changes, run_facts
+from bnf_core.storage.reference_folder import recorded_date
 from bnf_core.storage.shards import BASELINE, REFERENCE, put_under, under
 from bnf_core.types import Position, TokenScores
 
@@ -70,6 +72,9 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
     for note in backend.notes(checkpoint):
         console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
     tokenizer = load_tokenizer(checkpoint)
+    begun = recorded_setting(Path(config.output), "data.date") if config.resume else None
+    referred = recorded_date(config.reference) if config.reference else None
+    config = replace(config, data=with_date(config.data, tokenizer, begun, referred))
     data = load_training_data(config, tokenizer, console)
     if config.sample_every and not data.held_out:
         raise UserError("sample_every needs held-out rows, whose prompts it completes: give some with --valid")
@@ -113,11 +118,12 @@ class _Training:
     ):
         self.config, self.engine, self.data, self.facts = config, engine, data, facts
         self.console, self.evaluator, self.tokenizer = console, evaluator, tokenizer
-        self.stops = stop_ids(tokenizer, checkpoint)
+        self.stops = stop_ids(tokenizer, checkpoint, chat=chat_of(config.data))
         self.pad = pad_id(tokenizer)
         self.processes = engine.processes
         self.first = self.processes.rank == 0
-        self.folder = RunFolder(config, self.processes)
+        known = stop_ids(tokenizer, checkpoint, of_template=False)
+        self.folder = RunFolder(config, self.processes, self.stops if set(self.stops) > set(known) else ())
         self.batching = steps.micro_batching_of(config, engine)
         stored = open_reference(config, checkpoint, tokenizer, engine, data.in_memory)
         # Streamed rows that are not stored can be computed only as long as the model's own weights stay.
@@ -152,6 +158,8 @@ class _Training:
             self._watch(start)
             self.started = time.perf_counter()
             loop.train(self.engine, self._steps(start), self._after, self.config.optimizer.max_grad_norm)
+        if self.data.tally:
+            tell(self.data.tally, self.console)
         after = self.evaluations[max(self.evaluations)] if self.evaluations else None
         picture = self.folder.path / "run.png"
         if self.first:
@@ -285,7 +293,7 @@ class _Training:
 
     def _not_finite(self, step: Step, metrics: Metrics) -> NoReturn:
         with self.folder.writing():
-            self.engine.save(self.folder.trained)
+            self.folder.save_trained(self.engine)
         what = "gradient" if math.isfinite(metrics["loss"] or 0.0) else "loss"
         raise TrainingStopped(
             f"step {step.number + 1}: the {what} is not finite; the weights as they were before this step are in "
