@@ -28,7 +28,8 @@ def correct(model: nn.Module, config: Config, folder: Path) -> None:
     """
     text = text_config(config)
     for correction in CORRECTIONS.get(str(text.get("model_type")), ()):
-        correction(getattr(model, "language_model", model), text, folder)
+        inner: Any = getattr(model, "language_model", model)
+        correction(inner, text, folder)
 
 
 def without_ignored_scaling(config: Config) -> Config:
@@ -191,9 +192,8 @@ def _correction_bias(model: Any, config: Config, folder: Path) -> None:
         y = (y * weights[..., None]).sum(axis=-2).astype(y.dtype)
         return y if self.shared_experts is None else y + self.shared_experts(x)
 
-    stored = {
-        name: value for path in sorted(folder.glob("model*.safetensors")) for name, value in mx.load(str(path)).items()
-    }
+    files: list[Any] = [mx.load(str(path)) for path in sorted(folder.glob("model*.safetensors"))]
+    stored = {name: value for file in files for name, value in file.items()}
     for i, layer in enumerate(model.layers):
         if "switch_mlp" not in layer.mlp:
             continue

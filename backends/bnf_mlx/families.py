@@ -54,8 +54,8 @@ DIFFERENCES: tuple[Difference, ...] = (
     Difference(
         frozenset(("dbrx",)),
         _other_rope_base,
-        "mlx-lm takes the RoPE base from attn_config, transformers from rope_parameters ({rope_theta}), and these differ: "
-        "write the right one into both",
+        "mlx-lm takes the RoPE base from attn_config, transformers from rope_parameters ({rope_theta}), and these "
+        "differ: write the right one into both",
         wrong=True,
     ),
     Difference(

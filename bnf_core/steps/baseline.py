@@ -97,5 +97,5 @@ def mismatched(examples: Sequence[Example]) -> list[Example]:
         other = next((e for e in after if e.prompt_ids != example.prompt_ids), None)
         if other is not None:
             room = longest - len(other.completion_ids)
-            rows.append(Example(example.prompt_ids[-room:], other.completion_ids, True))
+            rows.append(Example(example.prompt_ids[-room:], other.completion_ids, True, trained=other.trained))
     return rows
