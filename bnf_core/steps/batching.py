@@ -6,6 +6,7 @@ into micro-batches, packed, or dealt to processes.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -285,9 +286,10 @@ class Rows:
         self.examples = examples
         self.seed = seed
         self.unit = unit
+        self._largest = 1 if unit == "row" else max(Counter(map(_unit_key(unit), examples)).values(), default=1)
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        return -(-len(self.examples) // batch_size)
+        return -(-len(self.examples) // max(batch_size, self._largest))
 
     def batches(self, batch_size: int, position: Position | None = None) -> Iterator[tuple[list[Example], Position]]:
         """Epoch after epoch without end; the last batch of an epoch may be short and is never dropped.
@@ -296,6 +298,7 @@ class Rows:
             the examples of a batch, and the position to resume from after it
         """
         epoch, at = (position["epoch"], position["rows"]) if position else (0, 0)
+        batch_size = max(batch_size, self._largest)
         while True:
             order = epoch_order(len(self.examples), epoch, self.seed)
             units = self._units(order, batch_size)
