@@ -20,6 +20,8 @@ from typing import Any
 # Of glibc's malloc.h: M_ARENA_MAX, M_MMAP_THRESHOLD (the largest that it takes), M_TRIM_THRESHOLD.
 MALLOC = {-8: 1, -3: 32 * 2**20, -1: 2**31 - 1}
 
+START_METHOD = "spawn"  # of processes: nothing is in their memory that the job did not put there
+
 # Sets itself up and works without end, or as long as it can, calling what it is given after every piece of work.
 Work = Callable[[Callable[[], None]], None]
 
@@ -60,7 +62,7 @@ def apart(name: str, job: Callable[..., float], *args: Any) -> float:
     Raises:
         ContenderFailed: it failed, or its process was killed.
     """
-    context = multiprocessing.get_context("spawn")
+    context: Any = multiprocessing.get_context(START_METHOD)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, job, args))
     process.start()

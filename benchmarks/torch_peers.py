@@ -79,6 +79,8 @@ def _trainer(
         "disable_tqdm": True,
     }
     columns: list[dict[str, Any]]
+    base: Any
+    config: Any
     if kind == SFT:
         base, config = trl.SFTTrainer, trl.SFTConfig(**options)
         columns = [
@@ -103,7 +105,7 @@ def _trainer(
             {"prompt_ids": row.prompt_ids, "completion_ids": row.completion_ids, "label": row.label} for row in rows
         ]
 
-    class SameTokens(base):  # type: ignore[misc, valid-type]
+    class SameTokens(base):
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset  # it holds tokens already
 

@@ -5,7 +5,12 @@ The CLI makes its flags and `--help` from these classes; a YAML file holds the s
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from typing import Any, Literal
+
+from bnf_core.errors import UserError
+from bnf_core.models.lora import UNADAPTED
+from bnf_core.objectives import Objective, parse
 
 Schedule = Literal["constant", "linear", "cosine"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
@@ -30,6 +35,10 @@ class LoraConfig:
         _require(self.rank >= 1, "lora.rank", self.rank, "an integer of at least 1")
         _require(self.alpha > 0, "lora.alpha", self.alpha, "a number above 0")
         _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "a number from 0 up to, not including, 1")
+        for name in UNADAPTED & set(self.targets):
+            _require(
+                False, "lora.targets", name, "layers that use an adapter; transformers reads this one's weight past it"
+            )
         _require(len(self.targets) > 0, "lora.targets", self.targets, "at least one layer name, or all-linear")
 
     @property
@@ -93,6 +102,15 @@ class DataConfig:
     template: Template = "auto"
     """`auto`: the chat template for messages, plain strings as they are; `chat`: the chat template for both;
     `plain`: never."""
+    chat_template: str | None = None
+    """A chat template to use instead of the model's: its file or text, or the name of one of several that the model
+    has."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the chat template is given besides the messages, such as {enable_thinking: false}; a row's own
+    `chat_template_kwargs` come over it."""
+    date: str | None = None
+    """The day, as 2025-12-31, that chat templates which write today's date are told; default: the day the run began,
+    that of `reference`, or that of the run which trained `adapter`."""
     max_length: int = 1024
     """Longest row in tokens; a longer prompt is cut from the left."""
     skip_bad_rows: bool = False
@@ -105,6 +123,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "an integer of at least 1")
         _require(self.max_length >= 2, "data.max_length", self.max_length, "an integer of at least 2")
+        _require(self.date is None or _is_day(self.date), "data.date", self.date, "a day as 2025-12-31")
 
 
 @dataclass
@@ -126,6 +145,9 @@ class TrainConfig:
     """Go on with the run in the output folder from its newest whole checkpoint."""
     resume_anyway: bool = False
     """With `resume`: go on although the data, the model or settings have changed."""
+    objective: dict[str, Any] | str = field(default_factory=lambda: {"name": "bnf"})
+    """What is minimised, by `name` and with its settings (`--objective dpo --objective.beta 0.3`), or a weighted sum
+    (`--objective "bnf + 0.2*dpo"`); `bnf objectives` lists them."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     fine_tune_type: FineTuneType = "lora"
     """What is trained: low-rank adapters, the same with weight decomposition (DoRA, arXiv 2402.09353), or all
@@ -186,6 +208,19 @@ class TrainConfig:
             not self.data.streaming or self.max_steps is not None, "max_steps", None, "a number with data.streaming"
         )
         _require(self.resume or not self.resume_anyway, "resume_anyway", True, "resume as well")
+        objective = self.make_objective()
+        if self.reference is not None and not objective.needs_reference:
+            raise UserError(f"objective {objective.name} needs no reference, and reference is given: leave it out")
+
+    def make_objective(self) -> Objective:
+        """
+        Raises:
+            UserError: an unknown objective or setting, or a value that does not fit.
+        """
+        if isinstance(self.objective, str):
+            return parse(self.objective)
+        settings = dict(self.objective)
+        return parse(str(settings.pop("name", "bnf")), settings)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -248,6 +283,10 @@ class GenerateConfig:
     """An adapter folder."""
     template: Template = "chat"
     """`chat`: the prompt is a user's message; `plain`: the text is continued as it is."""
+    chat_template: str | None = None
+    """As `data.chat_template` of `bnf train`."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """As `data.template_kwargs` of `bnf train`."""
     max_tokens: int = 256
     """Longest completion."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
@@ -288,6 +327,13 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

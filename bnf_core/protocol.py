@@ -12,10 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
-from bnf_core.models.architecture import Grid
+from bnf_core.models.architecture import Architecture, Grid, Kept, Training
+from bnf_core.objectives import Objective
 from bnf_core.processes import ALONE, Processes
 from bnf_core.storage.shards import Shard
-from bnf_core.types import Array, Batch, TokenStats
+from bnf_core.types import Array, Batch, TokenScores
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,16 @@ class FusedResult:
 
 
 @dataclass(frozen=True)
+class LogOddsResult:
+    """linear_log_odds and its vector-Jacobian product."""
+
+    log_odds: Array  # (N,) float32
+    other_entropy: Array  # (N,) float32
+    grad_hidden: Array  # (N, D)
+    grad_head: Array | None  # (V, D), None when the head is frozen
+
+
+@dataclass(frozen=True)
 class BatchResult:
     """One optimizer step's loss, accumulated over its micro-batches."""
 
@@ -52,7 +63,8 @@ class BatchResult:
 class Losses(Protocol):
     """A backend's losses as the conformance suite sees them; conformance/SPEC.md has the clauses. Inputs come as
     float32 holding values that `dtype` can represent; the backend casts to `dtype` first. What a backend does not have
-    it names in an optional attribute `lacks`: of "dense", "fused", "train_head", "batch" and "cross_entropy"."""
+    it names in an optional attribute `lacks`: of "dense", "fused", "train_head", "batch", "cross_entropy",
+    "log_odds" and "objective"."""
 
     dtypes: Sequence[str]  # of "float32", "bfloat16", "float16"
 
@@ -77,6 +89,32 @@ class Losses(Protocol):
 
     def batch(self, micro_batches: Sequence[tuple[Array, Batch, Array]], *, dtype: str) -> BatchResult:
         """Each micro-batch is logits (B, T, V), its Batch and its tokens' ref_log_odds (N,)."""
+        ...
+
+    def log_odds(
+        self,
+        hidden: Array,
+        head_weight: Array,
+        targets: Array,
+        cotangent: Array,
+        *,
+        dtype: str,
+        train_head: bool,
+        chunk_tokens: int | None = None,
+    ) -> LogOddsResult:
+        """hidden (N, D), head_weight (V, D), the rest (N,); gradients of Σ cotangent · log_odds."""
+        ...
+
+    def objective(
+        self,
+        objective: Objective,
+        log_odds: Array,
+        other_entropy: Array,
+        ref_log_odds: Array,
+        batch: Batch,
+        baseline: float,
+    ) -> tuple[float, Array]:
+        """The loss of a batch, its tokens' numbers (N,) given, and its gradient (N,) in the log-odds."""
         ...
 
     def cross_entropy(self, logits: Array, targets: Array, *, dtype: str) -> tuple[Array, Array]:
@@ -105,23 +143,28 @@ class Engine(Protocol):
         """
         ...
 
-    def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenStats:
-        """Token statistics of the policy without gradients, as NumPy float32 (N,)."""
+    def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenScores:
+        """What the policy says of each token, without gradients, as NumPy float32 (N,)."""
         ...
 
     def step(
-        self, batches: Sequence[tuple[Batch, Array]], learning_rate: float, max_grad_norm: float | None
-    ) -> tuple[list[TokenStats], float]:
-        """Take one optimizer step: the gradient of Σ coefficients · ℓ over all micro-batches and processes, clipped,
-        then AdamW. A step whose loss or gradient is not finite is not taken.
+        self,
+        batches: Sequence[tuple[Batch, Array]],
+        learning_rate: float,
+        max_grad_norm: float | None,
+        baseline: float = 0.0,
+    ) -> tuple[list[TokenScores], float]:
+        """Take one optimizer step: the gradient of the objective over all micro-batches and processes, clipped, then
+        AdamW. A step whose loss or gradient is not finite is not taken.
 
         Args:
             batches: this process's micro-batches, each with its ref_log_odds (N,).
             learning_rate: of this step.
             max_grad_norm: clip the gradient to this norm; None: do not.
+            baseline: what the objective's rewards are compared with, from `bnf_core.steps.baseline`.
         Returns:
-            the token statistics of each micro-batch as NumPy float32 (N,), and the global norm of the gradient before
-            clipping: not finite where the step was not taken.
+            the policy's scores of each micro-batch's tokens as NumPy float32 (N,), and the global norm of the gradient
+            before clipping: not finite where the step was not taken.
         Raises:
             RuntimeError: the engine was loaded without anything to train and an optimizer.
         """
@@ -187,6 +230,10 @@ class Measures(Protocol):
         """The sizes of a micro-batch as this backend computes it."""
         ...
 
+    def kept(self, model: Architecture, training: Training, grid: Grid) -> Kept:
+        """What a training step of such a micro-batch keeps in memory, by formulae."""
+        ...
+
     def products(self, shapes: Sequence[tuple[int, int, int]], *, train_weights: bool) -> Callable[[], None]:
         """The matrix products that linear layers cannot do without, forward and backward and nothing else.
 
@@ -224,12 +271,18 @@ class Backend(Protocol):
     A backend derives from this class and gives `name`, `losses`, `devices` and `describe`. The rest is for training and
     for looking inside of models; as it stands here, it says that the backend has losses alone.
 
-    Making one, `name`, `requires`, `adapter_layout` and `prepare` need nothing but the core: no framework is loaded
-    before it is known to be there, and `prepare` has run."""
+    Making one, `name`, `requires`, `adapter_layout`, `preference` and `prepare` need nothing but the core: no framework
+    is loaded before it is known to be there, and `prepare` has run."""
 
     name: str
     requires: Sequence[str] = ()  # packages without which it cannot run, as they are imported
     adapter_layout: Layout | None = None  # of the adapters that it saves, loads and fuses; None: it has none
+    follows_config: bool = False  # its models are transformers' own, which compute what config.json says
+
+    def preference(self) -> int:
+        """On this machine, beside other backends: `--backend auto` is the installed one with the highest. 0: it is
+        used only where it is asked for by name."""
+        return 0
 
     def prepare(self) -> None:
         """Called once by a command, before the framework is loaded. It may start the process again."""
@@ -260,13 +313,14 @@ class Backend(Protocol):
         fine_tune_type: FineTuneType | None = None,
         lora: LoraConfig | None = None,
         optimizer: OptimizerConfig | None = None,
+        objective: Objective | None = None,
         gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> Engine:
         """Load a checkpoint folder, with `adapter` a saved adapter on it.
 
         With `fine_tune_type` it is there to be trained: `lora` or `dora` add a fresh adapter (or train the saved
-        one on), `full` trains all weights. Whatever is trained is float32.
+        one on), `full` trains all weights. Whatever is trained is float32. The objective is BNF by default.
 
         Raises:
             UserError: no such model, no weights, unknown device, an adapter for another model, or something this

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import platform
 from importlib.metadata import EntryPoint, entry_points
 
 from bnf_core.errors import UserError
@@ -24,19 +23,26 @@ def missing(name: str) -> list[str]:
     return [package for package in requires if importlib.util.find_spec(package) is None]
 
 
+def ranked() -> list[str]:
+    """Those that may be chosen for the user, installed or not, the best for this machine first
+    (`Backend.preference`)."""
+    preferences = {name: _preference(point) for name, point in sorted(_points().items())}
+    return sorted(filter(preferences.get, preferences), key=lambda name: -preferences[name])
+
+
 def choose(name: str = "auto") -> str:
-    """Resolve `auto`: MLX on Apple silicon, else PyTorch, else whichever is installed.
+    """Resolve `auto`: the installed backend that is best for this machine.
 
     Raises:
         UserError: nothing is installed.
     """
     if name != "auto":
         return name
-    apple = platform.system() == "Darwin" and platform.machine() == "arm64"
-    for candidate in ("mlx", "torch") if apple else ("torch", "mlx"):
-        if not missing(candidate):
-            return candidate
-    raise UserError("no backend is installed: pip install 'bnf-align[torch]' or 'bnf-align[mlx]'")
+    candidates = ranked()
+    if here := [candidate for candidate in candidates if not missing(candidate)]:
+        return here[0]
+    wanted = " or ".join(f"'bnf-align[{candidate}]'" for candidate in candidates)
+    raise UserError(f"no backend is installed: pip install {wanted}")
 
 
 def for_layout(layout: Layout) -> Backend:
@@ -81,6 +87,13 @@ def get(name: str = "auto") -> Backend:
             f"backend {name!r} is a {type(backend).__name__}, which lacks parts of bnf_core.protocol.Backend"
         )
     return backend
+
+
+def _preference(point: EntryPoint) -> int:
+    try:
+        return int(point.load()().preference())
+    except (ImportError, AttributeError):  # a broken package is told of once it is asked for by name
+        return 0
 
 
 def _points() -> dict[str, EntryPoint]:

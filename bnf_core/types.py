@@ -1,14 +1,16 @@
 """What flows through a run: rows of feedback as tokens, batches of them, and what a backend says of each token."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Position = dict[str, int]  # where in the data a run is; JSON
+Unit = Literal["row", "pair", "prompt"]  # rows that a loss compares with each other, and nothing may part
 
 
 @dataclass(frozen=True)
@@ -17,18 +19,49 @@ class Example:
 
     prompt_ids: tuple[int, ...]  # at least one token, or nothing predicts the first of the completion
     completion_ids: tuple[int, ...]  # at least one token, the end-of-turn token included
-    label: bool  # True: preferred, False: dispreferred
+    label: bool  # True: chosen, False: rejected
     group: int = 0  # rows with one prompt share a number: they are compared with each other
+    pair: int = 0  # the chosen and the rejected row of one pair share a number; 0: it is none's
     source: str = ""  # file:line, for messages
+    trained: tuple[bool, ...] | None = None  # which tokens of the completion are trained, one at least; None: all
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
 
     @property
+    def trained_positions(self) -> Array:
+        """(|y|,) int64: which tokens of the completion are trained."""
+        return np.arange(len(self.completion_ids)) if self.trained is None else np.flatnonzero(self.trained)
+
+    @property
     def key(self) -> int:
         """64 bits of a hash of the tokens: what the row is known by, wherever it is met."""
-        ids = np.asarray((len(self.prompt_ids), *self.prompt_ids, *self.completion_ids), "<i4")
-        return int.from_bytes(hashlib.blake2b(ids.tobytes(), digest_size=8).digest(), "little")
+        ids = np.asarray((len(self.prompt_ids), *self.prompt_ids, *self.completion_ids), "<i4").tobytes()
+        mask = b"" if self.trained is None else bytes(self.trained)
+        return int.from_bytes(hashlib.blake2b(ids + mask, digest_size=8).digest(), "little")
+
+
+class Counts(NamedTuple):
+    """Of a global batch: what losses are divided by."""
+
+    rows: int
+    chosen: int
+    rejected: int
+    pairs: int
+    compared: int  # rejected rows of prompts that have chosen ones as well
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> "Counts":
+        chosen = [e for e in examples if e.label]
+        rejected = [e for e in examples if not e.label]
+        groups, pairs = {e.group for e in chosen}, {e.pair for e in chosen} - {0}
+        return cls(
+            len(examples),
+            len(chosen),
+            len(rejected),
+            sum(e.pair in pairs for e in rejected),
+            sum(e.group in groups for e in rejected),
+        )
 
 
 @dataclass(frozen=True)
@@ -57,13 +90,22 @@ class Batch:
     targets: Array  # (N,) int32
     sequence_ids: Array  # (N,) int32, the sequence in this batch, 0..S
     coefficients: Array  # (N,) float32: label / (|y| · sequences in the global batch)
-    labels: Array  # (S,) int32: +1 preferred, −1 dispreferred
+    labels: Array  # (S,) int32: +1 chosen, −1 rejected
     groups: Array  # (S,) int64, `Example.group`
+    pairs: Array  # (P, 2) int32: the chosen and the rejected sequence of each pair in this batch
+    counts: Counts  # of the global batch
     keys: Array  # (S,) uint64, `Example.key`
 
 
+class TokenScores(NamedTuple):
+    """What the policy says of each completion token, detached, float32, (N,)."""
+
+    log_odds: Any
+    other_entropy: Any
+
+
 class TokenStats(NamedTuple):
-    """What is known of each completion token, detached, float32, (N,); arrays of whichever framework made it."""
+    """The same, and the BNF loss; arrays of whichever framework made it."""
 
     log_odds: Any
     other_entropy: Any

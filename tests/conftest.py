@@ -1,5 +1,6 @@
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,24 @@ BACKENDS = [
 def backend_name(request: pytest.FixtureRequest) -> str:
     """Each backend that can be installed here, in turn."""
     return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def undrawn() -> Iterator[None]:
+    """Runs of this module, and what compares them, leave no picture: drawing it takes as long as the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bnf_align.commands.train.run_picture", lambda folder: folder / "run.png")
+        patch.setattr("bnf_align.commands.check_run.save", lambda figure, path: path)
+        yield
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But this test's do."""
+    from bnf_align.run import pictures
+
+    monkeypatch.setattr("bnf_align.commands.train.run_picture", pictures.run_picture)
+    monkeypatch.setattr("bnf_align.commands.check_run.save", pictures.save)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,7 @@
 """One run in many arrangements: the command line, what to compare, a judge, and the classical bugs to try it on.
 
 Micro-batches, packing, shared prompts, the order within a step, checkpointed activations and the number of processes
-change memory and speed. `complaints` says whether two runs are one trajectory up to float32 round-off. As a script this
-file is one process of a run that `launch` started.
+change memory and speed. `complaints` says whether two runs are one trajectory up to float32 round-off.
 """
 
 import itertools
@@ -10,12 +9,12 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +22,7 @@ from unittest import mock
 import numpy as np
 from safetensors.numpy import load_file
 
+import forked
 from bnf_core.steps import batching
 from bnf_core.steps import steps as plan
 from bnf_core.types import Array, Batch
@@ -46,6 +46,19 @@ def write_rows(path: Path, shift: int = 0) -> Path:
         prompt = "What is " + " plus ".join(str(j + shift) for j in range(1 + 5 * i % 11)) + "?"
         completion = completions[i % 3] * (1 if i % 3 == 0 else 1 + i % 7)
         rows.append({"prompt": prompt, "completion": completion, "label": i % 2 == 0})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_pairs(path: Path) -> Path:
+    """11 pairs, so that of every epoch's batches of eight rows the last has three pairs, which two processes cannot
+    share evenly; two pairs have one prompt, and lengths differ."""
+    completions = ["4", "It is 4.", "No idea, sorry. "]
+    rows = []
+    for i in range(11):
+        prompt = "What is " + " plus ".join(map(str, range(1 + 5 * (i // 2) % 7))) + "?"
+        chosen, rejected = (completions[(i + j) % 3] * (1 + (i + 2 * j) % 4) for j in range(2))
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -134,7 +147,8 @@ def _share(wrong: Callable[[list[Batch]], list[Batch]]) -> Bug:
 
 
 def _weighted(batch: Batch, factor: float) -> Batch:
-    return replace(batch, coefficients=batch.coefficients * np.float32(factor))
+    counts: Any = [count / factor for count in batch.counts]
+    return replace(batch, coefficients=batch.coefficients * np.float32(factor), counts=type(batch.counts)(*counts))
 
 
 def _rows(batches: Sequence[Batch]) -> int:
@@ -235,6 +249,14 @@ def padding_trained() -> Iterator[None]:
 
 
 @contextmanager
+def pairs_parted() -> Iterator[None]:
+    """A pair's rows may lie in different micro-batches, each of which knows nothing of the other."""
+    right = plan.micro_batching_of
+    with mock.patch.object(plan, "micro_batching_of", lambda *args: replace(right(*args), unit="row")):
+        yield
+
+
+@contextmanager
 def permuted() -> Iterator[None]:
     """No bug: the rows of each step in another order."""
     right = batching.Rows.batches
@@ -256,6 +278,7 @@ BUGS: dict[str, Bug] = {
     "padding trained": padding_trained,
     "completions see each other": _share(lambda batches: [_one_completion(b) for b in batches]),
     "packed rows see each other": _share(lambda batches: [replace(b, packed=False) for b in batches]),
+    "pairs parted": pairs_parted,
 }
 
 
@@ -288,11 +311,15 @@ PATCHES |= {"ended": _hit(signal.SIGTERM), "killed": _hit(signal.SIGKILL)}
 
 
 class Runs:
-    """Runs of the command line in this process, each done once, all of one model and the same rows."""
+    """Runs of the command line in this process, each done once, all of one model and the same rows.
 
-    def __init__(self, model: Path, folder: Path):
-        self.model, self.folder = model, folder
-        self.rows = write_rows(folder / "rows.jsonl")
+    Args:
+        objective: other than BNF, as flags; then the rows are pairs.
+    """
+
+    def __init__(self, model: Path, folder: Path, objective: str = ""):
+        self.model, self.folder, self.objective = model, folder, objective
+        self.rows = (write_pairs if objective else write_rows)(folder / "rows.jsonl")
         self._count = itertools.count()
         self._known: dict[tuple[str, ...], Trajectory] = {}
 
@@ -300,6 +327,7 @@ class Runs:
         """A command line, and the run folder it names."""
         output = self.folder / f"run{next(self._count)}"
         words = ["train", "--model", str(self.model), "--data", str(self.rows), "--output", str(output), *TRAINING]
+        words += self.objective.split()
         return [*words, "--backend", backend, "--fine-tune-type", kind, *flags.split()], output
 
     def train(self, backend: str, kind: str, flags: str = BASE, patch: str = "") -> Trajectory:
@@ -323,7 +351,11 @@ def command(words: Sequence[str], patch: str = "") -> int:
     """Exit code of a command in this process, which it would otherwise replace where OpenBLAS is to be preloaded."""
     from bnf_align import cli
 
-    with PATCHES[patch](), mock.patch.dict(os.environ, LD_PRELOAD=os.environ.get("LD_PRELOAD", "")):
+    with (
+        PATCHES[patch](),
+        mock.patch("bnf_align.commands.train.run_picture"),  # drawing takes as long as the rest
+        mock.patch.dict(os.environ, LD_PRELOAD=os.environ.get("LD_PRELOAD", "")),
+    ):
         return cli.run(words)
 
 
@@ -338,8 +370,8 @@ WAYS: dict[str, tuple[str, dict[str, str]]] = {
 
 
 def launch(way: str, jobs: Sequence[tuple[str, list[str]]], folders: Sequence[Path]) -> list[tuple[int, str]]:
-    """Commands, each with a patch, one after another on as many processes as there are folders to run them in, started
-    as torchrun and mlx.launch do it. Once the last process has ended, the others have a minute.
+    """Commands, each with a patch, one after another on as many processes as there are folders to run them in, told of
+    each other as torchrun and mlx.launch do it. Once the last process has ended, the others have a minute.
 
     Returns:
         exit code, standard output and error of each process.
@@ -347,33 +379,27 @@ def launch(way: str, jobs: Sequence[tuple[str, list[str]]], folders: Sequence[Pa
     backend, environment = WAYS[way]
     count = len(folders)
     ports = free_ports(count)
-    common = os.environ | {"OMP_NUM_THREADS": "1", "MLX_DISABLE_COMPILE": "1"} | environment
-    processes: list[subprocess.Popen[bytes]] = []
+    processes: list[BaseProcess] = []
     with tempfile.TemporaryDirectory() as name:
         hosts, outputs = Path(name, "hosts.json"), [Path(name, f"output{rank}") for rank in range(count)]
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
         for rank, folder in enumerate(folders):
             if backend == "mlx":
-                own = {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
+                own = {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank), "MLX_DISABLE_COMPILE": "1"}
             else:
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
                 own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
-            words = [sys.executable, __file__, json.dumps(jobs)]
-            with outputs[rank].open("wb") as output:
-                started = subprocess.Popen(
-                    words, env=common | own, cwd=folder, stdin=subprocess.DEVNULL, stdout=output, stderr=output
-                )
-            processes.append(started)
+            own |= environment
+            processes.append(forked.start(commands, jobs, environment=own, folder=folder, output=outputs[rank]))
         try:
             for process, timeout in zip(reversed(processes), [400, *[60] * (count - 1)], strict=True):
-                process.wait(timeout)
-        except subprocess.TimeoutExpired as error:
-            raise AssertionError("\n".join(output.read_text() for output in outputs)) from error
+                process.join(timeout)
+                assert process.exitcode is not None, "\n".join(output.read_text() for output in outputs)
         finally:
             for process in processes:
                 process.kill()
-                process.wait()
-        return [(process.returncode, output.read_text()) for process, output in zip(processes, outputs, strict=True)]
+                process.join()
+        return [(forked.ended(process), output.read_text()) for process, output in zip(processes, outputs, strict=True)]
 
 
 def free_ports(count: int) -> list[int]:
@@ -386,14 +412,10 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def main() -> int:
-    """Commands from the command line, one after another, in the processes that are there: [[patch, words], …]."""
+def commands(jobs: Sequence[tuple[str, list[str]]]) -> int:
+    """Commands in this process, one after another, each with a patch; the largest exit code."""
     codes = []
-    for name, words in json.loads(sys.argv[1]):
+    for name, words in jobs:
         codes.append(command(words, name))
         print(f"\nEXIT CODE {codes[-1]}", file=sys.stderr, flush=True)
     return max(codes)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

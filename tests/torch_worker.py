@@ -1,4 +1,4 @@
-"""One process of a run: what test_torch_distributed.py launches with torchrun, and calls itself for a run alone."""
+"""One process of several runs: what test_torch_distributed.py launches with torchrun, and calls for runs alone."""
 
 import json
 import sys
@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bnf_align import cli
 from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.steps import loop
 from bnf_core.steps import steps as plan
@@ -77,6 +78,7 @@ def train(model: Path, case: dict[str, Any], output: Path) -> None:
 
 
 if __name__ == "__main__":
-    tiny, folder, cases = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    model, folder, cases, words = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), sys.argv[4:]
     for name, case in cases.items():
-        train(tiny, case, folder / name)
+        train(model, case, folder / name)
+    sys.exit(cli.run(words))

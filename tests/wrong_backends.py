@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from bnf_conformance import objectives
 from bnf_conformance.vectors import rounded
 from bnf_core import oracle
+from bnf_core.objectives import Objective
 from bnf_core.processes import Processes
-from bnf_core.protocol import BatchResult, DenseResult, Engine, FusedResult, Losses
+from bnf_core.protocol import BatchResult, DenseResult, Engine, FusedResult, LogOddsResult, Losses
 from bnf_core.types import Array, Batch
 
 
@@ -61,6 +63,49 @@ class OracleLosses:
             counts = np.bincount(batch.sequence_ids)
             sequence_loss.append(batch.labels * np.bincount(batch.sequence_ids, weights=r.token_loss) / counts)
         return BatchResult(loss, np.concatenate(sequence_loss), grads)
+
+    def log_odds(
+        self,
+        hidden: Array,
+        head_weight: Array,
+        targets: Array,
+        cotangent: Array,
+        *,
+        dtype: str,
+        train_head: bool,
+        chunk_tokens: int | None = None,
+    ) -> LogOddsResult:
+        h, head = hidden.astype(np.float64), head_weight.astype(np.float64)
+        logits = self.head_logits(h, head, dtype)
+        at = np.arange(len(targets)), targets
+        q = np.exp(_log_policy(logits, targets)[0])
+        q[at] = 0.0
+        grad = -cotangent[:, None].astype(np.float64) * q / q.sum(1, keepdims=True)
+        grad[at] = cotangent
+        return LogOddsResult(
+            oracle.log_odds(logits, targets),
+            oracle.other_entropy(logits, targets),
+            self.in_dtype(grad @ head, dtype),
+            self.in_dtype(grad.T @ h, dtype) if train_head else None,
+        )
+
+    def objective(
+        self,
+        objective: Objective,
+        log_odds: Array,
+        other_entropy: Array,
+        ref_log_odds: Array,
+        batch: Batch,
+        baseline: float,
+    ) -> tuple[float, Array]:
+        if np.abs(log_odds).max() > 30:  # where the formula as it stands overflows
+            return 0.0, np.zeros(len(log_odds))
+        inputs = log_odds, other_entropy, ref_log_odds, batch, baseline
+        return objectives.expected(objective, *inputs, changed=self.rows)
+
+    def rows(self, rows: objectives.Rows) -> objectives.Rows:
+        """What the formula of an objective sees."""
+        return rows
 
     def cross_entropy(self, logits: Array, targets: Array, *, dtype: str) -> tuple[Array, Array]:
         return oracle.token_loss(logits, targets, np.full(len(targets), -np.inf))
@@ -287,6 +332,52 @@ class BFloat16Factors(ShortFactors):
     bits = 7
 
 
+class SignOfRejected(OracleLosses):
+    """Rejected rows count as chosen ones do."""
+
+    def rows(self, rows: objectives.Rows) -> objectives.Rows:
+        signs = [1 if chosen else -1 for chosen in rows.chosen]
+        log_p = [r + sign * (p - r) for sign, p, r in zip(signs, rows.log_p, rows.log_r, strict=True)]
+        return rows._replace(log_p=log_p)
+
+
+class SumForMean(OracleLosses):
+    """Sums over tokens where the objective has means."""
+
+    def rows(self, rows: objectives.Rows) -> objectives.Rows:
+        return rows._replace(length=[1] * len(rows.length))
+
+
+class MissingReference(OracleLosses):
+    """The reference is passed over."""
+
+    def rows(self, rows: objectives.Rows) -> objectives.Rows:
+        return rows._replace(log_r=[0.0] * len(rows.log_r))
+
+
+class DetachedTerm(OracleLosses):
+    """Nothing flows back through rejected rows."""
+
+    def objective(
+        self,
+        objective: Objective,
+        log_odds: Array,
+        other_entropy: Array,
+        ref_log_odds: Array,
+        batch: Batch,
+        baseline: float,
+    ) -> tuple[float, Array]:
+        loss, grad = super().objective(objective, log_odds, other_entropy, ref_log_odds, batch, baseline)
+        return loss, np.where(batch.labels[batch.sequence_ids] > 0, grad, 0.0)
+
+
+class NoBaseline(OracleLosses):
+    """Rewards are compared with 0."""
+
+    def rows(self, rows: objectives.Rows) -> objectives.Rows:
+        return rows._replace(baseline=0.0)
+
+
 # Mistakes that fixed vectors need not show, but that change of input does.
 
 
@@ -333,7 +424,7 @@ class NormalisedHead(OracleLosses):
 class NoFusedHead(OracleLosses):
     """Right, but without the fused loss or a cross-entropy to compare with, and it says so."""
 
-    lacks = ("fused", "cross_entropy")
+    lacks = ("fused", "cross_entropy", "log_odds")
 
 
 class FrozenHeadOnly(OracleLosses):

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import WEIGHTS, mlx_keys, require_adapter
-from bnf_core.models.lora import initial_lora_a
+from bnf_core.models.lora import UNADAPTED, initial_lora_a
 from bnf_core.models.model_config import normalised_config
 from bnf_core.models.model_folder import copy_companions
 from bnf_core.storage.files import replacing
@@ -90,7 +90,8 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int, kind: FineTuneT
     Raises:
         UserError: a target that is no linear layer of this model; a DoRA adapter that mlx-lm could not load.
     """
-    linear = sorted({name for layer in model.layers for name, m in layer.named_modules() if _is_linear(m)})
+    named = {name for layer in model.layers for name, m in layer.named_modules() if _is_linear(m)}
+    linear = sorted(name for name in named if _last(name) not in UNADAPTED)
     head = [(name, m) for name, m in model.named_modules() if _last(name) == "lm_head" and _is_linear(m)]  # if not tied
     if config.targets == ["all-linear"]:
         keys, head = set(linear), []

@@ -10,6 +10,7 @@ from typing import Any
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
+from bnf_core.objectives import Objective
 from bnf_core.processes import Processes
 from bnf_core.protocol import Backend, Engine, Inspector, Losses, Measures
 
@@ -20,6 +21,10 @@ class MLXBackend(Backend):
     name = "mlx"
     requires = ("mlx", "mlx_lm")
     adapter_layout: Layout = "mlx"
+
+    def preference(self) -> int:
+        apple_silicon = platform.system() == "Darwin" and platform.machine() == "arm64"
+        return 3 if apple_silicon else 1
 
     def prepare(self) -> None:
         from bnf_mlx.blas import preload_openblas
@@ -58,6 +63,7 @@ class MLXBackend(Backend):
         fine_tune_type: FineTuneType | None = None,
         lora: LoraConfig | None = None,
         optimizer: OptimizerConfig | None = None,
+        objective: Objective | None = None,
         gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> Engine:
@@ -95,7 +101,13 @@ class MLXBackend(Backend):
             elif fine_tune_type is not None:
                 adapters.add_adapter(loaded, lora or LoraConfig(), seed, fine_tune_type)
         return MLXEngine(
-            loaded, where, optimizer, whole=whole, gradient_checkpointing=gradient_checkpointing, processes=members
+            loaded,
+            where,
+            optimizer,
+            objective=objective,
+            whole=whole,
+            gradient_checkpointing=gradient_checkpointing,
+            processes=members,
         )
 
     def notes(self, model: Path) -> list[str]:

@@ -12,11 +12,13 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from bnf_core.config import OptimizerConfig
+from bnf_core.objectives import Objective
+from bnf_core.objectives.bnf import BNF
 from bnf_core.processes import ALONE, Processes
 from bnf_core.steps.scaling import loss_scales
 from bnf_core.storage.files import agreed
 from bnf_core.storage.shards import OPTIMIZER, WEIGHTS, Shard, put_under, require_same_shapes, under
-from bnf_core.types import Array, Batch, TokenStats
+from bnf_core.types import Array, Batch, TokenScores
 from bnf_mlx import adapter
 from bnf_mlx.model import Checkpoint
 from bnf_mlx.optimizer import Optimizer, flat
@@ -28,6 +30,7 @@ class MLXEngine:
     """
     Args:
         model: with an adapter, with all weights trainable, or frozen.
+        objective: what the loss is; default: BNF.
         whole: where to save all weights, and under which names; None where an adapter is trained.
         gradient_checkpointing: keep only each layer's input for the backward pass.
         compiled: train with `mx.compile`; default: on a GPU, where it saves launches of small kernels. On a CPU
@@ -40,6 +43,7 @@ class MLXEngine:
         device: mx.Device,
         optimizer: OptimizerConfig | None = None,
         *,
+        objective: Objective | None = None,
         whole: Checkpoint | None = None,
         gradient_checkpointing: bool = False,
         compiled: bool | None = None,
@@ -51,7 +55,13 @@ class MLXEngine:
         self.compiled = device == mx.Device(mx.gpu) if compiled is None else compiled
         self.processes = processes
         self.dtype = _dtype(model)
-        self.scored = ScoredModel(model, device, gradient_checkpointing=gradient_checkpointing, compiled=self.compiled)
+        self.scored = ScoredModel(
+            model,
+            device,
+            objective or BNF(),
+            gradient_checkpointing=gradient_checkpointing,
+            compiled=self.compiled,
+        )
         with mx.stream(device):
             trainable = flat(model.trainable_parameters())
             self.optimizer = Optimizer(model, optimizer, self.compiled) if optimizer and trainable else None
@@ -66,25 +76,29 @@ class MLXEngine:
         with adapter.adapter_off(self.model):
             return self.evaluate(batch, np.zeros(len(batch.targets), np.float32)).log_odds
 
-    def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenStats:
+    def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenScores:
         if len(batch.targets) == 0:
-            return TokenStats(*(np.zeros(0, np.float32) for _ in range(3)))
+            return TokenScores(*(np.zeros(0, np.float32) for _ in range(2)))
         self.model.eval()
         with mx.stream(self.device):
-            return TokenStats(*map(np.array, self.scored.stats(self.scored.inputs(batch, ref_log_odds))))
+            return TokenScores(*map(np.array, self.scored.scores(self.scored.inputs(batch, ref_log_odds))))
 
     def step(
-        self, batches: Sequence[tuple[Batch, Array]], learning_rate: float, max_grad_norm: float | None
-    ) -> tuple[list[TokenStats], float]:
+        self,
+        batches: Sequence[tuple[Batch, Array]],
+        learning_rate: float,
+        max_grad_norm: float | None,
+        baseline: float = 0.0,
+    ) -> tuple[list[TokenScores], float]:
         if self.optimizer is None:
             raise RuntimeError("this engine was loaded without anything to train and an optimizer")
         with mx.stream(self.device):
             for scale in loss_scales(self.dtype, batches, self.processes):
-                loss, stats, gradients = 0.0, [], Gradients()
+                loss, scores, gradients = 0.0, [], Gradients()
                 for batch, ref_log_odds in batches:
-                    micro_loss, micro_stats, added = self.micro_step(batch, ref_log_odds, scale)
+                    micro_loss, micro_scores, added = self.micro_step(batch, ref_log_odds, baseline, scale)
                     loss += micro_loss
-                    stats.append(micro_stats)
+                    scores.append(micro_scores)
                     gradients = {name: gradients[name] + g if gradients else g for name, g in added.items()}
                     mx.eval(gradients)
                 norm = math.nan
@@ -94,7 +108,7 @@ class MLXEngine:
                 if math.isfinite(norm):
                     break
             mx.clear_cache()  # shapes vary: what is kept for one is rarely of use to the next
-        return stats, norm
+        return scores, norm
 
     @cached_property
     def micro_step(self) -> MicroStep:

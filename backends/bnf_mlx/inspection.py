@@ -11,7 +11,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from bnf_core.config import LoraConfig
-from bnf_core.models.lora import initial_lora_a
+from bnf_core.models.lora import UNADAPTED, initial_lora_a
 from bnf_core.models.model_config import module_path
 from bnf_core.types import Array, Batch
 from bnf_mlx.adapter import adapter_off, add_adapter
@@ -36,7 +36,11 @@ class MLXInspector:
     def linear_layers(self) -> set[str]:
         """Paths of what an adapter can be put on."""
         linear = nn.Linear | nn.QuantizedLinear
-        return {module_path(name) for name, module in self.model.named_modules() if isinstance(module, linear)}
+        return {
+            module_path(name)
+            for name, module in self.model.named_modules()
+            if isinstance(module, linear) and name.rpartition(".")[2] not in UNADAPTED
+        }
 
     def trace(self, input_ids: Array) -> dict[str, tuple[Array, Array]]:
         """First input and output of every module that was called, by path, in the order in which they finished; the

@@ -1,17 +1,22 @@
-"""What an MLX device has and does: memory, and the speed of matrix products."""
+"""What an MLX device has and does: memory, and the speed of matrix products.
+
+What a step keeps was read off MLX's peak counter, in float32 and bfloat16 and over models of different sizes.
+"""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
 
-from bnf_core.models.architecture import Grid
+from bnf_core.models.architecture import Architecture, Grid, Kept, Training, adapter_inputs, adapter_products
 from bnf_core.types import Batch
 from bnf_mlx.model import DTYPES, resolve_device, resolve_dtype
 from bnf_mlx.pages import pages
 
 Job = Callable[[], None]  # does its work and waits until it is done
+CHUNK = 128 * 2**20  # of logits, as in linear.py
 
 
 class MLXMeasures:
@@ -43,6 +48,35 @@ class MLXMeasures:
         cut = pages(batch)
         rows, width = cut.input_ids.shape
         return Grid(rows, width, len(batch.targets), cut.table.shape[1])
+
+    def kept(self, model: Architecture, training: Training, grid: Grid) -> Kept:
+        full = training.kind == "full"
+        if full:  # all weights are trained in float32, whatever is asked for
+            training = replace(training, dtype="float32")
+        d, f, size = model.hidden, model.inner, training.size
+        q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
+        inputs = size * (2 * d + f) if full else adapter_inputs(model, training)
+        products, matrices = adapter_products(model, training)
+        # Besides what PyTorch keeps, one more of F, the attention scores, in float32 unless there are masks, and
+        # copies of what other pages hold.
+        scores, copies = 4 * model.heads * grid.width, 0
+        if grid.seen > 1:
+            scores, copies = size * model.heads * grid.width * grid.seen, 2 * size * kv * grid.seen
+        block = size * (4 * f + 2 * d + 2 * q + 2 * kv) + scores + copies
+        # Low-rank products, their sums and gradients are wider than half precision.
+        outputs = sum(o for _, o in model.adapted(training.lora.targets).values())
+        widened = 10 * outputs if training.half else 0
+        weights: float = model.parameters * size
+        if model.bits is not None and not full:  # they stay packed, and the head is widened once, for the loss
+            weights = model.parameters * model.bits / 8 + model.vocab * d * size
+        return Kept(
+            weights,
+            block + inputs + products,
+            4 * size * d,
+            1.5 * (block + size * (2 * d + f)) + widened,
+            matrices,
+            min(10.0 * grid.completion_tokens * model.vocab * 4, CHUNK),  # MLX runs ahead, and frees late what is small
+        )
 
     def products(self, shapes: Sequence[tuple[int, int, int]], *, train_weights: bool) -> Job:
         """The matrix products that linear layers cannot do without, forward and backward and nothing else.

@@ -15,6 +15,7 @@ from bnf_core.models.model_config import full_config
 from bnf_core.models.model_folder import copy_companions
 from bnf_core.storage.files import replacing
 from bnf_mlx.attention import Layout
+from bnf_mlx.corrections import correct, without_ignored_scaling
 from bnf_mlx.optimizer import flat
 
 INDEX = "model.safetensors.index.json"
@@ -45,7 +46,7 @@ def resolve_dtype(dtype: str, device: mx.Device) -> mx.Dtype | None:
 
 
 def load_model(folder: Path, device: mx.Device, dtype: mx.Dtype | None) -> nn.Module:
-    """A frozen model in evaluation mode; safetensors only, no code from the checkpoint.
+    """A frozen model in evaluation mode, computed as transformers does; safetensors only, no code from the checkpoint.
 
     Raises:
         UserError: mlx-lm cannot read it, or tensors are missing.
@@ -58,11 +59,15 @@ def load_model(folder: Path, device: mx.Device, dtype: mx.Dtype | None) -> nn.Mo
         raise UserError(f"{folder} has no model*.safetensors; pickled weights are not loaded: convert them first")
     try:
         with mx.stream(device):
-            model, _ = mlx_lm_load(folder, lazy=True, model_config=full_config(folder))
+            config = full_config(folder)
+            model, _ = mlx_lm_load(folder, lazy=True, model_config=without_ignored_scaling(config))
+            correct(model, config, folder)
             if dtype is not None:
                 cast_weights(model, dtype)
             mx.eval(model.parameters())
         model.freeze()
+    except UserError:
+        raise
     except SystemExit as error:  # what mlx-lm does after printing which package the model needs
         raise UserError(f"{folder}: this model needs another package; mlx-lm's message is above") from error
     except Exception as error:  # mlx-lm's many model files raise whatever they like

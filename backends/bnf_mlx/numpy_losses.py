@@ -5,12 +5,15 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_map
 
-from bnf_core.protocol import BatchResult, DenseResult, FusedResult
+from bnf_core.objectives import Objective, Seen, batch_loss, structure
+from bnf_core.protocol import BatchResult, DenseResult, FusedResult, LogOddsResult
 from bnf_core.types import Array, Batch
-from bnf_mlx.linear import linear_bnf_loss
+from bnf_mlx.linear import linear_bnf_loss, linear_log_odds
 from bnf_mlx.losses import bnf_token_loss, token_log_odds
 from bnf_mlx.model import DTYPES
+from bnf_mlx.ops import OPS
 
 
 class MLXLosses:
@@ -62,6 +65,45 @@ class MLXLosses:
                 sums = np.bincount(batch.sequence_ids, weights=_numpy(token_loss), minlength=len(batch.labels))
                 sequence_loss.append(batch.labels * sums / counts)
         return BatchResult(total, np.concatenate(sequence_loss), grads)
+
+    def log_odds(
+        self,
+        hidden: Array,
+        head_weight: Array,
+        targets: Array,
+        cotangent: Array,
+        *,
+        dtype: str,
+        train_head: bool,
+        chunk_tokens: int | None = None,
+    ) -> LogOddsResult:
+        def weighted(h: mx.array, head: mx.array) -> tuple[mx.array, ...]:
+            log_odds, entropy = linear_log_odds(h, head, mx.array(targets), chunk_tokens=chunk_tokens)
+            return (_floats(cotangent) * log_odds).sum(), log_odds, entropy
+
+        with mx.stream(self.device):
+            inputs = _floats(hidden, dtype), _floats(head_weight, dtype)
+            (_, *values), (grad_hidden, grad_head) = mx.value_and_grad(weighted, argnums=(0, 1))(*inputs)
+            log_odds, entropy = map(_numpy, values)
+            head_result = _numpy(grad_head) if train_head else None  # lazy: not computed unless it is read
+            return LogOddsResult(log_odds, entropy, _numpy(grad_hidden), head_result)
+
+    def objective(
+        self,
+        objective: Objective,
+        log_odds: Array,
+        other_entropy: Array,
+        ref_log_odds: Array,
+        batch: Batch,
+        baseline: float,
+    ) -> tuple[float, Array]:
+        def total(o: mx.array) -> mx.array:
+            rows = tree_map(mx.array, structure(objective, batch, baseline))
+            return batch_loss(objective, OPS, Seen(o, _floats(other_entropy), _floats(ref_log_odds), rows))
+
+        with mx.stream(self.device):
+            loss, grad = mx.value_and_grad(total)(_floats(log_odds))
+            return float(loss), _numpy(grad)
 
     def cross_entropy(self, logits: Array, targets: Array, *, dtype: str) -> tuple[Array, Array]:
         def summed(z: mx.array) -> tuple[mx.array, mx.array]:

@@ -11,13 +11,16 @@ import numpy as np
 from mlx.utils import tree_map
 
 from bnf_core.errors import UserError
+from bnf_core.objectives import Objective, Seen, Structure, batch_loss, structure
+from bnf_core.objectives.bnf import BNF
 from bnf_core.steps.batching import require_known_tokens
-from bnf_core.types import Array, Batch, TokenStats
+from bnf_core.types import Array, Batch, TokenScores
 from bnf_mlx import adapter
 from bnf_mlx.attention import Layout, PageTable, paged_caches, segments_of
-from bnf_mlx.linear import detached_log_odds, linear_bnf_loss
-from bnf_mlx.losses import bnf_token_loss, token_log_odds
+from bnf_mlx.linear import detached_log_odds, linear_bnf_loss, linear_log_odds
+from bnf_mlx.losses import token_log_odds
 from bnf_mlx.model import completion_hidden, completion_logits, head_weight
+from bnf_mlx.ops import OPS
 from bnf_mlx.optimizer import flat
 from bnf_mlx.pages import pages
 from bnf_mlx.probes import head_is_linear, packing_head_axes, sharing_head_axes
@@ -27,7 +30,7 @@ Gradients = dict[str, mx.array]  # by parameter path
 
 # A compiled step is computed for grids of a width, and numbers of tokens, that are multiples of these: each shape is
 # compiled once, and there are to be few.
-PAD_COLUMNS, PAD_TOKENS = 32, 64
+PAD_COLUMNS, PAD_TOKENS, PAD_ROW = 32, 64, 64
 
 
 class Inputs(NamedTuple):
@@ -39,7 +42,8 @@ class Inputs(NamedTuple):
     positions: mx.array  # (N,) in the flattened grid
     targets: mx.array  # (N,)
     reference: mx.array  # (N,) log-odds
-    coefficients: mx.array  # (N,)
+    coefficients: mx.array  # (N,), for BNF
+    structure: Structure  # how tokens make up rows and pairs, for all other objectives
 
 
 class ScoredModel:
@@ -47,12 +51,22 @@ class ScoredModel:
 
     Args:
         model: with an adapter, with all weights trainable, or frozen.
+        objective: what the loss is.
         gradient_checkpointing: keep only each layer's input for the backward pass.
         compiled: whether steps are compiled, once for each shape.
     """
 
-    def __init__(self, model: nn.Module, device: mx.Device, *, gradient_checkpointing: bool, compiled: bool):
+    def __init__(
+        self,
+        model: nn.Module,
+        device: mx.Device,
+        objective: Objective,
+        *,
+        gradient_checkpointing: bool,
+        compiled: bool,
+    ):
         self.model = model
+        self.objective = objective
         self.device = device
         self.gradient_checkpointing = gradient_checkpointing
         self.compiled = compiled
@@ -66,7 +80,7 @@ class ScoredModel:
             mx.eval(self.dequantised)
             self.vocabulary = completion_logits(model, mx.arange(2)[None], mx.arange(1)).shape[-1]
 
-    def inputs(self, batch: Batch, ref_log_odds: Array, *, pad: bool = False) -> Inputs:
+    def inputs(self, batch: Batch, ref_log_odds: Array, baseline: float = 0.0, *, pad: bool = False) -> Inputs:
         """A batch on the device; with `pad`, of one of few shapes: more columns of padding, and the last token again
         and again with a coefficient of zero.
 
@@ -97,17 +111,41 @@ class ScoredModel:
             tokens = [np.pad(x, again, "edge") for x in tokens[:2]] + [np.pad(tokens[2], again)]
         segments = mx.array(segment_ids) if batch.packed and layout is None else None
         table = None if layout is None else PageTable(*map(mx.array, layout))
-        return Inputs(mx.array(ids), segments, table, mx.array(positions), *map(mx.array, tokens))
+        rows = structure(self.objective, batch, baseline, PAD_ROW if pad else 1)
+        rows = rows._replace(grid=np.where(rows.grid == len(batch.targets), len(positions), rows.grid))
+        targets, reference, coefficients = map(mx.array, tokens)
+        return Inputs(
+            ids=mx.array(ids),
+            segment_ids=segments,
+            pages=table,
+            positions=mx.array(positions),
+            targets=targets,
+            reference=reference,
+            coefficients=coefficients,
+            structure=tree_map(mx.array, rows),
+        )
 
-    def stats(self, inputs: Inputs) -> TokenStats:
-        """Log-odds and loss are differentiable where the head is not fused."""
+    def scores(self, inputs: Inputs) -> TokenScores:
+        """What the policy says of each token; without gradients where the head is fused."""
         if self.fused:
             hidden = completion_hidden(self.model, inputs.ids, inputs.positions, self.layout(inputs))
-            log_odds, entropy = detached_log_odds(hidden, self.head(), inputs.targets)
+            return TokenScores(*detached_log_odds(hidden, self.head(), inputs.targets))
+        logits = completion_logits(self.model, inputs.ids, inputs.positions, self.layout(inputs))
+        return TokenScores(*token_log_odds(logits, inputs.targets))
+
+    def loss(self, inputs: Inputs) -> tuple[mx.array, TokenScores]:
+        """The micro-batch's part of the loss, and what the policy says of each token."""
+        if not self.fused:
+            scores = self.scores(inputs)
         else:
-            logits = completion_logits(self.model, inputs.ids, inputs.positions, self.layout(inputs))
-            log_odds, entropy = token_log_odds(logits, inputs.targets)
-        return TokenStats(log_odds, entropy, bnf_token_loss(log_odds, entropy, inputs.reference))
+            hidden = completion_hidden(self.model, inputs.ids, inputs.positions, self.layout(inputs))  # (N, D)
+            head = hidden, self.head(), inputs.targets
+            if isinstance(self.objective, BNF):  # which needs no second pass over a trained head
+                rest = inputs.reference, inputs.coefficients
+                loss, stats = linear_bnf_loss(*head, *rest, train_head=self.trains_head)
+                return loss, TokenScores(stats.log_odds, stats.other_entropy)
+            scores = TokenScores(*linear_log_odds(*head))
+        return batch_loss(self.objective, OPS, Seen(*scores, inputs.reference, inputs.structure)), scores
 
     def head(self) -> mx.array:
         return head_weight(self.model) if self.dequantised is None else self.dequantised
@@ -137,7 +175,7 @@ class ScoredModel:
 
 
 class MicroStep:
-    """The loss of a micro-batch, the statistics of its tokens and its gradients.
+    """The loss of a micro-batch, what the policy says of its tokens, and the gradients.
 
     MLX can compile this, once for each shape of the inputs. The model's arrays, which it closes over, must be named
     then, and be put back after each call, or the model would be left with what stands for them while MLX traces.
@@ -150,7 +188,9 @@ class MicroStep:
         if scored.compiled:
             self._step = mx.compile(self._gradients, inputs=[scored.model.state])
 
-    def __call__(self, batch: Batch, ref_log_odds: Array, scale: float = 1.0) -> tuple[float, TokenStats, Gradients]:
+    def __call__(
+        self, batch: Batch, ref_log_odds: Array, baseline: float = 0.0, scale: float = 1.0
+    ) -> tuple[float, TokenScores, Gradients]:
         """
         Args:
             scale: what the loss is multiplied by for the backward pass, and the gradients are divided by.
@@ -159,13 +199,13 @@ class MicroStep:
         if tokens == 0:  # where the processes do not have equally much to do
             nothing = np.zeros(0, np.float32)
             zeros = tree_map(mx.zeros_like, flat(model.trainable_parameters()))
-            return 0.0, TokenStats(nothing, nothing, nothing), zeros
-        inputs = self.scored.inputs(batch, ref_log_odds, pad=self.scored.compiled)
+            return 0.0, TokenScores(nothing, nothing), zeros
+        inputs = self.scored.inputs(batch, ref_log_odds, baseline, pad=self.scored.compiled)
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) if self._drops else mx.random.key(0)
         adapter.drop_inputs(model)
-        loss, stats, gradients = self._step(inputs, key, mx.array(scale))
-        mx.eval(loss, stats, gradients)
-        return float(loss), TokenStats(*(np.array(x)[:tokens] for x in stats)), gradients
+        loss, scores, gradients = self._step(inputs, key, mx.array(scale))
+        mx.eval(loss, scores, gradients)
+        return float(loss), TokenScores(*(np.array(x)[:tokens] for x in scores)), gradients
 
     def _gradients(
         self, inputs: Inputs, key: mx.array, scale: mx.array
@@ -173,29 +213,24 @@ class MicroStep:
         model = self.scored.model
 
         def scaled(parameters: Gradients, inputs: Inputs) -> tuple[mx.array, tuple[mx.array, ...]]:
-            loss, stats = self._loss(parameters, inputs)
-            return loss * scale, stats
+            loss, scores = self._loss(parameters, inputs)
+            return loss * scale, scores
 
         before = flat(model.state)
         try:
             adapter.new_dropout(model, key)
-            (loss, stats), gradients = mx.value_and_grad(scaled)(flat(model.trainable_parameters()), inputs)
+            (loss, scores), gradients = mx.value_and_grad(scaled)(flat(model.trainable_parameters()), inputs)
         finally:
             model.load_weights(list(before.items()), strict=False)
-        return loss / scale, stats, {name: g / scale for name, g in gradients.items()}
+        return loss / scale, scores, {name: g / scale for name, g in gradients.items()}
 
     def _loss(self, parameters: Gradients, inputs: Inputs) -> tuple[mx.array, tuple[mx.array, ...]]:
-        """Σ coefficients · ℓ of the micro-batch, and its token statistics."""
+        """The micro-batch's part of the loss, and its tokens' scores."""
         scored = self.scored
         scored.model.load_weights(list(parameters.items()), strict=False)
         with recomputed(scored.model) if scored.gradient_checkpointing else nullcontext():
-            if not scored.fused:
-                stats = scored.stats(inputs)
-                return (inputs.coefficients * stats.token_loss).sum(), tuple(map(mx.stop_gradient, stats))
-            hidden = completion_hidden(scored.model, inputs.ids, inputs.positions, scored.layout(inputs))  # (N, D)
-        rest = inputs.targets, inputs.reference, inputs.coefficients
-        loss, stats = linear_bnf_loss(hidden, scored.head(), *rest, train_head=scored.trains_head)
-        return loss, tuple(stats)
+            loss, scores = scored.loss(inputs)
+        return loss, tuple(map(mx.stop_gradient, scores))
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import WEIGHTS, require_adapter, stays_on
-from bnf_core.models.lora import initial_lora_a
+from bnf_core.models.lora import UNADAPTED, initial_lora_a
 from bnf_core.storage.tensors import read_header
 from bnf_torch.model import DTYPES, completion_logits, head_weight, load_model, save_model
 
@@ -69,18 +69,18 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int, *, dora: bool 
     Raises:
         UserError: a target that is no linear layer of this model.
     """
-    if lora.targets != ["all-linear"]:
-        linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
-        if unknown := sorted(set(lora.targets) - linear):
-            raise UserError(
-                f"lora.targets: no linear layer is called {', '.join(unknown)}; "
-                f"this model has {', '.join(sorted(linear))}"
-            )
+    linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    everywhere = lora.targets == ["all-linear"]
+    if not everywhere and (unknown := sorted(set(lora.targets) - linear)):
+        raise UserError(
+            f"lora.targets: no linear layer is called {', '.join(unknown)}; this model has {', '.join(sorted(linear))}"
+        )
     config = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it by r: any number will do
         lora_dropout=lora.dropout,
-        target_modules="all-linear" if lora.targets == ["all-linear"] else lora.targets,
+        target_modules="all-linear" if everywhere else lora.targets,
+        exclude_modules=(sorted(UNADAPTED & linear) or None) if everywhere else None,
         task_type="CAUSAL_LM",
         use_dora=dora,
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
+from bnf_core.objectives import Objective
 from bnf_core.processes import Processes
 from bnf_core.protocol import Backend, Engine, Inspector, Losses, Measures
 
@@ -20,6 +21,10 @@ class TorchBackend(Backend):
     name = "torch"
     requires = ("torch", "transformers", "peft")
     adapter_layout: Layout = "peft"
+    follows_config = True
+
+    def preference(self) -> int:
+        return 2
 
     def fused_loss(self) -> Callable[..., Any]:
         from bnf_torch.linear import linear_bnf_loss
@@ -53,6 +58,7 @@ class TorchBackend(Backend):
         fine_tune_type: FineTuneType | None = None,
         lora: LoraConfig | None = None,
         optimizer: OptimizerConfig | None = None,
+        objective: Objective | None = None,
         gradient_checkpointing: bool = False,
         seed: int = 0,
     ) -> Engine:
@@ -86,6 +92,7 @@ class TorchBackend(Backend):
         return TorchEngine(
             trained,
             optimizer,
+            objective=objective,
             processes=group,
             device=where,
             dtype=computed_in,

@@ -18,15 +18,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bnf_core.config import OptimizerConfig
 from bnf_core.errors import UserError
+from bnf_core.objectives import Objective, structure
+from bnf_core.objectives.bnf import BNF
 from bnf_core.processes import ALONE, Processes
 from bnf_core.steps.batching import require_known_tokens
 from bnf_core.steps.scaling import loss_scales
 from bnf_core.storage.files import replacing
 from bnf_core.storage.shards import OPTIMIZER, WEIGHTS, Shard, put_under, require_same_shapes, under
-from bnf_core.types import Array, Batch, TokenStats
+from bnf_core.types import Array, Batch, TokenScores
 from bnf_torch import adapter
 from bnf_torch.attention import LAYOUT
 from bnf_torch.model import head_weight, save_model
+from bnf_torch.ops import tensors
 from bnf_torch.optimizer import Optimizer, adamw
 from bnf_torch.processes import gradients_wait, like, lost_processes, piece, spread, whole
 from bnf_torch.scored import ScoredModel
@@ -37,6 +40,7 @@ class TorchEngine:
     Args:
         model: with an adapter or without; what requires a gradient is trained.
         optimizer: None: nothing will be trained.
+        objective: what the loss is.
         device: what computes; by default where the model is.
         dtype: what is computed in, where the weights are float32; None: as they are.
         source: the folder that the model is from, for the files that `save` leaves as they are.
@@ -47,6 +51,7 @@ class TorchEngine:
         model: PreTrainedModel | PeftModel,
         optimizer: OptimizerConfig | None = None,
         *,
+        objective: Objective | None = None,
         processes: Processes = ALONE,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -65,7 +70,8 @@ class TorchEngine:
             checkpoint_activations(self.base)
         autocast = None if dtype in (None, torch.float32, self.base.dtype) else dtype
         sharded = getattr(processes, "sharded", False)
-        self.scored = ScoredModel(self.base, None if sharded else autocast)
+        self.objective = objective or BNF()
+        self.scored = ScoredModel(self.base, self.objective, None if sharded else autocast)
         self.to_train = spread(self.scored, processes, self.device, autocast)
         for method in ("probe", "generate"):
             register_fsdp_forward_method(self.scored, method)
@@ -91,12 +97,12 @@ class TorchEngine:
             return self.evaluate(batch, np.zeros(len(batch.targets), np.float32)).log_odds
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenStats:
+    def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenScores:
         self.scored.eval()
         with lost_processes():
-            _, stats = self.scored(**self._inputs(batch, ref_log_odds))
+            _, scores = self.scored(**self._inputs(batch, ref_log_odds))
         self._reshard()
-        return _to_numpy(stats)
+        return _to_numpy(scores)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
@@ -118,7 +124,7 @@ class TorchEngine:
         self._reshard()
         return [_until(row[width:].tolist(), stop_ids) for row in output]
 
-    def _inputs(self, batch: Batch, ref_log_odds: Array) -> dict[str, Tensor]:
+    def _inputs(self, batch: Batch, ref_log_odds: Array, baseline: float = 0.0) -> dict[str, Any]:
         """What ScoredModel's forward takes, on its device."""
         require_known_tokens(batch, self.vocabulary)
         arrays = {
@@ -140,11 +146,8 @@ class TorchEngine:
         if batch.shared or batch.packed:
             names = LAYOUT if self.scored.shares else ("position_ids",)
             arrays |= {name: getattr(batch, name) for name in names}
-        return {name: self._tensor(array) for name, array in arrays.items()}
-
-    def _tensor(self, array: Array) -> Tensor:
-        tensor = torch.from_numpy(array)
-        return (tensor.long() if tensor.dtype == torch.int32 else tensor).to(self.device)
+        inputs: dict[str, Any] = {name: tensors(array, self.device) for name, array in arrays.items()}
+        return inputs | {"structure": tensors(structure(self.objective, batch, baseline), self.device)}
 
     def _reshard(self) -> None:
         """FSDP keeps embeddings and head gathered after a forward pass, and would not see new weights in the shards."""
@@ -154,21 +157,25 @@ class TorchEngine:
     # Training
 
     def step(
-        self, batches: Sequence[tuple[Batch, Array]], learning_rate: float, max_grad_norm: float | None
-    ) -> tuple[list[TokenStats], float]:
+        self,
+        batches: Sequence[tuple[Batch, Array]],
+        learning_rate: float,
+        max_grad_norm: float | None,
+        baseline: float = 0.0,
+    ) -> tuple[list[TokenScores], float]:
         if self.optimizer is None:
             raise RuntimeError("this engine was loaded without anything to train and an optimizer")
-        _, stats, norm = self.accumulate(batches, max_grad_norm)
+        _, stats, norm = self.accumulate(batches, max_grad_norm, baseline)
         self.optimizer.step(learning_rate)
         return stats, norm
 
     def accumulate(
-        self, batches: Sequence[tuple[Batch, Array]], max_grad_norm: float | None
-    ) -> tuple[float, list[TokenStats], float]:
+        self, batches: Sequence[tuple[Batch, Array]], max_grad_norm: float | None, baseline: float = 0.0
+    ) -> tuple[float, list[TokenScores], float]:
         """Gradients of one step over all its micro-batches and processes, clipped.
 
         Returns:
-            the loss of the global batch, the token statistics of this process's micro-batches, and the norm of the
+            the loss of the global batch, the scores of this process's micro-batches, and the norm of the
             gradient before clipping. Where either number is not finite the norm is not, and there is no gradient.
         """
         assert self.optimizer is not None
@@ -178,7 +185,7 @@ class TorchEngine:
             with lost_processes():
                 for i, (batch, ref_log_odds) in enumerate(batches):
                     with nullcontext() if self._syncs(i, len(batches)) else gradients_wait(self.to_train):
-                        micro_loss, micro_stats = self.to_train(**self._inputs(batch, ref_log_odds))
+                        micro_loss, micro_stats = self.to_train(**self._inputs(batch, ref_log_odds, baseline))
                         (micro_loss * (scale * self.processes.count)).backward()  # of which DDP and FSDP take the mean
                     loss += float(micro_loss.detach())
                     stats.append(_to_numpy(micro_stats))
@@ -289,8 +296,8 @@ def _checkpoint_quietly(layer: nn.Module, function: Callable[..., Any], *args: A
     return checkpoint(run, *args, use_reentrant=False)
 
 
-def _to_numpy(stats: TokenStats) -> TokenStats:
-    return TokenStats(*(s.cpu().numpy() for s in stats))
+def _to_numpy(scores: TokenScores) -> TokenScores:
+    return TokenScores(*(s.cpu().numpy() for s in scores))
 
 
 def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bnf_core.config import LoraConfig
-from bnf_core.models.lora import initial_lora_a
+from bnf_core.models.lora import UNADAPTED, initial_lora_a
 from bnf_core.models.model_config import module_path
 from bnf_core.types import Array, Batch
 from bnf_torch.adapter import adapter_off, add_lora
@@ -35,7 +35,7 @@ class TorchInspector:
 
     def linear_layers(self) -> set[str]:
         """Paths of what an adapter can be put on by name."""
-        refused = MAMBA_REFUSED if self.model.config.model_type in MAMBAS else frozenset()
+        refused = UNADAPTED | (MAMBA_REFUSED if self.model.config.model_type in MAMBAS else frozenset())
         if any(p.ndim == 3 and ".experts." in name for name, p in self.model.named_parameters()):
             refused |= EXPERT_NAMES
         return {

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bnf_core.protocol import BatchResult, DenseResult, FusedResult
+from bnf_core.objectives import Objective, Seen, batch_loss, structure
+from bnf_core.protocol import BatchResult, DenseResult, FusedResult, LogOddsResult
 from bnf_core.types import Array, Batch
-from bnf_torch.linear import linear_bnf_loss
+from bnf_torch.linear import linear_bnf_loss, linear_log_odds
 from bnf_torch.losses import bnf_token_loss, token_log_odds
 from bnf_torch.model import DTYPES
+from bnf_torch.ops import OPS, tensors
 
 
 class TorchLosses:
@@ -73,6 +75,37 @@ class TorchLosses:
             sums = np.bincount(batch.sequence_ids, weights=_numpy(token_loss), minlength=len(batch.labels))
             sequence_loss.append(batch.labels * sums / counts)
         return BatchResult(total, np.concatenate(sequence_loss), grads)
+
+    def log_odds(
+        self,
+        hidden: Array,
+        head_weight: Array,
+        targets: Array,
+        cotangent: Array,
+        *,
+        dtype: str,
+        train_head: bool,
+        chunk_tokens: int | None = None,
+    ) -> LogOddsResult:
+        h, head = self._leaf(hidden, dtype), self._leaf(head_weight, dtype).requires_grad_(train_head)
+        log_odds, entropy = linear_log_odds(h, head, self._ints(targets), chunk_tokens=chunk_tokens)
+        torch.dot(self._floats(cotangent), log_odds).backward()
+        return LogOddsResult(_numpy(log_odds), _numpy(entropy), _grad(h), _grad(head) if train_head else None)
+
+    def objective(
+        self,
+        objective: Objective,
+        log_odds: Array,
+        other_entropy: Array,
+        ref_log_odds: Array,
+        batch: Batch,
+        baseline: float,
+    ) -> tuple[float, Array]:
+        o = self._floats(log_odds).requires_grad_()
+        rows = tensors(structure(objective, batch, baseline), self.device)
+        loss = batch_loss(objective, OPS, Seen(o, self._floats(other_entropy), self._floats(ref_log_odds), rows))
+        loss.backward()
+        return loss.item(), _grad(o)
 
     def cross_entropy(self, logits: Array, targets: Array, *, dtype: str) -> tuple[Array, Array]:
         z = self._leaf(logits, dtype)

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from bnf_core.types import TokenStats
-from bnf_torch.linear import linear_bnf_loss
-from bnf_torch.losses import bnf_token_loss, token_log_odds
+from bnf_core.objectives import Objective, Seen, Structure, batch_loss
+from bnf_core.objectives.bnf import BNF
+from bnf_core.types import TokenScores
+from bnf_torch.linear import linear_bnf_loss, linear_log_odds
+from bnf_torch.losses import token_log_odds
 from bnf_torch.model import completion_hidden, completion_logits, head_weight
+from bnf_torch.ops import OPS
 from bnf_torch.probes import head_is_linear, keeps_packed_apart, shares_prompts
 
 
@@ -20,12 +23,14 @@ class ScoredModel(nn.Module):
 
     Args:
         model: with its adapter's layers, if any, inside.
+        objective: what the loss is.
         autocast: compute in this precision, whatever the weights'; None: in theirs.
     """
 
-    def __init__(self, model: PreTrainedModel, autocast: torch.dtype | None = None):
+    def __init__(self, model: PreTrainedModel, objective: Objective, autocast: torch.dtype | None = None):
         super().__init__()
         self.model = model
+        self.objective = objective
         self.autocast = autocast
         self.fused = self.packs = self.shares = False
 
@@ -42,16 +47,18 @@ class ScoredModel(nn.Module):
         targets: Tensor,
         ref_log_odds: Tensor,
         coefficients: Tensor,
+        structure: Structure,
         **layout: Tensor,
-    ) -> tuple[Tensor, TokenStats]:
-        """Σ coefficients · ℓ, and the statistics of each token.
+    ) -> tuple[Tensor, TokenScores]:
+        """The micro-batch's part of the loss, and what the policy says of each token.
 
         Args:
             input_ids: (B, T) int64.
             positions: (N,) int64, into the flattened grid.
             targets: (N,) int64.
             ref_log_odds: (N,) float32.
-            coefficients: (N,) float32.
+            coefficients: (N,) float32, for BNF.
+            structure: how tokens make up rows and pairs, for all others.
             layout: (B, T) int64 each: `position_ids` of a packed grid, all of LAYOUT of a shared one.
         """
         with torch.autocast(input_ids.device.type, self.autocast) if self.autocast else nullcontext():
@@ -59,14 +66,17 @@ class ScoredModel(nn.Module):
                 hidden = completion_hidden(self.model, input_ids, positions, **layout)  # (N, D)
             else:
                 logits = completion_logits(self.model, input_ids, positions, **layout)  # (N, V)
-        if self.fused:
+        if not self.fused:
+            log_odds, entropy = token_log_odds(logits, targets)
+        else:
             dtype = self.autocast or hidden.dtype
-            return linear_bnf_loss(
-                hidden.to(dtype), head_weight(self.model).to(dtype), targets, ref_log_odds, coefficients
-            )
-        log_odds, entropy = token_log_odds(logits, targets)
-        token_loss = bnf_token_loss(log_odds, entropy, ref_log_odds)
-        return torch.dot(coefficients, token_loss), TokenStats(log_odds.detach(), entropy, token_loss.detach())
+            head = hidden.to(dtype), head_weight(self.model).to(dtype), targets
+            if isinstance(self.objective, BNF):  # which needs no second pass over a trained head
+                loss, stats = linear_bnf_loss(*head, ref_log_odds, coefficients)
+                return loss, TokenScores(stats.log_odds, stats.other_entropy)
+            log_odds, entropy = linear_log_odds(*head)
+        loss = batch_loss(self.objective, OPS, Seen(log_odds, entropy, ref_log_odds, structure))
+        return loss, TokenScores(log_odds.detach(), entropy)
 
     def generate(self, *args: Any, **kwargs: Any) -> Tensor:
         return self.model.generate(*args, **kwargs)  # type: ignore[operator]

@@ -3,7 +3,8 @@
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,18 +29,20 @@ from bnf_core.data.streaming import FeedbackStream
 from bnf_core.data.tokenization import Tokenized, load_tokenizer, pad_id
 from bnf_core.errors import UserError
 from bnf_core.models.model_folder import resolve_model
+from bnf_core.objectives import Objective, parse
 from bnf_core.processes import Processes
 from bnf_core.steps import steps as plan
-from bnf_core.steps.batching import MicroBatching, Rows
+from bnf_core.steps.baseline import Baseline
+from bnf_core.steps.batching import MicroBatching, Rows, require_units
 from bnf_core.steps.metrics import Meter
-from bnf_core.steps.reference import ReferenceCache
+from bnf_core.steps.reference import NoReference, Reference, ReferenceCache
 from bnf_core.steps.steps import Step
 from bnf_core.storage.checkpoints import Checkpoint, Checkpoints, Facts
 from bnf_core.storage.digests import rows_digest
 from bnf_core.storage.files import agreed
 from bnf_core.storage.reference_folder import StoredReference, fingerprint, open_reference
-from bnf_core.storage.shards import REFERENCE, put_under, under
-from bnf_core.types import Batch, Example, Position
+from bnf_core.storage.shards import BASELINE, REFERENCE, put_under, under
+from bnf_core.types import Batch, Example, Position, Unit
 from bnf_torch import adapter
 from bnf_torch.engine import TorchEngine
 from bnf_torch.model import load_model, resolve_dtype
@@ -81,6 +84,13 @@ class BNFConfig(TrainingArguments):
     """Longest row in tokens; a longer prompt is cut from the left."""
     template: Template = "auto"
     """`auto`: the chat template for messages, plain strings as they are; `chat`: for both; `plain`: never."""
+    chat_template: str | None = None
+    """A chat template to use instead of the model's: its file or text, or the name of one of several that it has."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """What the chat template is given besides the messages, such as {"enable_thinking": False}."""
+    date: str | None = None
+    """The day, as 2025-12-31, that chat templates which write today's date are told; default: today. Give it where a
+    run may be resumed on another day, or has a stored reference."""
     packing: bool = False
     """Fill the rows of a micro-batch with several sequences each, up to `max_length` tokens."""
     group_by_length: bool = True
@@ -93,6 +103,8 @@ class BNFConfig(TrainingArguments):
     """Rows to shuffle among at a time, of data without a length."""
     reference: str | None = None
     """A folder made by `bnf reference`; default: the reference is computed as rows are met."""
+    objective: str = "bnf"
+    """What is minimised, such as `dpo(beta=0.1)`; `bnf objectives` lists them."""
 
     def __post_init__(self) -> None:
         for name, harmless in UNSUPPORTED.items():
@@ -102,6 +114,19 @@ class BNFConfig(TrainingArguments):
                 raise UserError(f"{name} is {value!r}, which BNFTrainer does not support{hint}")
         processes()  # joined on our terms, before accelerate would on its own
         super().__post_init__()
+
+    @property
+    def data(self) -> DataConfig:
+        """How rows become tokens."""
+        return DataConfig(
+            path="",
+            template=self.template,
+            chat_template=self.chat_template,
+            template_kwargs=self.template_kwargs,
+            date=self.date,
+            max_length=self.max_length,
+            skip_bad_rows=self.skip_bad_rows,
+        )
 
 
 class BNFTrainer(Trainer):
@@ -140,27 +165,36 @@ class BNFTrainer(Trainer):
         self.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * group.count
         args.gradient_accumulation_steps = 1  # of the loop, which takes a whole step at a time
         args.ignore_data_skip = True  # the place in the data is in the checkpoints
+        self.objective: Objective = parse(args.objective)
+        if args.reference is not None and not self.objective.needs_reference:
+            raise UserError(f"objective {self.objective.name} needs no reference, and reference is given: leave it out")
         folder = resolve_model(model) if isinstance(model, str) else Path(str(model.name_or_path))
         tokenizer = processing_class or load_tokenizer(folder)
-        self.tokens = _Tokens(tokenizer, args)
+        self.tokens = _Tokens(tokenizer, args, self.objective.unit)
         self.rows = None if train_dataset is None else self.tokens.training_rows(train_dataset)
         self.held_out: list[tuple[Feed, list[Example]]] = []  # what has been tokenised
         self.resumed: tuple[str, Checkpoint] | None = None
         torch.manual_seed(args.seed + group.rank)
-        self.engine = _engine(model, folder, args, peft_config, group)
+        self.engine = _engine(model, folder, args, peft_config, group, self.objective)
         self.batching = MicroBatching(
             args.per_device_train_batch_size,
             args.max_length if args.packing else None,
             args.group_by_length,
             multiple_of=group.count,
             share_prompts=args.share_prompts and self.engine.shares_prompts,
+            unit=self.objective.unit,
         )
         stored = _stored_reference(args, folder, tokenizer, self.engine)
         streamed = isinstance(self.rows, FeedbackStream)
-        if self.engine.full and streamed and stored is None:
-            raise UserError("training all weights on streamed rows needs `reference`: make it with `bnf reference`")
-        self.reference = ReferenceCache(self.engine.reference_log_odds, stored)
-        self.meter = Meter()
+        self.reference: Reference = NoReference()
+        if self.objective.needs_reference:
+            if self.engine.full and streamed and stored is None:
+                raise UserError("training all weights on streamed rows needs `reference`: make it with `bnf reference`")
+            self.reference = ReferenceCache(self.engine.reference_log_odds, stored)
+        if self.engine.full and self.objective.baseline_from == "mismatched":
+            raise UserError(f"{self.objective.name} with all weights trained: use `bnf train`, or give a peft_config")
+        self.baseline = Baseline(self.objective, self.engine, self.reference, self.batching, self.tokens.pad)
+        self.meter = Meter(self.objective)
         self.position: Position | None = None
         super().__init__(
             self.engine.model,
@@ -206,9 +240,11 @@ class BNFTrainer(Trainer):
         return [] if step is None else [step], None
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        loss, stats, self.norm = self.engine.accumulate(inputs.batches, self.args.max_grad_norm or None)
-        for (batch, ref_log_odds), measured in zip(inputs.batches, stats, strict=True):
-            self.meter.add(batch, measured, ref_log_odds)
+        loss, scores, self.norm = self.engine.accumulate(
+            inputs.batches, self.args.max_grad_norm or None, inputs.baseline
+        )
+        for (batch, ref_log_odds), measured in zip(inputs.batches, scores, strict=True):
+            self.meter.add(batch, measured, ref_log_odds, inputs.baseline)
         self.position = inputs.position
         return torch.tensor(loss, device=self.args.device)
 
@@ -225,7 +261,7 @@ class BNFTrainer(Trainer):
         """With what the meter saw since the last time, where it is the loss of training that is logged."""
         if "loss" in logs:
             logs = logs | {k: v for k, v in _gathered(self.meter, self.engine.processes).items() if k != "loss"}
-            self.meter = Meter()
+            self.meter = Meter(self.objective)
         super().log(logs, *args, **kwargs)
 
     # Evaluation
@@ -237,15 +273,20 @@ class BNFTrainer(Trainer):
             data = self.eval_dataset[data]
         if data is None:
             raise UserError("there is nothing to evaluate: give an eval_dataset")
-        return self._with_reference(self._held_out_rows(data))
+        self.evaluated_rows = self._held_out_rows(data)
+        return self._with_reference(self.evaluated_rows)
 
     def evaluation_loop(
         self, dataloader: Any, description: str, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """Metrics by the names of `bnf_core.steps.metrics.Meter`, over all rows and processes; no predictions."""
-        meter = Meter()
-        for batch, ref_log_odds in dataloader:
-            meter.add(batch, self.engine.evaluate(batch, ref_log_odds), ref_log_odds)
+        meter = Meter(self.objective)
+        scored = [(batch, self.engine.evaluate(batch, reference), reference) for batch, reference in dataloader]
+        baseline = Baseline(self.objective, self.engine, self.reference, self.batching, self.tokens.pad)
+        held_out = self.evaluated_rows
+        against = baseline(held_out, dataloader)
+        for batch, scores, ref_log_odds in scored:
+            meter.add(batch, scores, ref_log_odds, against)
         rows = sum(self.engine.processes.sum(torch.tensor([len(batch.labels) for batch, _ in dataloader]).numpy()))
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in _gathered(meter, self.engine.processes).items()}
         return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=int(rows))
@@ -284,7 +325,7 @@ class BNFTrainer(Trainer):
         group = self.engine.processes
         arrays = self.engine.state()
         if group.rank == 0:
-            arrays |= put_under(REFERENCE, self.reference.state())
+            arrays |= put_under(REFERENCE, self.reference.state()) | put_under(BASELINE, self.baseline.state())
         assert self.lr_scheduler is not None
         facts = self._facts() | {"scheduler": self.lr_scheduler.state_dict()}
         folder = Checkpoints(Path(output_dir) / STATE, keep=1)
@@ -295,7 +336,7 @@ class BNFTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """What holds of the run is checked; its weights are loaded with the optimizer's state."""
-        there = self._found(resume_from_checkpoint).facts
+        there = {"objective": "bnf"} | self._found(resume_from_checkpoint).facts
         now = self._facts()
         changed = [f"{name} (then {there.get(name)}, now {now[name]})" for name in now if there.get(name) != now[name]]
         if changed:
@@ -307,7 +348,9 @@ class BNFTrainer(Trainer):
         assert self.optimizer is not None and self.lr_scheduler is not None
         found = self._found(checkpoint)
         self.engine.load_state(found.arrays)
-        self.reference.load_state(under(REFERENCE, found.arrays))
+        if self.objective.needs_reference:
+            self.reference.load_state(under(REFERENCE, found.arrays))
+        self.baseline.load_state(under(BASELINE, found.arrays))
         self.position = found.position
         self.lr_scheduler.load_state_dict(found.facts["scheduler"])
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
@@ -333,7 +376,12 @@ class BNFTrainer(Trainer):
     def _facts(self) -> Facts:
         """What must stay the same for a run to go on."""
         rows = rows_digest(self.rows.examples) if isinstance(self.rows, Rows) else "streamed"
-        return {"training rows": rows, "sequences per step": self.batch_size, "seed": self.args.seed}
+        return {
+            "training rows": rows,
+            "sequences per step": self.batch_size,
+            "seed": self.args.seed,
+            "objective": str(self.objective),
+        }
 
 
 class _Steps:
@@ -359,6 +407,7 @@ class _Steps:
                 optimizer=OptimizerConfig(),  # for a learning rate that nobody reads: transformers has schedules
                 batching=trainer.batching,
                 reference=trainer.reference,
+                baseline=trainer.baseline,
                 processes=trainer.engine.processes,
                 pad_id=trainer.tokens.pad,
                 start=trainer.state.global_step,
@@ -386,17 +435,20 @@ class _Epoch(TrainerCallback):
 class _Tokens:
     """Rows of feedback as tokens; what is skipped or cut is logged."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: BNFConfig):
-        self.tokenizer, self.args = tokenizer, args
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: BNFConfig, unit: Unit):
+        self.tokenizer, self.args, self.unit = tokenizer, args, unit
         self.pad = pad_id(tokenizer)
-        self.feedback = FeedbackTokenizer(tokenizer, args.template, args.max_length, args.skip_bad_rows)
+        self.feedback = FeedbackTokenizer.of(tokenizer, args.data)
 
     def training_rows(self, data: Feed) -> plan.Data:
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         if isinstance(data, str) or hasattr(data, "__len__"):
-            return Rows(self.examples(data, "train"), seed)
-        return self.feedback.stream(data, "train", shuffle_buffer=args.shuffle_buffer, seed=seed, report=self._report)
+            return Rows(self.examples(data, "train"), seed, self.unit)
+        report = partial(self._report, whole=False)
+        return self.feedback.stream(
+            data, "train", shuffle_buffer=args.shuffle_buffer, seed=seed, unit=self.unit, report=report
+        )
 
     def examples(self, data: Feed, split: str) -> list[Example]:
         loaded = load_feedback(data, split, self.args.skip_bad_rows)
@@ -404,13 +456,14 @@ class _Tokens:
             logger.warning("skipped: %s", message)
         tokens = self.feedback(loaded.rows)
         self._report(tokens)
+        require_units(tokens.examples, self.unit)
         return tokens.examples
 
-    def _report(self, tokens: Tokenized) -> None:
+    def _report(self, tokens: Tokenized, whole: bool = True) -> None:
         for message in tokens.skipped:
             logger.warning("skipped: %s", message)
-        if cuts := self.feedback.cuts(tokens):
-            logger.warning("%s", cuts)
+        for note in self.feedback.tally(tokens).notes(whole):
+            logger.warning("%s", note)
 
 
 def _engine(
@@ -419,6 +472,7 @@ def _engine(
     args: BNFConfig,
     peft_config: PeftConfig | None,
     group: Processes,
+    objective: Objective,
 ) -> TorchEngine:
     """The model with what is to be trained, float32, on this process's device or spread over all of them."""
     named = isinstance(model, str)
@@ -447,6 +501,7 @@ def _engine(
     checkpointing = bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
     return TorchEngine(
         model,
+        objective=objective,
         processes=group,
         device=args.device,
         dtype=dtype,
@@ -462,9 +517,8 @@ def _stored_reference(
         return None
     if not (folder / "config.json").is_file():
         raise UserError("reference is given, and can be checked only against a model that is given by its folder")
-    data = DataConfig(path="", template=args.template, max_length=args.max_length)
     hardware = HardwareConfig(load_in_4bit=bool(getattr(engine.base, "is_loaded_in_4bit", False)))
-    return open_reference(args.reference, fingerprint(folder, tokenizer, data, hardware, engine.dtype))
+    return open_reference(args.reference, fingerprint(folder, tokenizer, args.data, hardware, engine.dtype))
 
 
 def _gathered(meter: Meter, group: Processes) -> dict[str, float]:

@@ -1,17 +1,61 @@
 """Feedback as tokens, by one set of settings, for every job that reads data: all in memory, or as a stream."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from bnf_core.config import Template
+from bnf_core.config import DataConfig, Template
 from bnf_core.data.records import Feedback
+from bnf_core.data.rendering import Chat, chat_of
 from bnf_core.data.streaming import FeedbackStream
 from bnf_core.data.tokenization import Tokenized, tokenize
-from bnf_core.types import Example
+from bnf_core.types import Example, Unit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
+
+
+@dataclass
+class Tally:
+    """What became of rows as they were tokenised, for a person: counts grow as rows are met."""
+
+    max_length: int
+    rows: int = 0
+    chosen: int = 0
+    prompts_cut: int = 0
+    completions_cut: int = 0
+    reopened: int = 0
+
+    def add(self, tokens: Tokenized) -> None:
+        self.rows += len(tokens.examples)
+        self.chosen += sum(e.label for e in tokens.examples)
+        self.prompts_cut += tokens.prompts_cut
+        self.completions_cut += tokens.completions_cut
+        self.reopened += tokens.reopened
+
+    def notes(self, whole: bool = True) -> list[str]:
+        """What a person should know; none: all is well.
+
+        Args:
+            whole: whether these are all the rows there are.
+        """
+        notes = []
+        if self.prompts_cut or self.completions_cut:
+            notes.append(
+                f"longer than {self.max_length} tokens: {self.prompts_cut:,} prompts cut from the left, "
+                f"{self.completions_cut:,} completions from the right"
+            )
+        if self.reopened:
+            notes.append(
+                f"{self.reopened:,} completions follow the turn as generation opens it, which the chat template writes "
+                "otherwise once it is finished"
+            )
+        if whole and self.rows and self.chosen in (0, self.rows):
+            notes.append(
+                f"every completion is {'chosen' if self.chosen else 'rejected'}: nothing shows the model what to "
+                f"{'avoid' if self.chosen else 'prefer'}"
+            )
+        return notes
 
 
 @dataclass(frozen=True)
@@ -22,6 +66,16 @@ class FeedbackTokenizer:
     template: Template
     max_length: int
     skip_bad_rows: bool
+    chat: Chat = field(default_factory=Chat)
+
+    @classmethod
+    def of(cls, tokenizer: "Tokenizer", config: DataConfig) -> "FeedbackTokenizer":
+        """As the settings say.
+
+        Raises:
+            UserError: `data.chat_template` is a file that cannot be read.
+        """
+        return cls(tokenizer, config.template, config.max_length, config.skip_bad_rows, chat_of(config))
 
     def __call__(self, rows: Sequence[Feedback]) -> Tokenized:
         """Rows that `sources.load_feedback` has read, as examples with counts of what was cut and skipped.
@@ -38,12 +92,13 @@ class FeedbackTokenizer:
         *,
         shuffle_buffer: int,
         seed: int,
+        unit: Unit = "row",
         report: Callable[[Tokenized], None] | None = None,
     ) -> FeedbackStream:
         """Rows that are read and tokenised as they are needed; the stream counts those that it skips.
 
         Args:
-            source, split, shuffle_buffer, seed: as for FeedbackStream.
+            source, split, shuffle_buffer, seed, unit: as for FeedbackStream.
             report: called with what each batch of rows gave.
         Raises:
             UserError: nothing there, or no such split.
@@ -56,19 +111,28 @@ class FeedbackTokenizer:
             return tokens.examples
 
         return FeedbackStream(
-            source, split, examples, shuffle_buffer=shuffle_buffer, seed=seed, skip_bad_rows=self.skip_bad_rows
+            source,
+            split,
+            examples,
+            shuffle_buffer=shuffle_buffer,
+            seed=seed,
+            skip_bad_rows=self.skip_bad_rows,
+            unit=unit,
         )
 
-    def cuts(self, tokens: Tokenized) -> str | None:
-        """What was cut, for a person; None: nothing."""
-        if not tokens.prompts_cut and not tokens.completions_cut:
-            return None
-        return (
-            f"longer than {self.max_length} tokens: {tokens.prompts_cut:,} prompts cut from the left, "
-            f"{tokens.completions_cut:,} completions from the right"
-        )
+    def tally(self, *tokens: Tokenized) -> Tally:
+        """Of these, to which more can be added."""
+        tally = Tally(self.max_length)
+        for some in tokens:
+            tally.add(some)
+        return tally
 
     def _tokenize(self, rows: Sequence[Feedback], skip_bad_rows: bool) -> Tokenized:
         return tokenize(
-            rows, self.tokenizer, template=self.template, max_length=self.max_length, skip_bad_rows=skip_bad_rows
+            rows,
+            self.tokenizer,
+            template=self.template,
+            chat=self.chat,
+            max_length=self.max_length,
+            skip_bad_rows=skip_bad_rows,
         )

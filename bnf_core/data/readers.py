@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bnf_core.data.records import Feedback, RowError, parse_row
+from bnf_core.data.messages import RowError
+from bnf_core.data.records import Feedback, parse_row
 from bnf_core.errors import UserError
 
 PARQUET_ROWS = 256  # decoded at a time: pyarrow's own 65,536 can be gigabytes of conversations

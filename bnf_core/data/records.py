@@ -5,35 +5,26 @@ prompt (chosen, rejected); each column plain text or chat messages.
 """
 
 import difflib
-import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bnf_core.errors import UserError
-
-Message = dict[str, Any]  # {"role", "content"}, both text; other keys go to the chat template as they are
-Text = str | list[Message]
+from bnf_core.data.messages import (
+    RowError,
+    Text,
+    Tool,
+    for_template,
+    named,
+    plain,
+    template_kwargs_of,
+    text_or_messages,
+    tools_of,
+)
 
 UNPAIRED = ("prompt", "completion", "label")
 PAIRED = ("prompt", "chosen", "rejected")
 IMPLICIT = ("chosen", "rejected")
-
-
-class RowError(UserError):
-    """A row that cannot be used. The message says where it is, what was found and expected, and what to do.
-
-    Args:
-        source: file:line.
-        field: the column, or "" when the row as a whole is meant.
-        problem: what was found and what was expected.
-        remedy: what to do.
-    """
-
-    def __init__(self, source: str, field: str, problem: str, remedy: str) -> None:
-        self.source = source
-        self.field = field
-        super().__init__(f"{source}: {field + ': ' if field else ''}{problem}. {remedy}.")
 
 
 @dataclass(frozen=True)
@@ -41,9 +32,12 @@ class Feedback:
     """One completion of one prompt, and whether it is wanted. Prompt and completion are of the same kind."""
 
     prompt: Text
-    completion: Text  # messages are all the assistant's
-    label: bool  # True: preferred, False: dispreferred
+    completion: Text  # messages begin and end with the assistant's
+    label: bool  # True: chosen, False: rejected
     source: str  # file:line, such as feedback.jsonl:17
+    paired: bool = False  # whether the same row gives its partner
+    tools: list[Tool] | None = None  # what the chat template is given besides the messages
+    template_kwargs: dict[str, Any] | None = None  # the same, over those of the run
 
 
 def parse_row(row: Any, source: str) -> list[Feedback]:
@@ -57,30 +51,32 @@ def parse_row(row: Any, source: str) -> list[Feedback]:
     """
     if not isinstance(row, Mapping):
         raise RowError(
-            source, "", f"found {_name(row)}, expected an object with columns", f"The columns are {_column_sets()}"
+            source, "", f"found {named(row)}, expected an object with columns", f"The columns are {_column_sets()}"
         )
+    row = {column: plain(value) for column, value in row.items()}
     columns = _column_set(row, source)
+    tools, kwargs = tools_of(row.get("tools"), source), template_kwargs_of(row.get("chat_template_kwargs"), source)
     if columns == UNPAIRED:
-        prompt = _text(row["prompt"], "prompt", source)
-        completion = _text(row["completion"], "completion", source)
+        prompt = text_or_messages(row["prompt"], "prompt", source)
+        completion = text_or_messages(row["completion"], "completion", source)
         _check_prompt(prompt, source)
         _check_completion(completion, "completion", prompt, source)
-        return [Feedback(prompt, completion, _label(row["label"], source), source)]
+        return [Feedback(for_template(prompt), completion, _label(row["label"], source), source, False, tools, kwargs)]
 
-    chosen, rejected = _text(row["chosen"], "chosen", source), _text(row["rejected"], "rejected", source)
+    chosen, rejected = (text_or_messages(row[column], column, source) for column in IMPLICIT)
     if type(chosen) is not type(rejected):
         raise RowError(
             source,
             "rejected",
-            f"is {_name(rejected)} where chosen is {_name(chosen)}, expected the same kind",
+            f"is {named(rejected)} where chosen is {named(chosen)}, expected the same kind",
             "Write both as plain text or both as messages",
         )
     if chosen == rejected:
         raise RowError(source, "rejected", "is the same as chosen: there is nothing to prefer", "Drop this row")
     if columns == PAIRED:
-        prompt = _text(row["prompt"], "prompt", source)
+        prompt = text_or_messages(row["prompt"], "prompt", source)
         if _is_repeated(prompt, chosen, rejected):
-            prompt, chosen, rejected = _split_prompt(chosen, rejected)
+            prompt, chosen, rejected = _without_prompt(prompt, chosen, rejected)
     else:
         prompt, chosen, rejected = _split_prompt(chosen, rejected)
         for field, rest in (("chosen", chosen), ("rejected", rejected)):
@@ -94,7 +90,8 @@ def parse_row(row: Any, source: str) -> list[Feedback]:
     _check_prompt(prompt, source, "chosen and rejected share no leading message" if columns == IMPLICIT else "")
     _check_completion(chosen, "chosen", prompt, source)
     _check_completion(rejected, "rejected", prompt, source)
-    return [Feedback(prompt, chosen, True, source), Feedback(prompt, rejected, False, source)]
+    both = ((chosen, True), (rejected, False))
+    return [Feedback(for_template(prompt), text, label, source, True, tools, kwargs) for text, label in both]
 
 
 def _column_set(row: Mapping[str, Any], source: str) -> tuple[str, ...]:
@@ -146,56 +143,7 @@ def _label(value: Any, source: str) -> bool:
         remedy = "Write true (preferred) or false (dispreferred) without quotes"
     else:
         remedy = "Write true for a preferred completion and false for a dispreferred one, as in 1 -> true, 0 -> false"
-    raise RowError(source, "label", f"is {_name(value)}, expected true or false", remedy)
-
-
-def _text(value: Any, field: str, source: str) -> Text:
-    """Plain text or messages, whichever it is, checked."""
-    if isinstance(value, str):
-        _check_unicode(value, field, source)
-        return value
-    if not isinstance(value, list):
-        raise RowError(
-            source,
-            field,
-            f"is {_name(value)}, expected text or a list of messages",
-            'Write plain text, or [{"role": "user", "content": "..."}]',
-        )
-    return [_message(m, f"{field}[{i}]", source) for i, m in enumerate(value)]
-
-
-def _message(message: Any, field: str, source: str) -> Message:
-    if not isinstance(message, Mapping):
-        raise RowError(
-            source, field, f"is {_name(message)}, expected a message", 'Write {"role": "user", "content": "..."}'
-        )
-    message = {k: v for k, v in message.items() if v is not None}  # tables fill absent keys with nulls
-    for key in ("role", "content"):
-        if key not in message:
-            raise RowError(
-                source,
-                field,
-                f'the message has no "{key}": found {", ".join(map(str, message)) or "none"}',
-                'Every message needs "role" and "content"',
-            )
-        if not isinstance(message[key], str):
-            raise RowError(
-                source, f"{field}.{key}", f"is {_name(message[key])}, expected text", "Only text can be trained on"
-            )
-        _check_unicode(message[key], f"{field}.{key}", source)
-    return message
-
-
-def _check_unicode(text: str, field: str, source: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise RowError(
-            source,
-            field,
-            f"character {error.start + 1} is half of a surrogate pair, expected valid Unicode",
-            "An emoji was probably cut in two when the data was made: repair the text or drop the row",
-        ) from error
+    raise RowError(source, "label", f"is {named(value)}, expected true or false", remedy)
 
 
 def _check_prompt(prompt: Text, source: str, problem: str = "") -> None:
@@ -209,7 +157,7 @@ def _check_completion(completion: Text, field: str, prompt: Text, source: str) -
         raise RowError(
             source,
             field,
-            f"is {_name(completion)} where the prompt is {_name(prompt)}, expected the same kind",
+            f"is {named(completion)} where the prompt is {named(prompt)}, expected the same kind",
             "Write both as plain text or both as messages",
         )
     if isinstance(completion, str):
@@ -220,29 +168,45 @@ def _check_completion(completion: Text, field: str, prompt: Text, source: str) -
         raise RowError(
             source, field, "has no message after the prompt, expected the assistant's", "Fill it in or drop the row"
         )
-    for i, message in enumerate(completion):
-        if message["role"] != "assistant":
+    for at, place in ((0, "begins"), (-1, "ends")):
+        if (role := completion[at]["role"]) != "assistant":
             raise RowError(
                 source,
                 field,
-                f"holds a message of the role {message['role']!r}, expected only the assistant's",
-                "Everything in a completion is trained on: move what comes before the last answer into the prompt",
+                f"{place} with a message of the role {role!r}, expected the assistant's",
+                "Only the assistant's messages are trained: move what comes before the first into the prompt, and drop "
+                "what comes after the last",
             )
-        if not message["content"].strip():
+    for i, message in enumerate(completion):
+        if message["role"] == "assistant" and not message["content"].strip() and "tool_calls" not in message:
             raise RowError(
                 source, f"{field}[{i}].content", "is empty, expected a completion", "Fill it in or drop the row"
             )
+    if not any(message["role"] == "assistant" and message.get("train", True) for message in completion):
+        raise RowError(
+            source,
+            field,
+            "none of its turns is to be trained, expected at least one",
+            "Set train or weight of a turn, or drop the row",
+        )
 
 
 def _is_repeated(prompt: Text, chosen: Text, rejected: Text) -> bool:
-    """Whether a plain-text prompt is there once more as a message that both completions begin with.
+    """Whether a plain-text prompt is there once more, as what both completions begin with or as a message of theirs.
 
     Many published pairs are kept so: `prompt` is the question, `chosen` and `rejected` are whole conversations.
     """
-    if not isinstance(prompt, str) or isinstance(chosen, str) or isinstance(rejected, str):
+    if not isinstance(prompt, str):
+        return False
+    question = prompt.strip()
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        # As whole words: "1" is no prompt of "12" and "13".
+        again = re.compile(rf"\s*{re.escape(question)}(?=\s)" if question else "(?!)")
+        return all(again.match(completion) for completion in (chosen, rejected))
+    if isinstance(chosen, str) or isinstance(rejected, str):
         return False
     shared = chosen[: common_length(chosen, rejected)]
-    return any(message["content"].strip() == prompt.strip() for message in shared)
+    return any(message["content"].strip() == question for message in shared)
 
 
 def _split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
@@ -254,21 +218,16 @@ def _split_prompt(chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
     return chosen[:size], chosen[size:], rejected[size:]
 
 
+def _without_prompt(prompt: Text, chosen: Text, rejected: Text) -> tuple[Text, Text, Text]:
+    """The prompt, and both completions without it."""
+    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+        size = len(prompt.strip())
+        return prompt.rstrip(), chosen.lstrip()[size:], rejected.lstrip()[size:]
+    return _split_prompt(chosen, rejected)
+
+
 def common_length(a: Sequence[Any], b: Sequence[Any]) -> int:
     """How many leading items (characters, messages, token ids) two sequences share."""
     if a == b[: len(a)]:  # the usual case, and quick
         return len(a)
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _name(value: Any) -> str:
-    """A value as it stands in the file, short enough for a message."""
-    if isinstance(value, str):
-        return f"the text {json.dumps(value if len(value) <= 40 else value[:40] + '…', ensure_ascii=False)}"
-    if isinstance(value, list):
-        return "a list of messages" if value and all(isinstance(v, Mapping) for v in value) else "a list"
-    if isinstance(value, Mapping):
-        return "an object"
-    if value is None or isinstance(value, bool | int | float):
-        return json.dumps(value)
-    return f"a {type(value).__name__}"

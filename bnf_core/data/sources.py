@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from bnf_core.data.messages import RowError, Text
 from bnf_core.data.readers import READERS, RawRow, number_rows
-from bnf_core.data.records import Feedback, RowError, Text
+from bnf_core.data.records import Feedback
 from bnf_core.errors import UserError
 from bnf_core.storage.digests import files_digest
 
@@ -107,11 +108,23 @@ def has_split(path_or_name: str, split: str) -> bool:
     return not set(names).isdisjoint(_hub_splits(path_or_name))
 
 
-def prompt_group(prompt: Text) -> int:
-    """A number below 2^63 that equal prompts share, and no others: 63 bits of a hash of the content."""
+def prompt_group(prompt: Text, *given: Any) -> int:
+    """A number below 2^63 that equal prompts share, and no others: 63 bits of a hash of the content.
+
+    Args:
+        prompt: text or messages.
+        given: what the chat template is given besides, such as tools; None: nothing.
+    """
     text = prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True, default=str)
+    if any(item is not None for item in given):
+        text += json.dumps(given, sort_keys=True, default=str)
     kind = b"text" if isinstance(prompt, str) else b"messages"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=kind).digest()) >> 1
+
+
+def pair_number(source: str) -> int:
+    """A number below 2^63, not 0, for the pair that stands at file:line."""
+    return int.from_bytes(hashlib.blake2b(source.encode(), digest_size=8, person=b"pair").digest()) >> 1 | 1
 
 
 def split_by_prompt(rows: Sequence[Feedback], fraction: float, seed: int) -> tuple[list[Feedback], list[Feedback]]:
@@ -128,7 +141,7 @@ def split_by_prompt(rows: Sequence[Feedback], fraction: float, seed: int) -> tup
     """
     if not 0 < fraction < 1:
         raise UserError(f"the share of prompts to hold out is {fraction}: expected a number above 0 and below 1")
-    groups = [prompt_group(row.prompt) for row in rows]
+    groups = [prompt_group(row.prompt, row.tools, row.template_kwargs) for row in rows]
     prompts = list(dict.fromkeys(groups))  # in order of appearance
     count = len(prompts)
     if count < 2:

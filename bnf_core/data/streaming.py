@@ -11,11 +11,12 @@ from typing import Any, TypeVar
 
 from numpy.random import PCG64
 
+from bnf_core.data.messages import RowError
 from bnf_core.data.readers import RawRow
-from bnf_core.data.records import Feedback, RowError
+from bnf_core.data.records import Feedback
 from bnf_core.data.sources import find_source, no_rows, source_of
 from bnf_core.errors import UserError
-from bnf_core.types import Example, Position
+from bnf_core.types import Example, Position, Unit
 
 MESSAGES = 20  # of bad rows that are kept
 
@@ -37,8 +38,9 @@ class FeedbackStream:
             has, or more, shuffle it wholly.
         seed: a non-negative integer.
         skip_bad_rows: list bad rows in `skipped` instead of stopping at the first.
+        unit: what the loss compares. A pair is never parted: a batch may have one row more than asked for.
     Raises:
-        UserError: nothing there, no such split, or no buffer.
+        UserError: nothing there, no such split, no buffer, or a loss that compares all rows of a prompt.
     """
 
     def __init__(
@@ -50,7 +52,10 @@ class FeedbackStream:
         shuffle_buffer: int,
         seed: int,
         skip_bad_rows: bool = False,
+        unit: Unit = "row",
     ) -> None:
+        if unit == "prompt":
+            raise UserError("this objective compares all rows of a prompt, which streamed data do not hold together")
         if shuffle_buffer < 1:
             raise UserError(f"the shuffle buffer is {shuffle_buffer} rows: expected at least 1, which does not shuffle")
         self.source = find_source(source, split, True) if isinstance(source, str) else source_of(source, split)
@@ -59,6 +64,7 @@ class FeedbackStream:
         self.shuffle_buffer = shuffle_buffer
         self.seed = seed
         self.skip_bad_rows = skip_bad_rows
+        self.unit = unit
         self.skipped: list[str] = []  # the first messages of bad rows, each once
         self.skipped_count = 0  # bad rows met so far; what is met in two epochs counts twice
 
@@ -82,7 +88,7 @@ class FeedbackStream:
             batch: list[Example] = []
             for example, after in self._epoch(at, batch_size):
                 batch.append(example)
-                if len(batch) == batch_size:
+                if len(batch) >= batch_size and (self.unit == "row" or after["examples"] == 0):
                     yield batch, after
                     batch = []
             if batch:
@@ -136,8 +142,13 @@ class FeedbackStream:
         if len(found) != len(flat):
             raise ValueError(f"tokenize_rows gave {len(found)} examples for {len(flat)} rows, expected one for each")
         remaining = iter(found)
-        for several in parsed:
-            yield [example for _ in several for example in next(remaining)]
+        for row, several in zip(part, parsed, strict=True):
+            examples = [example for _ in several for example in next(remaining)]
+            if self.unit == "pair" and examples and len({e.label for e in examples}) < 2:
+                problem = "makes no pair, which this objective compares: expected columns chosen and rejected"
+                remedy = "Give paired data, or take an objective for single rows, such as bnf, kto or simper"
+                examples = self._skip(RowError(row.source, "", problem, remedy))
+            yield examples
 
     def _tokenize_one(self, feedback: Feedback) -> list[Example]:
         try:

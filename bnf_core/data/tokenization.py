@@ -7,15 +7,18 @@ as " " and "Paris" into " Paris".
 """
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bnf_core.config import Template
-from bnf_core.data.records import Feedback, Message, RowError, Text, common_length
-from bnf_core.data.sources import prompt_group
+from bnf_core.data.messages import RowError, Text, Tool
+from bnf_core.data.records import Feedback, common_length
+from bnf_core.data.rendering import Chat, Rendered, Renderer
+from bnf_core.data.sources import pair_number, prompt_group
 from bnf_core.errors import UserError
+from bnf_core.storage.files import replace_file
 from bnf_core.types import Example
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ class Tokenized:
     prompts_cut: int  # rows whose prompt lost its beginning
     completions_cut: int  # rows whose completion, too long by itself, lost its end
     skipped: list[str]  # the message of every bad row, when they are to be skipped
+    reopened: int = 0  # rows whose turn the template opens otherwise than it writes a finished one
 
 
 def tokenize(
@@ -37,6 +41,7 @@ def tokenize(
     tokenizer: "Tokenizer",
     *,
     template: Template = "auto",
+    chat: Chat | None = None,
     max_length: int,
     skip_bad_rows: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -51,11 +56,13 @@ def tokenize(
         tokenizer: a transformers tokenizer with an EOS token.
         template: `auto`: messages through the chat template, plain text verbatim; `chat`: both through the
             template, plain text as one user's and one assistant's message; `plain`: no template, no messages.
+        chat: which chat template, with what; default: the tokenizer's.
         max_length: most tokens of prompt and completion together, at least 2.
         skip_bad_rows: list the rows that cannot be tokenised in `skipped` instead of stopping at the first.
         progress: called with the number of rows done and of all rows.
     Raises:
-        RowError: the chat template refuses a row, or no token of its prompt or completion is left.
+        RowError: the chat template refuses a row or leaves out a part of it, or no token of its prompt or completion
+            is left.
         UserError: the tokenizer lacks an EOS token or the chat template that the rows need.
     """
     if max_length < 2:
@@ -64,37 +71,54 @@ def tokenize(
         raise UserError(
             "the tokenizer has no EOS token, so completions would never end. Set eos_token in tokenizer_config.json."
         )
-    added, turn_ends = _added_before(tokenizer), _special_ids(tokenizer)
+    added, renderer = _added_before(tokenizer), Renderer(tokenizer, template, chat)
     examples: list[Example] = []
     skipped: list[str] = []
-    prompts_cut = completions_cut = 0
+    prompts_cut = completions_cut = reopened = 0
     for at in range(0, len(rows), CHUNK):
-        chunk: list[tuple[int, _Rendered]] = []
-        for i in range(at, min(at + CHUNK, len(rows))):
+        chunk: list[tuple[Feedback, Rendered]] = []
+        for row in rows[at : at + CHUNK]:
             try:
-                chunk.append((i, _render(rows[i], tokenizer, template, added)))
+                chunk.append((row, renderer.row(row)))
             except RowError as error:
                 _skip(error, skipped, skip_bad_rows)
-        ids = _encode([text for _, r in chunk for text in (r.prompt, r.whole)], tokenizer)
-        for i, rendered in chunk:
+        ids = _encode([text for _, rendered in chunk for text in _texts(rendered)], tokenizer)
+        for row, rendered in chunk:
             try:
-                prompt, completion = _split(rendered, ids, tokenizer, turn_ends, rows[i].source)
+                whole = _split(rendered, ids, tokenizer, added, row.source)
+                cut = _cut(whole, max_length, tokenizer.bos_token_id, row.source)
             except RowError as error:
                 _skip(error, skipped, skip_bad_rows)
                 continue
-            short_prompt, short_completion = _cut(prompt, completion, max_length, tokenizer.bos_token_id)
-            prompts_cut += len(short_prompt) < len(prompt)
-            completions_cut += len(short_completion) < len(completion)
-            group = prompt_group(rows[i].prompt)
-            examples.append(Example(tuple(short_prompt), tuple(short_completion), rows[i].label, group, rows[i].source))
+            prompts_cut += len(cut.prompt) < len(whole.prompt)
+            completions_cut += len(cut.completion) < len(whole.completion)
+            reopened += rendered.reopened
+            examples.append(
+                Example(
+                    tuple(cut.prompt),
+                    tuple(cut.completion),
+                    row.label,
+                    group=prompt_group(row.prompt, row.tools, row.template_kwargs),
+                    pair=pair_number(row.source) if row.paired else 0,
+                    source=row.source,
+                    trained=None if cut.trained is None else tuple(cut.trained),
+                )
+            )
         if progress is not None:
             progress(min(at + CHUNK, len(rows)), len(rows))
     if skipped and not examples:
         raise UserError(f"none of the {len(rows)} rows can be tokenised; the first: {skipped[0]}")
-    return Tokenized(examples, prompts_cut, completions_cut, skipped)
+    return Tokenized(examples, prompts_cut, completions_cut, skipped, reopened)
 
 
-def prompt_ids(prompt: Text, tokenizer: "Tokenizer", template: Template = "auto", source: str = "prompt") -> list[int]:
+def prompt_ids(
+    prompt: Text,
+    tokenizer: "Tokenizer",
+    template: Template = "auto",
+    source: str = "prompt",
+    chat: Chat | None = None,
+    tools: list[Tool] | None = None,
+) -> list[int]:
     """Token ids from which to generate a completion, as `tokenize` would begin the row; never cut.
 
     Args:
@@ -102,14 +126,13 @@ def prompt_ids(prompt: Text, tokenizer: "Tokenizer", template: Template = "auto"
         tokenizer: a transformers tokenizer.
         template: as for `tokenize`.
         source: what to call the prompt in messages.
+        chat: as for `tokenize`.
+        tools: what the chat template is given besides.
     Raises:
         UserError: as for `tokenize`.
     """
-    if _needs_template(prompt, tokenizer, template, source):
-        text, leading = _chat(_messages(prompt, "user"), tokenizer, source, open_turn=True), []
-    else:
-        text = str(prompt)
-        leading = _leading_ids(text, not text, tokenizer, _added_before(tokenizer))
+    text, templated = Renderer(tokenizer, template, chat).prompt(prompt, source, tools)
+    leading = [] if templated else _leading_ids(text, not text, tokenizer, _added_before(tokenizer))
     ids = leading + _encode([text], tokenizer)[text]
     if not ids:
         raise _no_prompt(source, text)
@@ -142,90 +165,59 @@ def pad_id(tokenizer: "Tokenizer") -> int:
     return int(tokenizer.pad_token_id or 0)
 
 
-def stop_ids(tokenizer: "Tokenizer", folder: Path) -> list[int]:
-    """The token ids that end a generated completion: EOS, then those of generation_config.json in the folder.
+def stop_ids(tokenizer: "Tokenizer", *folders: Path, chat: Chat | None = None, of_template: bool = True) -> list[int]:
+    """The token ids that end a generated completion: EOS, what ends a turn under the chat template, and those of
+    generation_config.json in the folders: of a model, and of an adapter.
 
+    Args:
+        chat: which chat template, with what; default: the tokenizer's.
+        of_template: whether to ask it.
     Raises:
         UserError: generation_config.json is not JSON, or its eos_token_id is no token id.
     """
-    path = folder / "generation_config.json"
-    listed: Any = []
-    if path.is_file():
-        try:
-            listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") or []
-        except (ValueError, AttributeError) as error:
-            raise UserError(f"{path}: not a JSON object: {error}. Mend or remove it.") from error
-    listed = listed if isinstance(listed, list) else [listed]
+    stops = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    if of_template and (end := Renderer(tokenizer, chat=chat).turn_end()) is not None:
+        stops.append(tokenizer.get_vocab()[end])
+    for folder in folders:
+        stops += listed_stops(folder)
+    return list(dict.fromkeys(stops))
+
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+def listed_stops(folder: Path) -> list[int]:
+    """Those of generation_config.json in a folder, if it is there.
+
+    Raises:
+        UserError: it is not JSON, or its eos_token_id is no token id.
+    """
+    path = folder / GENERATION_CONFIG
+    if not path.is_file():
+        return []
+    try:
+        listed: Any = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a JSON object: {error}. Mend or remove it.") from error
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
     if not all(isinstance(i, int) for i in listed):
         raise UserError(f"{path}: eos_token_id is {listed}: expected a token id or a list of them")
-    eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
-    return list(dict.fromkeys(eos + listed))
+    return listed
 
 
-# Text
+def save_stops(folder: Path, stops: Sequence[int]) -> None:
+    """Write them into a folder's generation_config.json, beside what it says of other things: transformers and mlx-lm
+    stop there too.
 
-
-class _Rendered(NamedTuple):
-    """A row as text, before tokenisation."""
-
-    prompt: str
-    whole: str  # prompt and completion
-    templated: bool
-    leading: list[int]  # ids put before both
-
-
-def _render(row: Feedback, tokenizer: "Tokenizer", template: Template, added: list[int]) -> _Rendered:
-    templated = _needs_template(row.prompt, tokenizer, template, row.source)
-    if templated:
-        messages = _messages(row.prompt, "user")
-        prompt = _chat(messages, tokenizer, row.source, open_turn=True)
-        whole = _chat(messages + _messages(row.completion, "assistant"), tokenizer, row.source, open_turn=False)
-        # A template may write the opened turn otherwise than a finished one, but never the turns before it.
-        if messages[-1]["content"].strip() not in whole[: common_length(prompt, whole)]:
-            raise RowError(
-                row.source,
-                "prompt",
-                "the chat template writes it differently once a completion follows, expected the same beginning",
-                "Check the order of the roles, or give the row as plain text",
-            )
-    else:
-        prompt, whole = str(row.prompt), str(row.prompt) + str(row.completion)
-    leading = [] if templated else _leading_ids(whole, not prompt, tokenizer, added)
-    return _Rendered(prompt, whole, templated, leading)
-
-
-def _needs_template(prompt: Text, tokenizer: "Tokenizer", template: Template, source: str) -> bool:
-    if isinstance(prompt, str) and template != "chat":
-        return False
-    if template == "plain":
-        raise RowError(
-            source, "prompt", "is a list of messages, expected plain text", "Set data.template to auto or chat"
-        )
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"{source}: the tokenizer has no chat template, which messages and data.template=chat need. Take the "
-            "instruction-tuned model or its chat_template.jinja, or give prompts and completions as plain text."
-        )
-    return True
-
-
-def _messages(text: Text, role: str) -> list[Message]:
-    return [{"role": role, "content": text}] if isinstance(text, str) else text
-
-
-def _chat(messages: list[Message], tokenizer: "Tokenizer", source: str, open_turn: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_turn))
-    except (TemplateError, TypeError, ValueError) as error:
-        roles = ", ".join(message["role"] for message in messages)
-        raise RowError(
-            source,
-            "prompt",
-            f"the chat template refuses the roles {roles}: {error}",
-            "Give the roles that the model's template asks for, in its order",
-        ) from error
+    Raises:
+        OSError: the file cannot be written.
+        UserError: it is not JSON.
+    """
+    path = folder / GENERATION_CONFIG
+    if sorted(listed_stops(folder)) == sorted(stops):
+        return
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    replace_file(path, json.dumps(settings | {"eos_token_id": list(stops)}, indent=2) + "\n")
 
 
 # Tokens
@@ -258,54 +250,67 @@ def _leading_ids(text: str, prompt_is_empty: bool, tokenizer: "Tokenizer", added
     return added
 
 
-def _special_ids(tokenizer: "Tokenizer") -> frozenset[int]:
-    """Tokens that can end a turn: the special ones, whether or not they have a role such as EOS."""
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special = added.union(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-    return frozenset(special | {tokenizer.eos_token_id})  # some tokenizers use one token as both
+class _Tokens(NamedTuple):
+    prompt: list[int]
+    completion: list[int]
+    trained: list[bool] | None  # of the completion; None: all
+
+
+def _texts(rendered: Rendered) -> list[str]:
+    """What has to be tokenised of one row: besides itself all that it begins with where something else begins."""
+    edges = [edge for turn in rendered.turns for edge in turn]
+    return [rendered.prompt, rendered.whole, *(rendered.whole[:edge] for edge in edges)]
 
 
 def _split(
-    rendered: _Rendered,
-    ids: dict[str, list[int]],
-    tokenizer: "Tokenizer",
-    turn_ends: Collection[int],
-    source: str,
-) -> tuple[list[int], list[int]]:
+    rendered: Rendered, ids: dict[str, list[int]], tokenizer: "Tokenizer", added: list[int], source: str
+) -> _Tokens:
     """Prompt and completion of one row, the end of turn included."""
-    alone, whole = ids[rendered.prompt], ids[rendered.whole]
-    size = common_length(alone, whole)
-    prompt, completion = rendered.leading + whole[:size], whole[size:]
+    whole, eos = ids[rendered.whole], int(tokenizer.eos_token_id)
+
+    def shared(text: str) -> int:
+        return common_length(ids[text], whole)
+
+    size = shared(rendered.prompt)
+    leading = [] if rendered.templated else _leading_ids(rendered.whole, not rendered.prompt, tokenizer, added)
+    prompt, completion = leading + whole[:size], whole[size:]
     if not prompt:
         raise _no_prompt(source, rendered.prompt)
     if not completion:
         raise RowError(
             source, "completion", "no token of it is left after tokenisation, expected at least one", "Drop the row"
         )
-    if rendered.templated:
-        end = _turn_end(completion, tokenizer, turn_ends)
-        return prompt, completion[:end] if end else [*completion, int(tokenizer.eos_token_id)]
-    return prompt, completion if completion[-1] == tokenizer.eos_token_id else [*completion, tokenizer.eos_token_id]
+    trained: list[bool] | None = None
+    if rendered.turns:
+        trained = [False] * len(completion)
+        for turn in rendered.turns:
+            begin, end = (shared(rendered.whole[:edge]) - size for edge in turn)
+            trained[begin:end] = [True] * (end - begin)
+    if not (rendered.ended if rendered.templated else completion[-1] == eos):
+        completion = [*completion, eos]
+        if trained is not None:
+            trained.append(rendered.turns[-1].end == len(rendered.whole))
+    return _Tokens(prompt, completion, None if trained is None or all(trained) else trained)
 
 
-def _turn_end(completion: list[int], tokenizer: "Tokenizer", turn_ends: Collection[int]) -> int:
-    """How many tokens there are up to and with the end-of-turn token that only whitespace follows; 0: none."""
-    for size in range(len(completion), 0, -1):
-        token = completion[size - 1]
-        if token in turn_ends:
-            return size
-        if str(tokenizer.decode([token])).strip():
-            return 0
-    return 0
-
-
-def _cut(prompt: list[int], completion: list[int], max_length: int, bos: int | None) -> tuple[list[int], list[int]]:
-    completion = completion[: max_length - 1]
+def _cut(whole: _Tokens, max_length: int, bos: int | None, source: str) -> _Tokens:
+    prompt, completion, trained = whole
+    completion, trained = completion[: max_length - 1], None if trained is None else trained[: max_length - 1]
+    if trained is not None:
+        if not any(trained):
+            raise RowError(
+                source,
+                "completion",
+                f"none of its first {max_length - 1} tokens is to be trained, expected at least one",
+                "Raise data.max_length, train another turn, or drop the row",
+            )
+        if all(trained):
+            trained = None
     room = max_length - len(completion)
     if len(prompt) > room:
         kept = 1 if room > 1 and prompt[0] == bos else 0
         prompt = prompt[:kept] + prompt[len(prompt) - (room - kept) :]
-    return prompt, completion
+    return _Tokens(prompt, completion, trained)
 
 
 def _no_prompt(source: str, text: str) -> RowError:

@@ -1,13 +1,12 @@
 """How much memory training takes, from a model's configuration alone: formulae, no measurement.
 
-What each layer keeps for its backward pass was read off the backends with PyTorch's saved-tensor hooks and MLX's peak
-counter, in float32 and bfloat16 and over models of different sizes. tests/test_plan_run.py holds the sums against
-measured runs.
+What each layer keeps for its backward pass is the backend's own affair: `Measures.kept`, in its memory.py.
+tests/integration/test_plan_run.py holds the sums against measured runs.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +121,7 @@ class Grid:
     rows: int  # B
     width: int  # T, padding included
     completion_tokens: int  # N
-    seen: int = 1  # rows whose keys and values a row is given, itself included: the pages of shared prompts on MLX
+    seen: int = 1  # rows whose keys and values a row is given, itself included, where a batch is cut into pages
 
     @classmethod
     def of(cls, batch: Batch) -> "Grid":
@@ -136,26 +135,35 @@ class Grid:
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, and where."""
+    """What is trained, and how."""
 
-    backend: str  # torch or mlx
-    device: str  # cpu, cuda, mps or gpu
-    dtype: str  # float32, bfloat16 or float16
+    dtype: str  # that the model computes in: float32, bfloat16 or float16
     kind: FineTuneType
     lora: LoraConfig  # of no account where all weights are trained
     load_in_4bit: bool = False  # with bitsandbytes
     gradient_checkpointing: bool = False
-    fragmented: bool = False  # whether glibc allocates
 
     @property
     def half(self) -> bool:
-        """MLX trains all weights in float32 whatever it is asked for."""
-        return self.dtype != "float32" and not (self.backend == "mlx" and self.kind == "full")
+        return self.dtype != "float32"
 
     @property
     def size(self) -> int:
         """Bytes of a number."""
         return 2 if self.half else 4
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a backend keeps of a model and a step, in bytes."""
+
+    weights: float  # of the model, without what is trained on top of them
+    layer: float  # a token, for the backward pass of a layer
+    layer_input: float  # a token: what gradient checkpointing keeps of that
+    transient: float  # a token, beside that during the backward pass of a layer
+    matrices: float  # the same, of any number of tokens
+    loss: float  # of all completion tokens
+    fragments: float = 0.0  # held by the allocator and of no use
 
 
 @dataclass(frozen=True)
@@ -167,114 +175,52 @@ class Memory:
     trained: float  # what is trained on top of the weights, gradients and both moments
     activations: float  # kept for the backward pass
     working: float  # the loss, or one layer's backward pass, whichever takes more
-    fragments: float  # held by the allocator and of no use
+    fragments: float
 
     @property
     def total(self) -> float:
         return sum(vars(self).values())
 
 
-def memory(model: Architecture, training: Training, grid: Grid, runtime: float = 0.0) -> Memory:
-    """Of a training step, whose micro-batches are at most of this grid."""
-    kept = _Kept.of(model, training, grid)
-    if training.kind == "full":  # trained weights are float32; PyTorch computes with a copy in half precision
-        weights: float = model.parameters * (6 if training.half and training.backend == "torch" else 4)
+def memory(model: Architecture, training: Training, grid: Grid, kept: Kept, runtime: float = 0.0) -> Memory:
+    """Of a training step, whose micro-batches are at most of this grid, on a backend that keeps so much."""
+    if training.kind == "full":
         trained = 3 * 4 * model.parameters
     else:
-        weights = _frozen(model, training)
         trained = 4 * 4 * model.adapter_parameters(training.lora, dora=training.kind == "dora")
     layer = kept.layer * grid.tokens
     activations = (kept.layer_input if training.gradient_checkpointing else kept.layer) * model.layers * grid.tokens
     backward = kept.transient * grid.tokens + kept.matrices + (layer if training.gradient_checkpointing else 0)
-    working = max(kept.loss, backward)
-    return Memory(runtime, weights, trained, activations, working, _holes(model, training, grid))
+    return Memory(runtime, kept.weights, trained, activations, max(kept.loss, backward), kept.fragments)
 
 
-def _frozen(model: Architecture, training: Training) -> float:
-    """Bytes of weights that are not trained."""
-    if model.bits is not None and training.backend == "mlx":  # and the head is widened once, for the loss
-        return model.parameters * model.bits / 8 + model.vocab * model.hidden * training.size
-    if training.load_in_4bit:  # NF4 in blocks of 64 with scales of 8 bits, and these in blocks of 256
-        rest = model.parameters - model.linear_parameters
-        return rest * training.size + model.linear_parameters * (4 + 8 / 64 + 32 / (64 * 256)) / 8
-    return model.parameters * training.size
+def adapter_inputs(model: Architecture, training: Training, mask: int = 1) -> float:
+    """Bytes a token of what the adapted layers of a layer read, as far as they keep it; attention keeps its own.
 
-
-def _holes(model: Architecture, training: Training, grid: Grid) -> float:
-    """Bytes that glibc's allocator keeps: it does not give an aligned block that was freed to the next of the same
-    size. Beside LoRA's activations lie holes of about their size, to which DoRA and dropout add few. With
-    MALLOC_MMAP_THRESHOLD_=1048576 in the environment there are none, and a step takes half as long again."""
-    if not training.fragmented:
-        return 0.0
-    part = 0.3 if training.kind == "full" else 1.2 if training.half else 1.0  # measured to within 0.2
-    if training.kind != "full" and not training.gradient_checkpointing:
-        training = replace(training, kind="lora", lora=replace(training.lora, dropout=0.0))
-    return part * model.layers * _Kept.of(model, training, grid).layer * grid.tokens
-
-
-TORCH_CHUNK, CUDA_CHUNK, MLX_CHUNK = 48 * 2**20, 2**30, 128 * 2**20  # as in the backends' linear.py
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """Bytes a token, but for the last two."""
-
-    layer: float  # for the backward pass of a layer
-    layer_input: float  # what gradient checkpointing keeps of it
-    transient: float  # beside that during the backward pass of a layer
-    matrices: float  # of any number of tokens
-    loss: float  # of all completion tokens
-
-    @classmethod
-    def of(cls, model: Architecture, training: Training, grid: Grid) -> "_Kept":
-        d, f, size = model.hidden, model.inner, training.size
-        q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
-        shapes = () if training.kind == "full" else model.adapted(training.lora.targets).values()
-        outputs = sum(o for _, o in shapes)
-        inputs, products, matrices = _inputs(model, training), 4 * training.lora.rank * len(shapes), 0.0
-        if training.kind == "dora":  # a magnitude scales both products, and is that of a matrix as large as W
-            products += (size + 4) * outputs
-            eye = training.backend == "torch"  # PEFT multiplies A and B by way of an identity matrix
-            matrices = max((4.0 * (3 * i * o + eye * i * i) for i, o in shapes), default=0.0)
-        logits = grid.completion_tokens * model.vocab * 4
-        if training.backend == "mlx":
-            # Besides what PyTorch keeps, one more of F, the attention scores, in float32 unless there are masks, and
-            # copies of what other pages hold.
-            scores, copies = 4 * model.heads * grid.width, 0
-            if grid.seen > 1:
-                scores, copies = size * model.heads * grid.width * grid.seen, 2 * size * kv * grid.seen
-            block = size * (4 * f + 2 * d + 2 * q + 2 * kv) + scores + copies
-            widened = 10 * outputs if training.half else 0  # low-rank products, their sums and gradients
-            return cls(
-                block + inputs + products,
-                4 * size * d,
-                1.5 * (block + size * (2 * d + f)) + widened,
-                matrices,
-                min(10.0 * logits, MLX_CHUNK),  # MLX runs ahead, and frees late what is small
-            )
-        # The residual stream before attention and MLP, in float32, and where the norms are trained what they make of
-        # it; queries, keys, values, attention; gate, its activation and up.
-        stream = 4 * (4 if training.kind == "full" else 2) * d
-        layer = stream + size * (3 * f + 2 * q + 2 * kv) + 4 * (model.heads + 2) + inputs + products
-        chunk = CUDA_CHUNK if training.device.startswith("cuda") else TORCH_CHUNK
-        loss = _chunked(logits, chunk) + grid.completion_tokens * d * size
-        return cls(layer, size * d, 2 * size * f, matrices, loss)
-
-
-def _inputs(model: Architecture, training: Training) -> float:
-    """Bytes a token of what the linear layers of a layer read, as far as they keep it; attention keeps its own."""
-    size, d, f = training.size, model.hidden, model.inner
-    if training.kind == "full":  # autocast narrows the inputs of each layer anew
-        return size * ((5 if training.half else 2) * d + f)
+    Args:
+        mask: bytes of each number of a dropout mask.
+    """
     chosen = model.adapted(training.lora.targets)
     if training.lora.dropout:  # each drops others
-        mask = size if training.backend == "torch" and training.device.startswith("cpu") else 1
-        return (size + mask) * sum(i for i, _ in chosen.values())
+        return (training.size + mask) * sum(i for i, _ in chosen.values())
     attention = bool({"q_proj", "k_proj", "v_proj"} & chosen.keys())
     mlp = bool({"gate_proj", "up_proj"} & chosen.keys())
-    return size * (attention * d + mlp * d + ("down_proj" in chosen) * f)
+    d, f = model.hidden, model.inner
+    return training.size * (attention * d + mlp * d + ("down_proj" in chosen) * f)
 
 
-def _chunked(bytes_: float, most: float) -> float:
-    """One of as many equal chunks as it takes for none to be larger."""
-    return bytes_ / max(1, -(-bytes_ // most))
+def adapter_products(model: Architecture, training: Training, *, squares: int = 0) -> tuple[float, float]:
+    """Of the adapters of a layer: bytes a token of the low-rank products and, with DoRA, of what their magnitudes
+    scale; and bytes of the matrices as large as a weight that DoRA's magnitudes are those of.
+
+    Args:
+        squares: of these, how many are (inputs, inputs).
+    """
+    if training.kind == "full":
+        return 0.0, 0.0
+    shapes = model.adapted(training.lora.targets).values()
+    products = 4.0 * training.lora.rank * len(shapes)
+    if training.kind != "dora":
+        return products, 0.0
+    products += (training.size + 4) * sum(o for _, o in shapes)
+    return products, max((4.0 * (3 * i * o + squares * i * i) for i, o in shapes), default=0.0)

@@ -6,6 +6,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# Linear layers that no adapter is put on: transformers' Mamba models read this one's weight past it.
+UNADAPTED = frozenset(("dt_proj",))
+
 
 def initial_lora_a(module: str, rank: int, in_features: int, seed: int) -> NDArray[Any]:
     """A of one adapted module, (rank, in_features) float32, uniform in ±1/√in_features; B starts at zero.

@@ -6,6 +6,7 @@ silently take a default of their own. A normalised config says it both ways.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -24,6 +25,7 @@ DERIVED: Mapping[str, Mapping[str, Callable[[Config], Any]]] = {
         "sliding_window_pattern": lambda c: "".join("L" if t == LOCAL_LAYERS else "G" for t in c["layer_types"])
     },
     "exaone_moe": {"is_moe_layer": lambda c: [kind == "sparse" for kind in c["mlp_layer_types"]]},
+    "gemma": {"hidden_act": lambda c: "gelu_pytorch_tanh" if c["hidden_act"] == "gelu" else c["hidden_act"]},
     "gemma4_text": {
         "global_head_dim": lambda c: next(iter(c["per_layer_config"].values()))["head_dim"],
     },
@@ -90,9 +92,21 @@ def _spread_rope(config: Config) -> None:
             config[key] = rope[key]
     if rope.get("rope_type", "default") != "default" and config["rope_scaling"] is None:
         config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} | {"type": rope["rope_type"]}
+    _spread_yarn(config)
     if rope_scaling(config) == "longrope":
         # mlx-lm rotates by the long factors always, transformers only in rows beyond the original length.
         config["rope_scaling"] |= {"long_factor": config["rope_scaling"].get("short_factor")}
+
+
+def _spread_yarn(config: Config) -> None:
+    """mlx-lm knows YaRN's attention factor as 0.1 · mscale · ln(factor) + 1 alone; transformers takes `mscale` only
+    beside `mscale_all_dim`."""
+    scaling = config["rope_scaling"]
+    if rope_scaling(config) != "yarn" or scaling.get("mscale_all_dim") or (scaling.get("factor") or 1.0) <= 1.0:
+        return
+    given = scaling.get("attention_factor")
+    mscale = 1.0 if given is None else (given - 1.0) / (0.1 * math.log(scaling["factor"]))
+    config["rope_scaling"] = scaling | {"mscale": mscale}
 
 
 def _float(value: Any) -> Any:
@@ -142,6 +156,12 @@ def _merged(defaults: Config, config: Config) -> Config:
     if isinstance(config.get("text_config"), dict) and isinstance(defaults.get("text_config"), dict):
         merged["text_config"] = defaults["text_config"] | config["text_config"]
     return merged
+
+
+def text_config(config: Config) -> Config:
+    """What of a config describes the language model, where it describes others as well."""
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
 
 
 def rope_scaling(config: Config) -> str | None:

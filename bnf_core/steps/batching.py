@@ -6,13 +6,17 @@ into micro-batches, packed, or dealt to processes.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
 from bnf_core.errors import UserError
-from bnf_core.types import Array, Batch, Example, Position
+from bnf_core.types import Array, Batch, Counts, Example, Position, Unit
+
+T = TypeVar("T")
 
 
 def collate(
@@ -22,6 +26,7 @@ def collate(
     *,
     bins: Sequence[Sequence[int]] | None = None,
     share_prompts: bool = False,
+    counts: Counts | None = None,
 ) -> Batch:
     """Batch examples.
 
@@ -31,6 +36,7 @@ def collate(
         pad_id: any token id; it is never scored and never seen by a scored token.
         bins: which examples each row of the grid holds, every one once; default: one to a row.
         share_prompts: have neighbours of one prompt in a row of the grid share it.
+        counts: of the global batch; default: that of the examples.
     """
     bins = [[i] for i in range(len(examples))] if bins is None else bins
     rows_of_units = [_units(examples, row, share_prompts) for row in bins]
@@ -54,11 +60,12 @@ def collate(
                 span = slice(at, at + count)
                 input_ids[b, span], position_ids[b, span] = completion, len(prompt) + np.arange(count)
                 segment_ids[b, span], prefix_ids[b, span] = segment, prefix
-                positions.append(b * width + np.array([last, *range(at, at + count - 1)], np.int64))
-                targets.append(np.asarray(completion, np.int32))
-                rows.append(np.full(count, len(positions) - 2, np.int32))
-                weight = (1.0 if examples[i].label else -1.0) / (count * num_sequences)
-                coefficients.append(np.full(count, weight, np.float32))
+                trained = examples[i].trained_positions
+                positions.append(b * width + np.array([last, *range(at, at + count - 1)], np.int64)[trained])
+                targets.append(np.asarray(completion, np.int32)[trained])
+                rows.append(np.full(len(trained), len(positions) - 2, np.int32))
+                weight = (1.0 if examples[i].label else -1.0) / (len(trained) * num_sequences)
+                coefficients.append(np.full(len(trained), weight, np.float32))
                 at += count
             segment += 1
         position_ids[b, at:] = np.arange(width - at)
@@ -78,8 +85,17 @@ def collate(
         coefficients=np.concatenate(coefficients),
         labels=np.asarray([1 if e.label else -1 for e in chosen], np.int32),
         groups=np.asarray([e.group for e in chosen], np.int64),
+        pairs=_pairs(chosen),
+        counts=counts or Counts.of(examples)._replace(rows=num_sequences),
         keys=np.asarray([e.key for e in chosen], np.uint64),
     )
+
+
+def _pairs(examples: Sequence[Example]) -> Array:
+    """(P, 2) int32: the chosen and the rejected example of each pair."""
+    rejected = {e.pair: i for i, e in enumerate(examples) if e.pair and not e.label}
+    found = [(i, rejected[e.pair]) for i, e in enumerate(examples) if e.pair in rejected and e.label]
+    return np.asarray(found, np.int32).reshape(-1, 2)
 
 
 def require_known_tokens(batch: Batch, vocabulary: int) -> None:
@@ -118,36 +134,78 @@ class MicroBatching:
     group_by_length: bool = True  # put sequences of similar length into one micro-batch: less padding
     multiple_of: int = 1  # processes: each gets the same number of micro-batches, some perhaps empty
     share_prompts: bool = False  # have the completions of one prompt in a micro-batch share it
+    unit: Unit = "row"  # what the loss compares stays in one micro-batch, even where that is then larger
 
 
 def micro_batches(examples: Sequence[Example], batching: MicroBatching, pad_id: int = 0) -> list[Batch]:
     """Cut one global batch; the losses and gradients of its parts add up to its own, whatever the cut."""
-    units = _by_prompt(examples) if batching.share_prompts else [[i] for i in range(len(examples))]
+    whole = batching.unit != "row"
+    if whole or batching.share_prompts:
+        units = _by(examples, _unit_key(batching.unit) if whole else _prompt)
+    else:
+        units = [[i] for i in range(len(examples))]
     if batching.group_by_length or batching.pack_to:
         units = [sorted(unit, key=lambda i: (len(examples[i]), i)) for unit in units]
         units.sort(key=lambda unit: (len(examples[unit[-1]]), unit[-1]))
-    bins = (
-        [[i] for unit in units for i in unit] if batching.pack_to is None else _pack(examples, units, batching.pack_to)
-    )
-    count = -(-len(bins) // batching.micro_batch_size)
-    count = -(-max(count, 1) // batching.multiple_of) * batching.multiple_of
-    parts = []
-    for part in _even_parts(bins, count):
+    if batching.pack_to is not None:
+        parcels = [[row] for row in _pack(examples, units, batching, whole)]
+    elif whole:
+        parcels = [[[i] for i in unit] for unit in units]
+    else:
+        parcels = [[[i]] for unit in units for i in unit]
+    parts, counts = [], Counts.of(examples)
+    for part in _parts(parcels, batching.micro_batch_size, batching.multiple_of):
         chosen = [examples[i] for row in part for i in row]
         place = itertools.count()
         local = [[next(place) for _ in row] for row in part]
         if batching.share_prompts and batching.pack_to is None:
+            chosen = _neighbours(chosen)
             local = _rows_of_one_prompt(chosen)
-        parts.append(collate(chosen, len(examples), pad_id, bins=local, share_prompts=batching.share_prompts))
+        parts.append(
+            collate(chosen, len(examples), pad_id, bins=local, share_prompts=batching.share_prompts, counts=counts)
+        )
     return parts
 
 
-def _by_prompt(examples: Sequence[Example]) -> list[list[int]]:
-    """The examples of each prompt, in the order in which the prompts are met."""
-    units: dict[tuple[int, ...], list[int]] = {}
+def _by(examples: Sequence[Example], key: Callable[[Example], object]) -> list[list[int]]:
+    """The examples with one key, in the order in which the keys are met."""
+    found: dict[object, list[int]] = {}
     for i, e in enumerate(examples):
-        units.setdefault(e.prompt_ids, []).append(i)
-    return list(units.values())
+        found.setdefault(key(e), []).append(i)
+    return list(found.values())
+
+
+def _prompt(example: Example) -> object:
+    return example.prompt_ids
+
+
+def _unit_key(unit: Unit) -> Callable[[Example], object]:
+    """What the rows of one pair or prompt have alike."""
+    return (lambda e: e.pair) if unit == "pair" else (lambda e: e.group)
+
+
+def _parts(parcels: Sequence[list[list[int]]], most: int, multiple_of: int) -> list[list[list[int]]]:
+    """Rows of a grid as micro-batches of up to `most` of them, all about as large. No parcel is parted, so that one
+    larger than `most` makes a larger micro-batch."""
+    size = max(map(len, parcels), default=1)
+    if all(len(parcel) == size for parcel in parcels):
+        count = -(-len(parcels) // max(most // size, 1))
+        cut: list[Sequence[list[list[int]]]] = list(
+            _even_parts(parcels, -(-max(count, 1) // multiple_of) * multiple_of)
+        )
+    else:
+        greedy: list[list[list[list[int]]]] = [[]]
+        for parcel in parcels:
+            if greedy[-1] and sum(map(len, greedy[-1])) + len(parcel) > most:
+                greedy.append([])
+            greedy[-1].append(parcel)
+        cut = [*greedy, *[[] for _ in range(-len(greedy) % multiple_of)]]
+    return [[row for parcel in part for row in parcel] for part in cut]
+
+
+def _neighbours(examples: Sequence[Example]) -> list[Example]:
+    """With the examples of one prompt side by side."""
+    return [examples[i] for unit in _by(examples, _prompt) for i in unit]
 
 
 def _rows_of_one_prompt(examples: Sequence[Example]) -> list[list[int]]:
@@ -161,21 +219,29 @@ def _rows_of_one_prompt(examples: Sequence[Example]) -> list[list[int]]:
     return min(candidates, key=lambda rows: len(rows) * max((_tokens(examples, row) for row in rows), default=1))
 
 
-def _pack(examples: Sequence[Example], units: Sequence[list[int]], capacity: int) -> list[list[int]]:
+def _pack(
+    examples: Sequence[Example], units: Sequence[list[int]], batching: MicroBatching, whole: bool
+) -> list[list[int]]:
     """First-fit decreasing: at most 11/9 of the fewest possible bins (Johnson, 1973). Where the completions of a
-    prompt take more than the capacity, so many go together as fit; a longer sequence has a bin of its own."""
+    prompt take more than the capacity, so many go together as fit, or all of them in a longer row if they are to stay
+    `whole`; a longer sequence has a bin of its own."""
+    capacity = batching.pack_to or 0
+
+    def tokens(row: Sequence[int]) -> int:
+        return sum(_tokens(examples, unit) for unit in _units(examples, row, batching.share_prompts))
+
     fitting: list[list[int]] = []
     for unit in units:
-        fitting.append(unit[:1])
-        for i in unit[1:]:
-            if _tokens(examples, fitting[-1]) + len(examples[i].completion_ids) <= capacity:
+        fitting.append(unit if whole else unit[:1])
+        for i in () if whole else unit[1:]:
+            if tokens([*fitting[-1], i]) <= capacity:
                 fitting[-1].append(i)
             else:
                 fitting.append([i])
     bins: list[list[int]] = []
     room: list[int] = []
-    for unit in sorted(fitting, key=lambda unit: (_tokens(examples, unit), unit[-1]), reverse=True):
-        length = _tokens(examples, unit)
+    for unit in sorted(fitting, key=lambda unit: (tokens(unit), unit[-1]), reverse=True):
+        length = tokens(unit)
         at = next((b for b, left in enumerate(room) if left >= length), None)
         if at is None:
             bins.append(unit)
@@ -186,7 +252,7 @@ def _pack(examples: Sequence[Example], units: Sequence[list[int]], capacity: int
     return bins
 
 
-def _even_parts(items: Sequence[list[int]], count: int) -> Iterator[Sequence[list[int]]]:
+def _even_parts(items: Sequence[T], count: int) -> Iterator[Sequence[T]]:
     """So many consecutive parts whose sizes differ by one at most."""
     edges = [len(items) * part // count for part in range(count + 1)]
     return (items[a:b] for a, b in itertools.pairwise(edges))
@@ -207,43 +273,87 @@ def pairs(rows: Sequence[Example]) -> list[tuple[Example, Example]]:
 
 class Rows:
     """Examples held in memory, and the batches they give: a fresh seeded order each epoch, in which completions of
-    one prompt stay together, so that a batch can compare them and compute the prompt once."""
+    one prompt stay together, so that a batch can compare them and compute the prompt once.
 
-    def __init__(self, examples: Sequence[Example], seed: int):
+    Args:
+        unit: what the loss compares: never parted, so that a batch may have some more rows than asked for.
+    Raises:
+        UserError: rows that make no pair, or a prompt without a chosen or a rejected row, where the loss compares them.
+    """
+
+    def __init__(self, examples: Sequence[Example], seed: int, unit: Unit = "row"):
+        require_units(examples, unit)
         self.examples = examples
         self.seed = seed
+        self.unit = unit
+        self._largest = 1 if unit == "row" else max(Counter(map(_unit_key(unit), examples)).values(), default=1)
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        return -(-len(self.examples) // batch_size)
+        return -(-len(self.examples) // max(batch_size, self._largest))
 
     def batches(self, batch_size: int, position: Position | None = None) -> Iterator[tuple[list[Example], Position]]:
         """Epoch after epoch without end; the last batch of an epoch may be short and is never dropped.
 
         Yields:
-            the examples of a batch, and the position to go on from after it
+            the examples of a batch, and the position to resume from after it
         """
         epoch, at = (position["epoch"], position["rows"]) if position else (0, 0)
+        batch_size = max(batch_size, self._largest)
         while True:
-            order = self._together(epoch_order(len(self.examples), epoch, self.seed), batch_size)
-            while at < len(order):
-                chosen = [self.examples[i] for i in order[at : at + batch_size]]
-                at += len(chosen)
-                yield chosen, {"epoch": epoch, "rows": at}
+            order = epoch_order(len(self.examples), epoch, self.seed)
+            units = self._units(order, batch_size)
+            ends = np.cumsum([len(unit) for unit in units])
+            # Each batch has the units whose last rows are among its `batch_size`: as many batches in every epoch.
+            for _, batch in itertools.groupby(
+                zip(ends.tolist(), units, strict=True), lambda u: (u[0] - 1) // batch_size
+            ):
+                members = [member for member in batch if member[0] > at]
+                if members:
+                    at = members[-1][0]
+                    yield [self.examples[i] for _, unit in members for i in unit], {"epoch": epoch, "rows": at}
             epoch, at = epoch + 1, 0
 
-    def _together(self, order: Array, most: int) -> list[int]:
-        """The order, with rows of one prompt moved up to the first of them, but never more than `most` of them."""
+    def _units(self, order: Array, most: int) -> list[list[int]]:
+        """The rows in order, with those of one unit moved up to the first of them; single rows with those of their
+        prompt, but never more than `most` of them."""
+        key = _unit_key("prompt" if self.unit == "row" else self.unit)
         chunks: list[list[int]] = []
-        open_chunks: dict[int, list[int]] = {}
+        open_chunks: dict[object, list[int]] = {}
         for i in order.tolist():
-            group = self.examples[i].group
+            group = key(self.examples[i])
             if group not in open_chunks:
                 open_chunks[group] = []
                 chunks.append(open_chunks[group])
             open_chunks[group].append(i)
-            if len(open_chunks[group]) == most:
+            if self.unit == "row" and len(open_chunks[group]) == most:
                 del open_chunks[group]
-        return list(itertools.chain(*chunks))
+        return [[i] for chunk in chunks for i in chunk] if self.unit == "row" else chunks
+
+
+def rows_alone(examples: Sequence[Example], unit: Unit) -> list[int]:
+    """Which rows have nothing of the other label to be compared with, where the loss compares them."""
+    if unit == "row":
+        return []
+    key = _unit_key(unit)
+    labels: dict[object, set[bool]] = {}
+    for e in examples:
+        labels.setdefault(key(e), set()).add(e.label)
+    unpaired = {0} if unit == "pair" else set()
+    return [i for i, e in enumerate(examples) if key(e) in unpaired or len(labels[key(e)]) < 2]
+
+
+def require_units(examples: Sequence[Example], unit: Unit) -> None:
+    """
+    Raises:
+        UserError: rows that have nothing to be compared with, with the first of them.
+    """
+    if alone := rows_alone(examples, unit):
+        wants = "pairs, with columns chosen and rejected" if unit == "pair" else "a prompt's chosen rows with rejected"
+        raise UserError(
+            f"this objective compares {wants}, and {len(alone)} of {len(examples)} rows have nothing to be compared "
+            f"with, the first: {examples[alone[0]].source}. Give such data, or take an objective for single rows, "
+            "such as bnf, kto or simper"
+        )
 
 
 def epoch_order(num_rows: int, epoch: int, seed: int) -> Array:

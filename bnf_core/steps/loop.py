@@ -4,11 +4,11 @@ from collections.abc import Callable, Iterable
 
 from bnf_core.protocol import Engine
 from bnf_core.steps.steps import Step
-from bnf_core.types import TokenStats
+from bnf_core.types import TokenScores
 
-# Called after every step, by every process: the step, the token statistics of its micro-batches, the global norm of
-# the gradient before clipping. Where the norm is not finite the step was not taken.
-OnStepEnd = Callable[[Step, list[TokenStats], float], None]
+# Called after every step, by every process: the step, the policy's scores of its micro-batches' tokens, the global norm
+# of the gradient before clipping. Where the norm is not finite the step was not taken.
+OnStepEnd = Callable[[Step, list[TokenScores], float], None]
 
 
 def train(engine: Engine, steps: Iterable[Step], on_step_end: OnStepEnd, max_grad_norm: float | None) -> None:
@@ -19,5 +19,5 @@ def train(engine: Engine, steps: Iterable[Step], on_step_end: OnStepEnd, max_gra
     left it.
     """
     for step in steps:
-        stats, grad_norm = engine.step(step.batches, step.learning_rate, max_grad_norm)
+        stats, grad_norm = engine.step(step.batches, step.learning_rate, max_grad_norm, step.baseline)
         on_step_end(step, stats, grad_norm)

@@ -1,6 +1,7 @@
 """The reference's log-odds of a run, one float32 per completion token: looked up, or computed once per row."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -8,6 +9,44 @@ from bnf_core.errors import UserError
 from bnf_core.processes import Processes
 from bnf_core.storage.reference_folder import StoredReference
 from bnf_core.types import Array, Batch
+
+
+class Reference(Protocol):
+    """Where the reference log-odds of a run come from."""
+
+    def __call__(self, batch: Batch) -> Array:
+        """(N,) float32, in the order of the batch's tokens."""
+        ...
+
+    def fill(self, batches: Sequence[Batch], processes: Processes) -> None:
+        """Know the rows of these batches, which all processes ask for together."""
+        ...
+
+    def passing(self) -> "Reference":
+        """One that looks here first, and keeps what it computes to itself: for rows that are met once."""
+        ...
+
+    def state(self) -> dict[str, Array]: ...
+    def load_state(self, state: Mapping[str, Array]) -> None: ...
+
+
+class NoReference:
+    """For objectives that need none: nothing is computed, and every log-odds is 0."""
+
+    def __call__(self, batch: Batch) -> Array:
+        return np.zeros(len(batch.targets), np.float32)
+
+    def fill(self, batches: Sequence[Batch], processes: Processes) -> None:
+        return
+
+    def passing(self) -> "NoReference":
+        return self
+
+    def state(self) -> dict[str, Array]:
+        return {}
+
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        return
 
 
 class ReferenceCache:
@@ -18,7 +57,9 @@ class ReferenceCache:
         stored: what was computed beforehand.
     """
 
-    def __init__(self, compute: Callable[[Batch], Array] | None, stored: StoredReference | None = None):
+    def __init__(
+        self, compute: Callable[[Batch], Array] | None, stored: "StoredReference | ReferenceCache | None" = None
+    ):
         self._compute = compute
         self._stored = stored
         self._computed: dict[int, Array] = {}
@@ -31,11 +72,22 @@ class ReferenceCache:
         """
         if self.missing(batch):
             self._learn(batch)
-        return np.concatenate([np.zeros(0, np.float32), *map(self._value, batch.keys.tolist())])
+        return np.concatenate([np.zeros(0, np.float32), *map(self.__getitem__, batch.keys.tolist())])
+
+    def __contains__(self, key: int) -> bool:
+        return key in self._computed or (self._stored is not None and key in self._stored)
+
+    def __getitem__(self, key: int) -> Array:
+        if key in self._computed or self._stored is None:
+            return self._computed[key]
+        return self._stored[key]
+
+    def passing(self) -> "ReferenceCache":
+        return ReferenceCache(self._compute, self)
 
     def missing(self, batch: Batch) -> bool:
         """Whether any row of the batch has to be computed."""
-        return any(key not in self._computed and not self._is_stored(key) for key in batch.keys.tolist())
+        return any(key not in self for key in batch.keys.tolist())
 
     def fill(self, batches: Sequence[Batch], processes: Processes) -> None:
         """Know the rows of these batches and of those that the other processes give, as many each. Where one has to
@@ -74,22 +126,23 @@ class ReferenceCache:
     def _learn(self, batch: Batch) -> list[int]:
         """Compute a batch, and keep those of its rows that were not known: their keys."""
         if self._compute is None:
+            folder = getattr(self._stored, "folder", "the reference cache")
             raise UserError(
-                f"{self._stored.folder if self._stored else 'the reference cache'} lacks rows of this data: run "
+                f"{folder} lacks rows of this data: run "
                 "`bnf reference` with the same data and --output, which adds them"
             )
         values = self._compute(batch).astype(np.float32)
         learned = []
         for row, key in enumerate(batch.keys.tolist()):
-            if key not in self._computed and not self._is_stored(key):
+            if key not in self:
                 self._computed[key] = values[batch.sequence_ids == row]
                 learned.append(key)
         return learned
 
-    def _value(self, key: int) -> Array:
-        if key in self._computed or self._stored is None:
-            return self._computed[key]
-        return self._stored[key]
 
-    def _is_stored(self, key: int) -> bool:
-        return self._stored is not None and key in self._stored
+def with_reference(batches: Sequence[Batch], reference: Reference, processes: Processes) -> list[tuple[Batch, Array]]:
+    """Micro-batches with their ref_log_odds. Where any process has to compute some, all run the model together,
+    and tell each other what they found."""
+    if processes.count > 1:
+        reference.fill(batches, processes)
+    return [(batch, reference(batch)) for batch in batches]

@@ -7,8 +7,9 @@ from typing import Protocol
 from bnf_core.config import OptimizerConfig, TrainConfig
 from bnf_core.processes import Processes
 from bnf_core.protocol import Engine
+from bnf_core.steps.baseline import Baseline
 from bnf_core.steps.batching import MicroBatching, micro_batches
-from bnf_core.steps.reference import ReferenceCache
+from bnf_core.steps.reference import Reference, with_reference
 from bnf_core.steps.schedule import learning_rate
 from bnf_core.types import Array, Batch, Example, Position
 
@@ -22,6 +23,7 @@ class Step:
     batches: list[tuple[Batch, Array]]  # this process's micro-batches, each with its ref_log_odds (N,)
     examples: list[Example]  # of the global batch
     position: Position  # where the data go on after this step
+    baseline: float = 0.0  # what the objective's rewards are compared with
 
 
 class Data(Protocol):
@@ -33,13 +35,18 @@ class Data(Protocol):
 
 
 def micro_batching_of(config: TrainConfig, engine: Engine | None = None) -> MicroBatching:
-    """How a run of this model cuts its batches; without one, on one process by a model that can share prompts."""
+    """How a run of this model cuts its batches; without one, on one process by a model that can share prompts.
+
+    Raises:
+        UserError: no such objective.
+    """
     return MicroBatching(
         config.micro_batch_size,
         config.data.max_length if config.packing else None,
         config.group_by_length,
         multiple_of=engine.processes.count if engine else 1,
         share_prompts=config.share_prompts and (engine is None or engine.shares_prompts),
+        unit=config.make_objective().unit,
     )
 
 
@@ -50,8 +57,9 @@ def steps(
     num_steps: int,
     optimizer: OptimizerConfig,
     batching: MicroBatching,
-    reference: ReferenceCache,
+    reference: Reference,
     processes: Processes,
+    baseline: Baseline | None = None,
     pad_id: int = 0,
     start: int = 0,
     position: Position | None = None,
@@ -60,12 +68,14 @@ def steps(
     batches = data.batches(batch_size, position)
     for number in range(start, num_steps):
         examples, position = next(batches)
+        mine = with_reference(my_share(examples, batching, processes, pad_id), reference, processes)
         yield Step(
             number=number,
             learning_rate=learning_rate(number, num_steps, optimizer),
-            batches=with_reference(my_share(examples, batching, processes, pad_id), reference, processes),
+            batches=mine,
             examples=examples,
             position=position,
+            baseline=baseline(examples, mine) if baseline else 0.0,
         )
 
 
@@ -75,13 +85,3 @@ def my_share(
     """This process's micro-batches of a global batch: as many as any other process has."""
     batches = micro_batches(examples, batching, pad_id)
     return batches[processes.share(batches)]
-
-
-def with_reference(
-    batches: Sequence[Batch], reference: ReferenceCache, processes: Processes
-) -> list[tuple[Batch, Array]]:
-    """Micro-batches with their ref_log_odds. Where any process has to compute some, all run the model together,
-    and tell each other what they found."""
-    if processes.count > 1:
-        reference.fill(batches, processes)
-    return [(batch, reference(batch)) for batch in batches]

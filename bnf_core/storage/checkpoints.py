@@ -206,11 +206,14 @@ def run_facts(config: TrainConfig, model: Path, rows: str, held_out: str | None)
         held_out: digest of the held-out rows; None: there are none.
     """
     settings = {name: value for name, value in config.flat().items() if name not in FREE}
+    settings = {name: value for name, value in settings.items() if not f"{name}.".startswith("objective.")}
+    settings["objective"] = str(config.make_objective())  # however it was written
     return settings | {"training rows": rows, "held-out rows": held_out, MODEL_WEIGHTS: model_digest(model)}
 
 
 def changes(before: Facts, now: Facts) -> list[Change]:
     """The facts that differ; none where only names of the same content do."""
+    before = {"objective": "bnf"} | dict(before)  # runs before 0.2 knew no other
     changed = [name for name in before | now if before.get(name) != now.get(name)]
     if before.get("data.streaming") or now.get("data.streaming"):
         same_content = all(name in STREAM_SOURCES for name in changed)

@@ -17,7 +17,8 @@ def rows_digest(rows: Sequence[Example]) -> str:
     """Of tokenised rows: all of them, in their order."""
     digest = hashlib.sha256()
     for e in rows:
-        digest.update(repr((e.prompt_ids, e.completion_ids, e.label, e.group)).encode())
+        row = (e.prompt_ids, e.completion_ids, e.label, e.group)
+        digest.update(repr(row if e.trained is None else (*row, e.trained)).encode())
     return f"{len(rows):,} rows, SHA-256 {digest.hexdigest()[:16]}"
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import safetensors.numpy
 
 from bnf_core.config import DataConfig, HardwareConfig
+from bnf_core.data.rendering import asks_for_date, chat_of
 from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes
 from bnf_core.storage.digests import json_digest, model_digest, tokenizer_digest
@@ -33,6 +34,7 @@ Fingerprint = dict[str, str]  # what the reference depends on, by name
 
 FORMAT = 1
 INDEX = "index.json"
+DATE = "data.date"  # in a fingerprint
 
 
 # What a reference is of
@@ -51,14 +53,28 @@ def fingerprint(
         hardware: how the weights are loaded.
         dtype: of the loaded weights, such as `Engine.dtype`: float32, bfloat16 or float16.
     """
+    chat = chat_of(data)
+    template = chat.template or tokenizer.chat_template
+    given = {DATE: data.date if asks_for_date(tokenizer, chat) else None}
+    given["data.template_kwargs"] = json.dumps(data.template_kwargs, sort_keys=True) if data.template_kwargs else None
     return {
         "model": model_digest(model),
         "tokenizer": tokenizer_digest(tokenizer),
-        "chat template": json_digest(tokenizer.chat_template) if tokenizer.chat_template else "none",
+        "chat template": json_digest(template) if template else "none",
+        **{name: value for name, value in given.items() if value is not None},
         "data.template": data.template,
         "data.max_length": str(data.max_length),
         "dtype": f"{dtype}, 4-bit weights" if hardware.load_in_4bit else dtype,
     }
+
+
+def recorded_date(folder: str | Path) -> str | None:
+    """The day that the chat template was told when a reference was made; None: there is no reference, or its template
+    asks for none."""
+    try:
+        return _read_index(Path(folder).expanduser())["fingerprint"].get(DATE)
+    except (UserError, AttributeError, KeyError):
+        return None  # whoever opens it says what is wrong with it
 
 
 def differences(stored: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:

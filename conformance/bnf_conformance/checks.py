@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bnf_conformance import vectors
+from bnf_conformance import objectives, vectors
 from bnf_conformance.tolerances import BITS, LEAST_EXPONENT, Tolerances
 from bnf_conformance.vectors import Case
 from bnf_core import oracle
@@ -26,7 +26,7 @@ MicroBatches = list[tuple[NDArray[Any], Batch, NDArray[Any]]]
 
 # Float32 whatever the inputs; every other quantity comes in their dtype.
 VALUES = ("log_odds", "other_entropy", "token_loss", "loss", "sequence_loss")
-CAPABILITIES = ("dense", "batch", "fused", "train_head", "cross_entropy")
+CAPABILITIES = ("dense", "batch", "fused", "train_head", "cross_entropy", "log_odds", "objective")
 
 
 @dataclass(frozen=True)
@@ -355,6 +355,66 @@ def malformed_heads(subject: Subject, case: Case) -> Iterator[Outcome]:
     yield _refused(partial(subject.losses.fused, dtype=subject.dtype, train_head=False), malformed)
 
 
+def log_odds_of_head(subject: Subject, case: Case) -> Iterator[Outcome]:
+    """Log-odds from hidden states and head, and the vector-Jacobian product with a cotangent: all that an objective
+    needs of a model."""
+    worst: dict[str, Measurement] = {}
+    hidden, head, targets = _float(case["hidden"]), _float(case["head_weight"]), case["targets"]
+    cotangent = _float(case["coefficients"])
+    others = hidden @ head.T
+    at = np.arange(len(targets)), targets
+    others[at] = -np.inf
+    q = np.exp(others - others.max(1, keepdims=True))
+    grad = -cotangent[:, None] * q / q.sum(1, keepdims=True)
+    grad[at] = cotangent
+    expected = {"grad_hidden": grad @ head, "grad_head": grad.T @ hidden}
+    for chunk in case.fields["chunk_tokens"]:
+        for train_head in (False, True):
+            if train_head and "train_head" in subject.lacks:
+                continue
+            note = f"chunk_tokens={chunk}, head {'trained' if train_head else 'frozen'}"
+            for m in _vjp(subject, case, chunk, train_head, expected, note):
+                if m.quantity not in worst or m.error > worst[m.quantity].error:
+                    worst[m.quantity] = m
+    yield from worst.values()
+    if "train_head" in subject.lacks:
+        yield NotSupported("grad_head", "train_head")
+
+
+def _vjp(
+    subject: Subject, case: Case, chunk: int | None, train_head: bool, expected: dict[str, Float], note: str
+) -> Iterator[Measurement]:
+    inputs = [case[name] for name in ("hidden", "head_weight", "targets", "coefficients")]
+    result = subject.losses.log_odds(*inputs, dtype=subject.dtype, train_head=train_head, chunk_tokens=chunk)
+    for quantity in ("log_odds", "other_entropy"):
+        e = case[quantity]
+        yield subject.measure("L2", quantity, getattr(result, quantity), e, np.abs(e), note=note)
+    for quantity in ("grad_hidden", "grad_head") if train_head else ("grad_hidden",):
+        grad, e = getattr(result, quantity), expected[quantity]
+        if grad is None:
+            raise ValueError(f"no {quantity} ({note})")
+        yield subject.measure("L2", quantity, grad, e, np.abs(e).max(1, keepdims=True), note=note)
+        yield from subject.in_dtype(grad)
+
+
+# L3 -----------------------------------------------------------------------------------------------------------
+
+
+def objective(subject: Subject, case: Case) -> Iterator[Outcome]:
+    """An objective's loss of a batch, and its gradient in the log-odds."""
+    inputs = objectives.inputs(case)
+    loss, grad = subject.losses.objective(*inputs)
+    e_loss, e_grad = objectives.expected(*inputs)
+    yield subject.measure("L3", "loss", loss, e_loss, max(abs(e_loss), 0.1))
+    yield subject.measure("L3", "gradient", grad, e_grad, np.abs(e_grad))
+
+
+def saturated_objective(subject: Subject, case: Case) -> Iterator[Outcome]:
+    """Log-odds from hopeless to saturated leave the loss and its gradient finite."""
+    loss, grad = subject.losses.objective(*objectives.inputs(case))
+    yield subject.holds("finite", bool(np.isfinite(loss) and np.isfinite(grad).all()), "NaN or infinite")
+
+
 # The suite ----------------------------------------------------------------------------------------------------
 
 
@@ -379,4 +439,7 @@ def suite() -> list[Check]:
         Check("L1 batches", batches, "batch", at["L1"]),
         Check("L2 fused head", fused_head, "fused", at["L2"]),
         Check("L2 malformed input", malformed_heads, "fused", plain["head_v257_float32"]),
+        Check("L2 log odds", log_odds_of_head, "log_odds", at["L2"]),
+        Check("L3 objectives", objective, "objective", objectives.cases()),
+        Check("L3 saturated objectives", saturated_objective, "objective", objectives.extremes()),
     ]

@@ -13,6 +13,7 @@ F = np.float32
 
 class ExampleLosses:
     dtypes: Sequence[str] = ("float32",)
+    lacks = ("log_odds", "objective")
 
     def dense(self, logits: Array, targets: Array, ref_log_odds: Array, weights: Array, *, dtype: str) -> DenseResult:
         log_odds, entropy, q = _others(logits, targets)

@@ -4,21 +4,21 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import forked
 import tiny
+from bnf_align import cli
 from bnf_align.arguments import parse
 from bnf_align.run.run_folder import RunFolder
 from bnf_core.config import TrainConfig
 from bnf_core.storage.checkpoints import Checkpoints
 from conftest import BACKENDS
-from invariance import BASE, WAYS, Runs, Trajectory, command, free_ports, launch, write_rows
+from invariance import BASE, WAYS, Runs, Trajectory, command, launch, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -99,27 +99,23 @@ def test_a_reference_of_another_model(runs: Runs, backend_name: str, tmp_path: P
     refuses(changed(words, reference=stored, overwrite="true"), stored)
 
 
-def test_a_folder_that_another_run_writes_to(runs: Runs, refuses: Refuses) -> None:
+def test_a_folder_that_another_run_writes_to(runs: Runs, tmp_path: Path, refuses: Refuses) -> None:
     pytest.importorskip("peft")
     words, run = runs.words("torch", "lora", f"{BASE} --save-every 1")
-    endless = [sys.executable, "-m", "bnf_align", *changed(words, epochs=100_000)]
-    process = subprocess.Popen(endless, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = forked.start(cli.run, changed(words, epochs=100_000), output=tmp_path / "said")
     try:
-        wait_for_lines(run, 1, process)
-        process.send_signal(signal.SIGSTOP)  # so that the folder stays as it is
+        log, deadline = run / "metrics.jsonl", time.monotonic() + 200
+        while not (log.exists() and log.read_bytes().count(b"\n") >= 1):
+            assert process.is_alive() and time.monotonic() < deadline, (tmp_path / "said").read_text()
+            time.sleep(0.05)
+        assert process.pid is not None
+        os.kill(process.pid, signal.SIGSTOP)  # so that the folder stays as it is
         for setting in ("overwrite", "resume"):
             refuses(changed(words, **{setting: "true"}), run, f"another run is writing to {run}", "--output")
     finally:
         process.kill()
-        process.wait()
+        process.join()
     assert command(changed(words, overwrite="true", max_steps=1)) == 0, "a killed run holds nothing"
-
-
-def wait_for_lines(run: Path, count: int, process: subprocess.Popen[str] | subprocess.Popen[bytes]) -> None:
-    log, deadline = run / "metrics.jsonl", time.monotonic() + 200
-    while not (log.exists() and log.read_bytes().count(b"\n") >= count):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.05)
 
 
 # Two processes
@@ -179,35 +175,3 @@ def test_two_processes(runs: Runs, way: str, tmp_path: Path) -> None:
         assert command(changed(words, resume="true")) == 0
     for run, trained in (ended_run, "full"), (alone_run, kind), (killed_run, kind):
         assert runs.complaints(backend, trained, Trajectory.read(run)) == []
-
-
-LAUNCHERS = {
-    "torch": "torchrun --nproc-per-node 2 --master-port PORT -m bnf_align",
-    "mlx": "mlx.launch -n 2 --backend ring --starting-port PORT -- PYTHON -m bnf_align",
-}
-
-
-def test_ctrl_c_in_a_launcher_saves(runs: Runs, backend_name: str) -> None:
-    words, run = runs.words(backend_name, "lora", f"{BASE} --save-every null")
-    port = str(free_ports(1)[0])
-    launcher = LAUNCHERS[backend_name].replace("PORT", port).replace("PYTHON", sys.executable).split()
-    launcher[0] = str(Path(sys.executable).with_name(launcher[0]))
-    process = subprocess.Popen(
-        [*launcher, *changed(words, epochs=100_000)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "MLX_DISABLE_COMPILE": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        wait_for_lines(run, 2, process)
-        os.killpg(process.pid, signal.SIGINT)
-        output = process.communicate(timeout=60)[0]
-    finally:
-        process.kill()
-        process.wait()
-    checkpoint, refused = Checkpoints(run / "checkpoints", 9).newest()
-    assert checkpoint is not None and checkpoint.step >= 2 and refused == [], output
-    assert len((run / "metrics.jsonl").read_text().splitlines()) == checkpoint.step

@@ -18,6 +18,8 @@ import pytest
 mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
+import forked
+from bnf_align import cli
 from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.errors import TrainingStopped
 from bnf_core.processes import ALONE
@@ -25,10 +27,12 @@ from bnf_core.steps import loop
 from bnf_core.steps.batching import MicroBatching, Rows
 from bnf_core.steps.reference import ReferenceCache
 from bnf_core.steps.steps import Step, my_share, steps
+from bnf_core.storage.checkpoints import Checkpoints
 from bnf_core.storage.shards import Shard
 from bnf_core.types import Example, TokenStats
 from bnf_mlx import processes as module
 from bnf_mlx.backend import MLXBackend
+from invariance import BASE, Runs, free_ports
 
 NUM_STEPS, RATE = 6, 1e-3
 KINDS = ["lora", "full"]
@@ -68,7 +72,7 @@ def run(model: Path, kind: Any, output: Path, die_at: int = -1) -> None:
 
     def done(step: Step, stats: list[TokenStats], norm: float) -> None:
         norms.append(norm)
-        tokens.append(sum(len(s.token_loss) for s in stats))
+        tokens.append(sum(len(s.log_odds) for s in stats))
         if die_at == step.number and us.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -80,21 +84,39 @@ def run(model: Path, kind: Any, output: Path, die_at: int = -1) -> None:
     engine.save(output / "trained")
 
 
-def launched(model: Path, output: Path) -> None:
-    command = [LAUNCHER, "-n", "2", "--backend", "ring", "--starting-port", free_ports(), "--", sys.executable]
-    command += [Path(__file__).resolve(), model, output, *KINDS]
-    result = subprocess.run(
-        [*map(str, command)],
+@pytest.fixture(scope="module")
+def pairs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes of mlx.launch leave, for each kind; then, in the folder `run`, the command line's run without
+    end that Ctrl-C ended."""
+    if not LAUNCHER.exists():
+        pytest.skip("mlx.launch is not installed")
+    folder = tmp_path_factory.mktemp("pairs")
+    words, endless = Runs(tiny_model, folder).words("mlx", "lora", f"{BASE} --save-every null --epochs 100000")
+    command = [LAUNCHER, "-n", "2", "--backend", "ring", "--starting-port", neighbouring_ports(), "--", sys.executable]
+    process = subprocess.Popen(
+        [*map(str, [*command, Path(__file__).resolve(), tiny_model, folder]), *words],
         env=os.environ | QUICK,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        start_new_session=True,
     )
-    assert result.returncode == 0 and (output / "full" / "rank1.npz").exists(), result.stdout + result.stderr
+    try:
+        log, deadline = endless / "metrics.jsonl", time.monotonic() + 200
+        while not (log.exists() and log.read_bytes().count(b"\n") >= 2):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.05)
+        os.killpg(process.pid, signal.SIGINT)
+        (folder / "output").write_text(process.communicate(timeout=60)[0])
+    finally:
+        process.kill()
+        process.wait()
+    endless.rename(folder / "run")
+    return folder
 
 
-def free_ports() -> int:
+def neighbouring_ports() -> int:
     """The first of two."""
     for port in range(20000 + os.getpid() % 20000, 60000, 2):
         try:
@@ -107,14 +129,10 @@ def free_ports() -> int:
     raise AssertionError("no free ports")
 
 
-@pytest.fixture(scope="module")
-def pairs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes leave, for each kind."""
-    if not LAUNCHER.exists():
-        pytest.skip("mlx.launch is not installed")
-    output = tmp_path_factory.mktemp("pairs")
-    launched(tiny_model, output)
-    return output
+def test_ctrl_c_in_the_launcher_saves(pairs: Path) -> None:
+    checkpoint, refused = Checkpoints(pairs / "run" / "checkpoints", 9).newest()
+    assert checkpoint is not None and checkpoint.step >= 2 and refused == [], (pairs / "output").read_text()
+    assert len((pairs / "run" / "metrics.jsonl").read_text().splitlines()) == checkpoint.step
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -139,31 +157,33 @@ def test_two_processes_take_the_steps_of_one(tiny_model, pairs, tmp_path, kind):
     np.testing.assert_array_equal(np.array(engine.model(mx.arange(1, 60)[None])), logits[0])
 
 
+def dies(model: Path, folder: Path) -> None:
+    run(model, "lora", folder, die_at=2)
+
+
 def test_when_a_process_dies_the_others_stop(tiny_model, tmp_path):
-    port = free_ports()
-    hosts = tmp_path / "hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port + rank}"] for rank in (0, 1)]))
-    command = [sys.executable, str(Path(__file__).resolve()), str(tiny_model), str(tmp_path), "lora"]
+    hosts, said = tmp_path / "hosts.json", tmp_path / "said"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
     ranks = [
-        subprocess.Popen(
-            command,
-            env=os.environ | QUICK | {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank), "DIE_AT": "2"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        forked.start(
+            dies,
+            tiny_model,
+            tmp_path,
+            environment=QUICK | {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)},
+            output=said if rank == 0 else None,
         )
         for rank in (0, 1)
     ]
     try:
-        assert ranks[1].wait(60) == -signal.SIGKILL
+        assert forked.ended(ranks[1], 60) == -signal.SIGKILL
         died = time.monotonic()
-        output = ranks[0].communicate(timeout=60)[0]
-        assert "another process of this run has ended" in output and ranks[0].returncode == 1, output
+        code = forked.ended(ranks[0], 60)
+        assert "another process of this run has ended" in said.read_text() and code == 1, said.read_text()
         assert time.monotonic() - died < 60, "within a minute"
     finally:
         for process in ranks:
             process.kill()
-            process.wait()
+            process.join()
 
 
 class Group:
@@ -227,8 +247,6 @@ def test_alone_nothing_is_sent_and_gradients_travel_in_buckets(monkeypatch):
 
 
 if __name__ == "__main__":
-    try:
-        for kind in sys.argv[3:]:
-            run(Path(sys.argv[1]), kind, Path(sys.argv[2]), int(os.environ.get("DIE_AT", "-1")))
-    except TrainingStopped as error:
-        sys.exit(str(error))
+    for kind in KINDS:
+        run(Path(sys.argv[1]), kind, Path(sys.argv[2]))
+    sys.exit(cli.run(sys.argv[3:]))

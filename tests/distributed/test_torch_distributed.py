@@ -3,10 +3,10 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,14 @@ pytest.importorskip("peft")
 
 from safetensors.torch import load_file
 
+import forked
 import torch_worker
+from bnf_core.storage.checkpoints import Checkpoints
+from invariance import BASE, Runs, free_ports
 
 ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parents[1].joinpath("torch_worker.py")
-ACCELERATE = ROOT / "recipes" / "configs" / "accelerate"
+CONFIG = ROOT / "recipes" / "configs" / "accelerate" / "fsdp.yaml"
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"type": "lora"},
     "dora": {"type": "dora"},
@@ -34,44 +37,84 @@ CASES: dict[str, dict[str, Any]] = {
 ON_AN_EDGE = {"share_below_reference", "rewards/accuracies", "preference_accuracy"}
 
 
-def start(kind: str, *command: str) -> subprocess.Popen[str]:
-    """Two processes, DDP or FSDP2: one through torchrun, the other through accelerate and a configuration of ours."""
-    port, launch = free_port(), [sys.executable, "-m"]
-    if kind == "ddp":
-        launch += ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
-    else:
-        config = str(ACCELERATE / "fsdp.yaml")
-        launch += ["accelerate.commands.launch", "--config_file", config, "--num_processes", "2"]
-        launch += ["--main_process_port", port]
-    return popen([*launch, *command])
+LAUNCHERS = {
+    "ddp": "torch.distributed.run --nproc-per-node 2 --master-port PORT",
+    "fsdp": f"accelerate.commands.launch --config_file {CONFIG} --num_processes 2 --main_process_port PORT",
+}
 
 
-def popen(command: list[str], **variables: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | variables
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
+@dataclass(frozen=True)
+class Launched:
+    """What came of two processes that a launcher started, and of the run that was to have no end."""
+
+    run: Path
+    code: int
+    output: str
+    workers: list[int]
 
 
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
+def launch(kind: str, model: Path, folder: Path, cases: dict[str, dict[str, Any]], stop: signal.Signals) -> Launched:
+    """Every case in one pair of processes, whose imports cost most of the time, then a run of the command line that
+    ends by Ctrl-C, or because its second process is killed."""
+    arranged = Runs(model, folder)
+    words, run = arranged.words("torch", "lora", f"{BASE} --save-every null --epochs 100000")
+    port = str(free_ports(1)[0])
+    launcher = [sys.executable, "-m", *LAUNCHERS[kind].replace("PORT", port).split()]
+    process = subprocess.Popen(
+        [*launcher, str(WORKER), str(model), str(folder), json.dumps(cases), *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        wait_for_lines(run, 2, process)
+        workers = children(process.pid)
+        if stop == signal.SIGINT:
+            os.killpg(process.pid, stop)
+        else:
+            os.kill(workers[1], stop)
+        output = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
+        process.wait()
+    return Launched(run, process.returncode, output, workers)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for_lines(run: Path, count: int, process: subprocess.Popen[str]) -> None:
+    log, deadline = run / "metrics.jsonl", time.monotonic() + 300
+    while not (log.exists() and log.read_bytes().count(b"\n") >= count):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every case alone and on two processes of each kind; and full fine-tuning begun alone, gone on with on two."""
-    folder = tmp_path_factory.mktemp("distributed")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("distributed")
+
+
+@pytest.fixture(scope="module")
+def launched(tiny_model: Path, folder: Path) -> dict[str, Launched]:
+    """Every case on two processes of each kind; and full fine-tuning begun alone, resumed on two."""
+    torch_worker.train(tiny_model, {"type": "full", "steps": torch_worker.STEPS // 2}, folder / "first half")
+    cases = CASES | {"resumed": {"type": "full", "resume": str(folder / "first half" / "checkpoints")}}
+    stops = {"ddp": signal.SIGINT, "fsdp": signal.SIGKILL}
+    for kind in stops:
+        (folder / kind).mkdir()
+    return {kind: launch(kind, tiny_model, folder / kind, cases, stop) for kind, stop in stops.items()}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model: Path, folder: Path, launched: dict[str, Launched]) -> Path:
+    """Every case, alone as well."""
     for name, case in CASES.items():
         torch_worker.train(tiny_model, case, folder / "alone" / name)
-    first = torch_worker.STEPS // 2
-    torch_worker.train(tiny_model, {"type": "full", "steps": first}, folder / "first half")
-    cases = CASES | {"resumed": {"type": "full", "resume": str(folder / "first half" / "checkpoints")}}
-    started = [
-        start(kind, str(WORKER), str(tiny_model), str(folder / kind), json.dumps(cases)) for kind in ("ddp", "fsdp")
-    ]
-    for process in started:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
     return folder
 
 
@@ -144,37 +187,39 @@ def test_fsdp_shards_what_is_saved_and_ddp_does_not(runs: Path) -> None:
     assert 0.8 * sizes["fsdp"][0] < sizes["fsdp"][1] < 1.2 * sizes["fsdp"][0]
 
 
-ENDLESS = json.dumps({"lora": {"type": "lora", "steps": 1_000_000}})
+def test_ctrl_c_in_the_launcher_saves(launched: dict[str, Launched]) -> None:
+    run, output = launched["ddp"].run, launched["ddp"].output
+    checkpoint, refused = Checkpoints(run / "checkpoints", 9).newest()
+    assert checkpoint is not None and checkpoint.step >= 2 and refused == [], output
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == checkpoint.step
 
 
-def wait_for_a_checkpoint(folder: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 200
-    while not list((folder / "lora" / "checkpoints").glob("step-*")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.1)
+def test_when_a_process_is_killed_the_launcher_ends_the_others(launched: dict[str, Launched]) -> None:
+    end = launched["fsdp"]
+    assert len(end.workers) == 2 and end.code != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in end.workers), end.output
 
 
-def test_when_a_process_is_killed_the_launcher_ends_the_others(tiny_model: Path, tmp_path: Path) -> None:
-    launcher = start("ddp", str(WORKER), str(tiny_model), str(tmp_path), ENDLESS)
-    wait_for_a_checkpoint(tmp_path, launcher)
-    workers = [int(pid) for pid in Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()]
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
-    output, _ = launcher.communicate(timeout=60)
-    assert launcher.returncode != 0
-    assert not any(Path(f"/proc/{pid}").exists() for pid in workers), output
+def endless(model: Path, folder: Path) -> None:
+    torch_worker.train(model, {"type": "lora", "steps": 1_000_000}, folder)
 
 
 def test_when_a_process_is_killed_and_nobody_watches_the_others_end_by_themselves(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     """As between machines. Rejects waiting for it until some timeout of many minutes."""
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_ports(1)[0])}
     shared |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    command = [sys.executable, str(WORKER), str(tiny_model), str(tmp_path), ENDLESS]
-    one, two = (popen(command, RANK=rank, LOCAL_RANK=rank, **shared) for rank in "01")
-    wait_for_a_checkpoint(tmp_path, one)
+    said = tmp_path / "said"
+    one, two = (
+        forked.start(
+            endless, tiny_model, tmp_path, environment=shared | {"RANK": rank, "LOCAL_RANK": rank}, output=output
+        )
+        for rank, output in (("0", said), ("1", None))
+    )
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "checkpoints").glob("step-*")):
+        assert one.is_alive() and time.monotonic() < deadline, said.read_text()
+        time.sleep(0.1)
     two.kill()
-    output, _ = one.communicate(timeout=60)
-    two.communicate()
-    assert one.returncode != 0 and "TrainingStopped: another process of this run has ended" in output, output
+    assert forked.ended(one, 60) != 0 and "TrainingStopped: another process of this run has ended" in said.read_text()

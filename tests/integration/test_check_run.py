@@ -15,6 +15,8 @@ from bnf_align.commands.check_run import compare, read_run, update_error
 from bnf_core import registry
 from bnf_core.models.adapters import LowRank
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 STEPS = 20
 
 
@@ -58,6 +60,7 @@ def check(capsys: pytest.CaptureFixture[str], a: Path, b: Path) -> tuple[int, st
     return code, " ".join((output.out + output.err).split())
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("kind", ["lora", "dora", "full"])
 def test_both_backends_take_the_same_road(
     tiny_model: Path,
@@ -206,6 +209,7 @@ def test_bad_input_is_explained(
     assert code == 2 and reason in text, text
 
 
+@pytest.mark.usefixtures("drawn")
 def test_usage_is_explained(torch_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["check-run", str(torch_run)]) == 2
     assert "picture" in check(capsys, torch_run, torch_run)[1]

@@ -12,6 +12,8 @@ import tiny
 from bnf_align import cli
 from bnf_mlx import blas
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
     code = cli.run([str(word) for word in words])

@@ -32,8 +32,9 @@ from wrong_backends import NumpyBackend, OracleLosses
 ROOT = Path(__file__).parents[2]
 
 L0, SATURATION, L1, L2 = "L0 tokens", "L0 hopeless to saturated", "L1 batches", "L2 fused head"
+LO, L3 = "L2 log odds", "L3 objectives"
 MALFORMED = "L0 malformed input", "L2 malformed input"
-CHECKS = {L0, SATURATION, L1, L2, *MALFORMED}
+CHECKS = {L0, SATURATION, L1, L2, LO, L3, "L3 saturated objectives", *MALFORMED}
 
 MALFORMED_CASES = tuple(zip(MALFORMED, ("n7_v17_float32", "head_v257_float32"), strict=True))
 
@@ -79,7 +80,7 @@ MISTAKES = [
         {(SATURATION, "4000 tokens", "gradient"), (L0, "banned", "gradient"), (L0, "saturation", "gradient")},
         {L0, SATURATION, L2},
     ),
-    (wrong.RoundedLogits, {(L2, "head_v257", "log_odds"), (L2, "head_v257", "grad_hidden")}, {L2}),
+    (wrong.RoundedLogits, {(L2, "head_v257", "log_odds"), (L2, "head_v257", "grad_hidden")}, {L2, LO}),
     (
         wrong.NotANumber,
         {(L0, "n1_v2", "token_loss"), (L1, "one_row", "loss"), (L2, "head_one", "loss")},
@@ -88,8 +89,11 @@ MISTAKES = [
     (wrong.Raises, {(L1, "mixed", "all"), (L1, "one_row", "all")}, {L1}),
     (
         wrong.IgnoredDtype,
-        {(check, case, "gradient_dtype") for check, case in ((L0, "n7_v17"), (L1, "mixed"), (L2, "head_v257"))},
-        {L0, L1, L2},
+        {
+            (check, case, "gradient_dtype")
+            for check, case in ((L0, "n7_v17"), (L1, "mixed"), (L2, "head_v257"), (LO, "head_v257"))
+        },
+        {L0, L1, L2, LO},
     ),
     (
         wrong.GridRowsAsSequences,
@@ -100,10 +104,30 @@ MISTAKES = [
     (wrong.TrainsFrozenHead, {(L2, "head_v257", "frozen_head")}, {L2}),
     (wrong.NeverTheSame, {(L0, "n7_v17", "repeat"), (L2, "head_v257", "repeat")}, {L0, SATURATION, L2}),
     (wrong.AnswersAnything, {(check, case, "refused") for check, case in MALFORMED_CASES}, set(MALFORMED)),
-    (wrong.ShortFactors, {(L2, "head_v257_float32", "log_odds")}, {L2}),
+    (wrong.ShortFactors, {(L2, "head_v257_float32", "log_odds")}, {L2, LO}),
     (wrong.NoShift, {(L0, "huge", "token_loss")}, {L0, SATURATION, L1, L2}),
     (wrong.TokenZeroIsPadding, {(L0, "n33_v2", "gradient")}, {L0, SATURATION, L1, L2}),
     (wrong.SquaredWeights, {(L0, "n7_v17", "gradient"), (L1, "mixed", "gradient")}, {L0, L1}),
+    (
+        wrong.SignOfRejected,
+        {
+            (L3, f"{name}, ordinary", "gradient")
+            for name in ("dpo", "f_dpo", "ipo", "kto", "bco", "npo", "d2o", "simpo")
+        },
+        {L3},
+    ),
+    (
+        wrong.SumForMean,
+        {(L3, f"{name}, ordinary", "gradient") for name in ("simpo", "alphapo", "orpo", "asft", "simper", "ipo")},
+        {L3},
+    ),
+    (
+        wrong.MissingReference,
+        {(L3, f"{name}, ordinary", "loss") for name in ("dpo", "f_dpo", "ipo", "kto", "bco", "npo", "d2o")},
+        {L3},
+    ),
+    (wrong.DetachedTerm, {(L3, f"{name}, first step", "gradient") for name in ("bnf", "dpo", "kto", "slic")}, {L3}),
+    (wrong.NoBaseline, {(L3, f"{name}, ordinary", "gradient") for name in ("kto", "bco")}, {L3}),
     (wrong.Normalised, {(L0, "n7_v17", "gradient"), (L1, "mixed", "gradient")}, {L0, SATURATION, L1}),
 ]
 
@@ -189,6 +213,7 @@ def test_what_a_backend_says_it_lacks_is_not_supported_and_never_a_pass() -> Non
         "L0": {"float32": "in part", "bfloat16": "pass", "float16": "pass"},
         "L1": dict.fromkeys(("float32", "bfloat16", "float16"), "pass"),
         "L2": dict.fromkeys(("float32", "bfloat16", "float16"), "not supported"),
+        "L3": {"float32": "pass"},
     }
 
     report = run(NumpyBackend(wrong.FrozenHeadOnly))
@@ -486,10 +511,9 @@ def test_the_example_backend_conforms_once_it_is_installed(tmp_path: Path) -> No
     assert result.returncode == 0, result.stdout + result.stderr
     (entry,) = json.loads((tmp_path / "report.json").read_text())["runs"]
     assert entry["backend"] == "example"
-    assert {level: verdicts["float32"] for level, verdicts in entry["levels"].items()} == dict.fromkeys(
-        ("L0", "L1", "L2"), "pass"
-    )
-    assert {verdicts["bfloat16"] for verdicts in entry["levels"].values()} == {"not supported"}
+    verdicts = {level: verdicts["float32"] for level, verdicts in entry["levels"].items()}
+    assert verdicts == {"L0": "pass", "L1": "pass", "L2": "in part", "L3": "not supported"}  # it has BNF alone
+    assert {level.get("bfloat16", "not supported") for level in entry["levels"].values()} == {"not supported"}
 
 
 def test_the_example_backend_knows_no_code_of_this_project_but_the_protocol() -> None:

@@ -104,6 +104,7 @@ def test_labels_prompts_and_pairs_are_counted(tmp_path: Path) -> None:
         "labelled_rejected": 3,
         "prompts": 3,
         "prompts_with_both": 1,
+        "reopened": 0,
     }
 
 

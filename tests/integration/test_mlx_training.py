@@ -156,7 +156,7 @@ def fit(engine: MLXEngine, batching: MicroBatching, steps: int = 3, first: int =
     batches = [(batch, reference_of(batch)) for batch in micro_batches(ROWS, batching)]
 
     def done(_: Step, stats: list[TokenStats], norm: float) -> None:
-        assert [len(s.token_loss) for s in stats] == [len(batch.targets) for batch, _ in batches]
+        assert [len(s.log_odds) for s in stats] == [len(batch.targets) for batch, _ in batches]
         norms.append(norm)
 
     loop.train(engine, (Step(first + i, RATE, batches, ROWS, {}) for i in range(steps)), done, 1.0)

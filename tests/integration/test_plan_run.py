@@ -1,8 +1,8 @@
 """Planning: the formulae of memory against measured runs, and what is made of them."""
 
 import math
-import multiprocessing
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import forked
 import tiny
+from benchmarks import interleaved
 from benchmarks.growth import random_row
 from benchmarks.step import OURS, benchmark, peak_memory
 from bnf_align.commands import plan as plan_run
@@ -21,9 +23,11 @@ from bnf_align.run.feedback import TrainingData, load_split
 from bnf_core.config import DataConfig, FineTuneType, HardwareConfig, LoraConfig, TrainConfig
 from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import UserError
-from bnf_core.models.architecture import Architecture, Grid, Training, memory
+from bnf_core.models.architecture import Architecture, Grid, Memory, Training, memory
 from bnf_core.steps.batching import MicroBatching, Rows
 from bnf_core.types import Example
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 VOCAB = 4000
 
@@ -51,35 +55,34 @@ def held_in_memory(rows: list[Example]) -> TrainingData:
     return TrainingData(Rows(rows, 0), rows, "", None)
 
 
-@cache
-def runtime(backend: str) -> float:
-    """Bytes of a process like the one that is measured."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_runtime, args=(sender, backend))
-    process.start()
-    value = receiver.recv()
-    process.join()
-    return float(value)
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Callable[[str], float]]:
+    """Bytes of a process like the one that is measured, by its backend. Both are forked: what they share counts as
+    theirs."""
+    with pytest.MonkeyPatch.context() as patch:
+        forked.context()
+        patch.setattr(interleaved, "START_METHOD", "forkserver")
+        yield cache(lambda backend: interleaved.apart(backend, _runtime, backend))
 
 
-def _send_runtime(sender: Any, backend: str) -> None:
-    sender.send(benchmark(HardwareConfig(backend, "cpu", "float32")).runtime_memory())
+def _runtime(backend: str) -> float:
+    return benchmark(HardwareConfig(backend, "cpu", "float32")).runtime_memory()
 
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "dropout", "completions", "checkpointing"),
     [
-        ("lora", "float32", 0.0, 1, False),
+        pytest.param("lora", "float32", 0.0, 1, False, marks=pytest.mark.slow),
         ("lora", "float32", 0.0, 4, False),
-        ("lora", "float32", 0.0, 1, True),
-        ("lora", "bfloat16", 0.0, 1, False),
-        ("dora", "float32", 0.1, 1, False),
+        pytest.param("lora", "float32", 0.0, 1, True, marks=pytest.mark.slow),
+        pytest.param("lora", "bfloat16", 0.0, 1, False, marks=pytest.mark.slow),
+        pytest.param("dora", "float32", 0.1, 1, False, marks=pytest.mark.slow),
         ("full", "float32", 0.0, 1, False),
     ],
 )
 def test_the_predicted_peak_is_that_of_a_run(
     model: Path,
+    runtime: Callable[[str], float],
     backend_name: str,
     kind: FineTuneType,
     dtype: str,
@@ -115,8 +118,9 @@ def test_a_quantised_checkpoint_takes_what_its_arrays_do(tmp_path: Path, bits: i
     convert(str(model), str(tmp_path / "q"), quantize=True, q_bits=bits, q_group_size=group_size, dtype="bfloat16")
     engine: Any = MLXBackend().load(tmp_path / "q", device="cpu", dtype="bfloat16")
     held = sum(x.nbytes for _, x in tree_flatten(engine.model.parameters())) + engine.scored.dequantised.nbytes
-    training = Training("mlx", "cpu", "bfloat16", "lora", LoraConfig())
-    assert memory(Architecture.of(tmp_path / "q"), training, Grid(1, 1, 1)).weights == pytest.approx(held, rel=0.01)
+    training = Training("bfloat16", "lora", LoraConfig())
+    kept = benchmark(HardwareConfig("mlx", "cpu")).kept(Architecture.of(tmp_path / "q"), training, Grid(1, 1, 1))
+    assert kept.weights == pytest.approx(held, rel=0.01)
 
 
 @pytest.mark.parametrize("settings", [{"bits": 4}, {"bits": 7, "group_size": 64}])
@@ -127,9 +131,9 @@ def test_a_quantisation_that_mlx_does_not_have_is_refused(settings: dict[str, in
 
 def test_bitsandbytes_narrows_the_linear_layers_alone() -> None:
     model = Architecture.from_config(LLAMA)
-    training = Training("torch", "cuda", "bfloat16", "lora", LoraConfig())
+    training, torch = Training("bfloat16", "lora", LoraConfig()), benchmark(HardwareConfig("torch", "cpu"))
     whole, narrow = (
-        memory(model, replace(training, load_in_4bit=four), Grid(1, 1, 1)).weights for four in (False, True)
+        torch.kept(model, replace(training, load_in_4bit=four), Grid(1, 1, 1)).weights for four in (False, True)
     )
     assert whole - narrow == pytest.approx(model.linear_parameters * (2 - 4.127 / 8), rel=1e-4)
 
@@ -245,19 +249,36 @@ def test_a_model_that_the_formulae_do_not_know_is_refused(change: dict[str, Any]
 
 
 def test_memory_grows_with_what_it_depends_on() -> None:
-    model = Architecture.from_config(LLAMA)
-    training = Training("torch", "cpu", "float32", "lora", LoraConfig())
-    few, many = (memory(model, training, Grid(rows, 64, 32 * rows)) for rows in (2, 4))
+    model, measures = Architecture.from_config(LLAMA), benchmark(HardwareConfig("torch", "cpu"))
+
+    def needs(training: Training, rows: int = 2, completion_tokens: int = 64) -> Memory:
+        grid = Grid(rows, 64, completion_tokens)
+        return memory(model, training, grid, measures.kept(model, training, grid))
+
+    training = Training("float32", "lora", LoraConfig())
+    few, many = needs(training), needs(training, 4, 128)
     assert many.activations == 2 * few.activations and many.weights == few.weights
-    full = memory(model, replace(training, kind="full"), Grid(2, 64, 64))
-    assert full.trained == 12 * model.parameters
-    half = memory(model, replace(training, dtype="bfloat16"), Grid(2, 64, 64))
+    assert needs(replace(training, kind="full")).trained == 12 * model.parameters
+    half = needs(replace(training, dtype="bfloat16"))
     assert half.weights == few.weights / 2 and half.activations < few.activations
     dora, few_targets = replace(training, kind="dora"), LoraConfig(targets=["q_proj", "v_proj"])
-    assert memory(model, dora, Grid(2, 64, 64)).activations > 1.5 * few.activations
-    fewer, none = (
-        memory(model, replace(dora, lora=lora), Grid(2, 64, 64)) for lora in (few_targets, LoraConfig(targets=["x"]))
-    )
+    assert needs(dora).activations > 1.5 * few.activations
+    fewer, none = (needs(replace(dora, lora=lora)) for lora in (few_targets, LoraConfig(targets=["x"])))
     assert none.activations < fewer.activations < few.activations
-    packed = memory(model, replace(training, gradient_checkpointing=True), Grid(2, 64, 64))
-    assert packed.activations < few.activations / 4
+    assert needs(replace(training, gradient_checkpointing=True)).activations < few.activations / 4
+
+
+def test_holes_are_those_of_glibc_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, measures = Architecture.from_config(LLAMA), benchmark(HardwareConfig("torch", "cpu"))
+
+    def fragments(kind: FineTuneType = "lora") -> float:
+        return measures.kept(model, Training("float32", kind, LoraConfig()), Grid(2, 64, 64)).fragments
+
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    assert fragments() == fragments("dora") > 0, "DoRA adds few to LoRA's"
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1048576")
+    assert fragments() == 0
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_")
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    assert fragments() == 0

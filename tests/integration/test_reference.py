@@ -30,6 +30,8 @@ from bnf_core.storage import reference_folder as module
 from bnf_core.storage.reference_folder import ReferenceWriter, StoredReference, fingerprint, open_reference
 from bnf_core.types import Array, Batch, Example
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 QUIET = Console(quiet=True)
 FINGERPRINT = {"model": "a", "tokenizer": "b"}
 

@@ -3,7 +3,6 @@
 import errno
 import io
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -11,11 +10,9 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +24,8 @@ from safetensors.numpy import load_file, save_file
 from test_train import QUIET, config
 
 import bnf_align.commands.train as module
+import forked
+from bnf_align import cli
 from bnf_align.arguments import parse
 from bnf_align.commands.train import train
 from bnf_align.run.run_folder import RunFolder
@@ -37,6 +36,8 @@ from bnf_core.steps import steps as plan
 from bnf_core.storage import checkpoints, shards
 from bnf_core.storage.checkpoints import Checkpoints
 from bnf_core.storage.digests import rows_digest
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 TIMES = ("seconds", "tokens_per_second")
 STATE = "state-00001-of-00001.safetensors"
@@ -228,20 +229,6 @@ def _train_until(run: TrainConfig, operation: int, count: Any) -> None:
     train(run, QUIET)
 
 
-@pytest.fixture(scope="module")
-def processes() -> multiprocessing.context.ForkServerContext:
-    """Real processes that need not import the frameworks each."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bnf_align.commands.train", "peft", "torch", "mlx_lm", "pytest", "datasets"])
-    return context
-
-
-def ended(process: BaseProcess) -> int:
-    process.join(120)
-    assert process.exitcode is not None
-    return process.exitcode
-
-
 @pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(
     tiny_model: Path,
@@ -249,45 +236,34 @@ def test_killed_at_random_moments(
     tmp_path: Path,
     backend_name: str,
     kills: int,
-    processes: multiprocessing.context.ForkServerContext,
 ) -> None:
     run = settings(tiny_model, feedback, tmp_path / "run", backend_name, epochs=8, eval_every=10, save_every=1)
     whole = replace(run, output=str(tmp_path / "whole"))
-    process = processes.Process(target=_train, args=(whole,))
-    process.start()
-    assert ended(process) == 0
+    train(whole, QUIET)
     lines = len(metrics(Path(whole.output)))
     rng, killed = random.Random(0), 0
     moments = sorted(rng.randrange(1, lines) for _ in range(kills))
     for attempt, moment in enumerate(moments):
-        process = processes.Process(target=_train, args=(replace(run, resume=attempt > 0),))
-        process.start()
+        process = forked.start(_train, replace(run, resume=attempt > 0))
         log = tmp_path / "run" / "metrics.jsonl"
         while process.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") >= moment):
             time.sleep(0.001)
         time.sleep(rng.uniform(0, 0.03))
         process.kill()
-        killed += ended(process) == -signal.SIGKILL
+        killed += forked.ended(process) == -signal.SIGKILL
     assert killed >= kills * 0.75
-    process = processes.Process(target=_train, args=(replace(run, resume=True),))
-    process.start()
-    assert ended(process) == 0
+    resumed(run)
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("every", [31, pytest.param(1, marks=pytest.mark.slow)])
-def test_killed_at_any_operation_on_files(
-    tiny_model: Path, feedback: Path, tmp_path: Path, every: int, processes: multiprocessing.context.ForkServerContext
-) -> None:
+def test_killed_at_any_operation_on_files(tiny_model: Path, feedback: Path, tmp_path: Path, every: int) -> None:
     run = settings(tiny_model, feedback, tmp_path / "whole", "torch", max_steps=3, valid=None, save_every=1)
 
     def attempt(output: str, operation: int, **changes: Any) -> tuple[int, int]:
-        count = processes.Value("i", 0)
-        process = processes.Process(
-            target=_train_until, args=(replace(run, output=output, **changes), operation, count)
-        )
-        process.start()
-        return ended(process), count.value
+        count = forked.context().Value("i", 0)
+        process = forked.start(_train_until, replace(run, output=output, **changes), operation, count)
+        return forked.ended(process), count.value
 
     code, operations = attempt(run.output, 0)
     assert code == 0 and operations > 60
@@ -298,38 +274,31 @@ def test_killed_at_any_operation_on_files(
         assert_same(output, tmp_path / "whole")
 
 
-def _command(*words: object) -> list[str]:
-    return [sys.executable, "-m", "bnf_align.cli", *map(str, words)]
-
-
-def _stop(command: list[str], log: Path, lines: int, number: signal.Signals) -> tuple[int, str]:
-    """Send the signal once the log has so many lines more."""
-    lines += log.read_bytes().count(b"\n") if log.exists() else 0
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not (log.exists() and log.read_bytes().count(b"\n") >= lines):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.002)
-    process.send_signal(number)
-    return process.wait(60), process.communicate()[1]
-
-
-def test_the_command_line_killed_then_terminated(
-    tiny_model: Path, feedback: Path, tmp_path: Path, processes: multiprocessing.context.ForkServerContext
-) -> None:
+def test_the_command_line_killed_then_terminated(tiny_model: Path, feedback: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     words = ["train", "--model", tiny_model, "--data", feedback, "--backend", "torch", "--device", "cpu"]
-    words += ["--batch-size", 5, "--epochs", 40, "--save-every", 3, "--dropout", "0.1"]
-    here, there = tmp_path / "run", tmp_path / "whole"
+    words += ["--batch-size", 5, "--epochs", 12, "--save-every", 3, "--dropout", "0.1"]
+    here, there, said = tmp_path / "run", tmp_path / "whole", tmp_path / "said"
     log = here / "metrics.jsonl"
-    assert _stop(_command(*words, "--output", here), log, 10, signal.SIGKILL)[0] == -signal.SIGKILL
-    code, error = _stop(_command(*words, "--output", here, "--resume"), log, 10, signal.SIGTERM)
+
+    def stopped(number: signal.Signals, *more: object) -> int:
+        """The exit code of a command that gets a signal once it has logged ten lines more."""
+        lines = 10 + (log.read_bytes().count(b"\n") if log.exists() else 0)
+        process = forked.start(cli.run, [str(word) for word in (*words, "--output", here, *more)], output=said)
+        deadline = time.monotonic() + 120
+        while not (log.exists() and log.read_bytes().count(b"\n") >= lines):
+            assert process.is_alive() and time.monotonic() < deadline, said.read_text()
+            time.sleep(0.002)
+        assert process.pid is not None
+        os.kill(process.pid, number)
+        return forked.ended(process)
+
+    assert stopped(signal.SIGKILL) == -signal.SIGKILL
+    code, error = stopped(signal.SIGTERM, "--resume"), said.read_text()
     assert code == 1 and "interrupted after step" in error and "Traceback" not in error
-    to_go_on = shlex.split(error.rpartition("To go on: bnf train ")[2])
-    for line in (to_go_on, ["--config", f"{here}/config.yaml", "--output", str(there)]):
-        process = processes.Process(target=_train, args=(parse(TrainConfig, "train", line),))
-        process.start()
-        assert ended(process) == 0
+    resume = shlex.split(error.rpartition("bnf train ")[2])
+    for line in (resume, ["--config", f"{here}/config.yaml", "--output", str(there)]):
+        train(parse(TrainConfig, "train", line), QUIET)
     assert_same(here, there)
 
 

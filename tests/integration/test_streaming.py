@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 
 import tiny
-from bnf_core.data.records import Feedback, RowError
+from bnf_core.data.messages import RowError
+from bnf_core.data.records import Feedback
 from bnf_core.data.sources import load_feedback
 from bnf_core.data.streaming import FeedbackStream, shuffle
 from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import UserError
 from bnf_core.types import Example, Position
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 Batches = Iterator[tuple[list[Example], Position]]
 

@@ -19,6 +19,8 @@ from bnf_align.run import tracking
 from bnf_align.run.tracking import Trackers, check_trackers, open_trackers
 from bnf_core.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 SETTINGS = {"model": "tiny", "max_steps": None, "lora": {"rank": 4, "targets": ["q_proj", "v_proj"]}}
 FLAT = {"model": "tiny", "max_steps": None, "lora.rank": 4, "lora.targets": "q_proj, v_proj"}
 

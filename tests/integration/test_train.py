@@ -1,9 +1,6 @@
 """The training loop on a tiny model, on each backend, and the two backends against each other."""
 
 import json
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,11 +10,15 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
 
+import forked
+from bnf_align import cli
 from bnf_align.commands.train import RunResult, train
 from bnf_core import registry
 from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OptimizerConfig, TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.types import Array, Batch
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 QUIET = Console(quiet=True)
 
@@ -51,6 +52,7 @@ def adapter_weights(folder: Path) -> dict[str, np.ndarray]:
     return result
 
 
+@pytest.mark.usefixtures("drawn")
 def test_training_moves_good_rows_up_and_bad_rows_down(
     tiny_model: Path, feedback: Path, tmp_path: Path, backend_name: str
 ) -> None:
@@ -153,16 +155,15 @@ def test_a_finished_run_is_not_overwritten_unless_asked(tiny_model: Path, feedba
 
 
 def test_an_interrupt_saves_the_adapter(tiny_model: Path, feedback: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bnf_align.cli", "train", "--model", str(tiny_model), "--data", str(feedback)]
-    command += ["--backend", "torch", "--device", "cpu", "--output", str(tmp_path / "run"), "--epochs", "100000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
+    words = ["train", "--model", str(tiny_model), "--data", str(feedback), "--output", str(tmp_path / "run")]
+    words += ["--backend", "torch", "--device", "cpu", "--epochs", "100000"]
+    process = forked.start(cli.run, words, output=tmp_path / "said")
+    metrics, said = tmp_path / "run" / "metrics.jsonl", tmp_path / "said"
     deadline = time.monotonic() + 120
     while not (metrics.exists() and metrics.read_text().count("\n") > 2):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        assert process.is_alive() and time.monotonic() < deadline, said.read_text()
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "interrupted after step" in error and "Traceback" not in error
+    process.terminate()
+    assert forked.ended(process) == 1
+    assert "interrupted after step" in said.read_text() and "Traceback" not in said.read_text()
     assert adapter_weights(tmp_path / "run" / "adapter")

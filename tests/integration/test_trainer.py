@@ -27,6 +27,8 @@ from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OptimizerCon
 from bnf_core.errors import UserError
 from bnf_torch.trainer import BNFConfig, BNFTrainer
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 QUIET = Console(quiet=True)
 
 

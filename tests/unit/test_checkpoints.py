@@ -432,8 +432,7 @@ def _save_and_die(folder: Path, gathered: Path, rank: int, barrier: Any, step: i
 
 @pytest.fixture(scope="module")
 def run_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path, int, int | None], list[int]]]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bnf_core.storage.checkpoints", "pytest"])
+    context = multiprocessing.get_context("spawn")  # of the fork server there is one, which others want with frameworks
 
     def run(folder: Path, step: int, dying: int | None = None) -> list[int]:
         barrier, gathered = context.Barrier(2), tmp_path_factory.mktemp("gathered")

@@ -9,7 +9,7 @@ import pytest
 from bnf_core.processes import Processes
 from bnf_core.steps.batching import MicroBatching, micro_batches
 from bnf_core.steps.metrics import Meter, with_present_names
-from bnf_core.types import Example, TokenStats
+from bnf_core.types import Example, TokenScores
 
 # Rows of 1, 3 and 2 completion tokens; the first two share a prompt.
 EXAMPLES = [
@@ -19,27 +19,33 @@ EXAMPLES = [
 ]
 POLICY = {2: 1.0, 3: -1.0, 4: 0.0, 5: 2.0, 7: 0.5, 8: -3.0}  # log-odds by target
 REFERENCE = {2: 0.0, 3: 1.0, 4: 0.0, 5: 1.0, 7: 2.0, 8: -3.0}
-LOSS = {2: 0.3, 3: 0.6, 4: 0.9, 5: 1.2, 7: 0.1, 8: 0.7}
 
 
 def log_p(log_odds: float) -> float:
     return -math.log1p(math.exp(-log_odds))
 
 
+def loss(target: int) -> float:
+    """The BNF loss of a token as defined, of a policy whose other tokens have no entropy."""
+    p, r = math.exp(log_p(POLICY[target])), math.exp(log_p(REFERENCE[target]))
+    t = min(1.0, p / r)
+    return -t * math.log(p) - (1 - t) * math.log(1 - p)
+
+
 def measured(micro_batch_size: int) -> Meter:
     meter = Meter()
     for batch in micro_batches([EXAMPLES[i] for i in (2, 0, 1)], MicroBatching(micro_batch_size)):
-        policy, reference, loss = (
-            np.array([table[int(y)] for y in batch.targets], np.float32) for table in (POLICY, REFERENCE, LOSS)
+        policy, reference = (
+            np.array([table[int(y)] for y in batch.targets], np.float32) for table in (POLICY, REFERENCE)
         )
-        meter.add(batch, TokenStats(policy, np.zeros_like(policy), loss), reference)
+        meter.add(batch, TokenScores(policy, np.zeros_like(policy)), reference)
     return meter
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 3])
 def test_every_metric_by_hand(micro_batch_size: int) -> None:
     result = measured(micro_batch_size).result()
-    assert result["loss"] == pytest.approx((0.3 - (0.6 + 0.9 + 1.2) / 3 + (0.1 + 0.7) / 2) / 3, rel=1e-6)
+    assert result["loss"] == pytest.approx((loss(2) - (loss(3) + loss(4) + loss(5)) / 3 + (loss(7) + loss(8)) / 2) / 3)
     assert result["log_odds_shift/chosen"] == pytest.approx((1.0 - 1.5 + 0.0) / 3)  # three tokens, not two rows
     assert result["log_odds_shift/rejected"] == pytest.approx((-2.0 + 0.0 + 1.0) / 3)
     below = [math.exp(log_p(-1.0) - log_p(1.0)), math.exp(log_p(0.5) - log_p(2.0))]
@@ -70,7 +76,7 @@ def pair_accuracies(rows: list[tuple[int, float, bool]]) -> tuple[float | None, 
     examples = [Example((1,), (i,), label, group=group) for i, (group, _, label) in enumerate(rows)]
     (batch,) = micro_batches(examples, MicroBatching(9, group_by_length=False))
     policy = np.array([value for _, value, _ in rows], np.float32)
-    meter.add(batch, TokenStats(policy, policy * 0, policy * 0), policy * 0)
+    meter.add(batch, TokenScores(policy, policy * 0), policy * 0)
     result = meter.result()
     return result["preference_accuracy"], result["rewards/accuracies"]
 
@@ -106,11 +112,11 @@ def test_metrics_do_not_depend_on_who_measured_what() -> None:
     for chosen in ([2], [0, 1]):
         meter = Meter()
         (batch,) = micro_batches([EXAMPLES[i] for i in chosen], MicroBatching(3))
-        policy, reference, loss = (
-            np.array([table[int(y)] for y in batch.targets], np.float32) for table in (POLICY, REFERENCE, LOSS)
+        policy, reference = (
+            np.array([table[int(y)] for y in batch.targets], np.float32) for table in (POLICY, REFERENCE)
         )
-        batch = dataclasses.replace(batch, coefficients=batch.coefficients * len(chosen) / 3)
-        meter.add(batch, TokenStats(policy, np.zeros_like(policy), loss), reference)
+        batch = dataclasses.replace(batch, counts=batch.counts._replace(rows=3))
+        meter.add(batch, TokenScores(policy, np.zeros_like(policy)), reference)
         parts.append(meter)
     other = Recorder()
     parts[1].gather(other)
@@ -123,7 +129,7 @@ def test_one_sided_batches_have_no_other_side() -> None:
     meter = Meter()
     batch = micro_batches(EXAMPLES[:1], MicroBatching(1))[0]
     one = np.ones(1, np.float32)
-    meter.add(batch, TokenStats(one, one, one), one)
+    meter.add(batch, TokenScores(one, one), one)
     result = meter.result()
     assert result["log_odds_shift/rejected"] is result["rewards/rejected"] is result["rewards/margins"] is None
     assert result["log_odds_shift/chosen"] == 0.0 and result["target_weight"] == 1.0

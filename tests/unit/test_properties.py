@@ -1,6 +1,6 @@
 """The backends on inputs nobody chose: drawn by Hypothesis, held against the oracle and against themselves.
 
-The draws are the same in every run. `BNF_PROPERTY_EXAMPLES=2000 pytest tests/test_properties.py` draws others, more.
+The draws are the same in every run. With BNF_PROPERTY_EXAMPLES=2000 in the environment there are others, and more.
 """
 
 import os

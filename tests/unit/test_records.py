@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 
-from bnf_core.data.records import Feedback, RowError, parse_row
+from bnf_core.data.messages import RowError
+from bnf_core.data.records import Feedback, parse_row
 from bnf_core.errors import UserError
 
 AT = "feedback.jsonl:17"
 
 
-def user(content: str) -> dict[str, Any]:
+def user(content: Any) -> dict[str, Any]:
     return {"role": "user", "content": content}
 
 
@@ -33,8 +34,8 @@ def test_unpaired_text_and_messages_and_other_columns_are_ignored() -> None:
 
 def test_a_pair_is_a_preferred_and_a_dispreferred_row() -> None:
     assert parse_row({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, AT) == [
-        Feedback("2+2=", "4", True, AT),
-        Feedback("2+2=", "5", False, AT),
+        Feedback("2+2=", "4", True, AT, True),
+        Feedback("2+2=", "5", False, AT, True),
     ]
 
 
@@ -60,8 +61,8 @@ def test_implicit_prompt_of_messages_is_the_shared_leading_messages() -> None:
     start = [user("Hi"), assistant("Hello"), user("Capital of France?")]
     row = {"chosen": [*start, assistant("Paris")], "rejected": [*start, assistant("Rome")]}
     assert parse_row(row, AT) == [
-        Feedback(start, [assistant("Paris")], True, AT),
-        Feedback(start, [assistant("Rome")], False, AT),
+        Feedback(start, [assistant("Paris")], True, AT, True),
+        Feedback(start, [assistant("Rome")], False, AT, True),
     ]
 
 
@@ -71,7 +72,7 @@ def test_a_text_prompt_repeated_in_both_conversations_is_taken_from_them() -> No
         "chosen": [*QUESTION, assistant("Paris")],
         "rejected": [*QUESTION, assistant("Rome")],
     }
-    assert parse_row(row, AT)[0] == Feedback(QUESTION, [assistant("Paris")], True, AT)
+    assert parse_row(row, AT)[0] == Feedback(QUESTION, [assistant("Paris")], True, AT, True)
     with pytest.raises(RowError, match="chosen: is a list of messages where the prompt is the text"):
         parse_row(row | {"prompt": "Capital of Spain?"}, AT)
 
@@ -109,10 +110,19 @@ CHAT = {"prompt": QUESTION, "completion": [assistant("Paris")], "label": True}
         (CHAT | {"prompt": [{"content": "hi"}]}, "prompt[0]", 'no "role": found content'),
         (CHAT | {"prompt": [{"role": "user"}]}, "prompt[0]", 'no "content": found role'),
         (CHAT | {"prompt": [{"role": 1, "content": "hi"}]}, "prompt[0].role", "is 1, expected text"),
-        (CHAT | {"prompt": [{"role": "user", "content": [1]}]}, "prompt[0].content", "is a list, expected text"),
+        (CHAT | {"prompt": [{"role": "user", "content": [1]}]}, "prompt[0].content[0]", "is 1, expected text"),
+        (
+            CHAT | {"prompt": [user([{"type": "image_url", "image_url": {}}])]},
+            "prompt[0].content[0]",
+            "is a part of the type 'image_url', expected text",
+        ),
         (CHAT | {"completion": []}, "completion", "has no message after the prompt"),
         (CHAT | {"completion": [assistant(" ")]}, "completion[0].content", "is empty"),
-        (CHAT | {"completion": [user("hi")]}, "completion", "role 'user', expected only the assistant's"),
+        (
+            CHAT | {"completion": [user("hi")]},
+            "completion",
+            "begins with a message of the role 'user'",
+        ),
         ({"prompt": "q", "completion": "a", "lable": True}, "label", "no such column: .* Rename 'lable' to 'label'"),
         ({"prompt": "q", "choosen": "a", "rejected": "b"}, "chosen", "Rename 'choosen' to 'chosen'"),
         ({"promt": "q", "chosen": "a"}, "prompt", "no such column: found promt, chosen, .* Rename 'promt' to 'prompt'"),

@@ -37,6 +37,30 @@ def test_auto(
     assert registry.choose() == expected
 
 
+def test_a_registered_backend_is_chosen_by_its_own_account(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(Backend):
+        name = "own"
+        liked = 0
+
+        def preference(self) -> int:
+            return self.liked
+
+    class Point:
+        load = staticmethod(lambda: Own)
+
+    class Broken:
+        @staticmethod
+        def load() -> None:
+            raise ImportError("a package that it lacks")
+
+    points = registry._points()
+    monkeypatch.setattr(registry, "_points", lambda: points | {"own": Point, "broken": Broken})
+    monkeypatch.setattr(registry, "missing", lambda name: ["x"] if name == "torch" else [])
+    assert registry.choose() == "mlx" and set(registry.ranked()) == {"mlx", "torch"}
+    Own.liked = 9
+    assert registry.choose() == "own" and registry.ranked()[0] == "own"
+
+
 def test_nothing_installed_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "missing", lambda name: ["x"])
     with pytest.raises(UserError, match=r"pip install 'bnf-align\[torch\]'"):

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from bnf_core.data.records import Feedback, RowError
+from bnf_core.data.messages import RowError
+from bnf_core.data.records import Feedback
 from bnf_core.data.sources import digest, has_split, load_feedback, prompt_group, split_by_prompt
 from bnf_core.errors import UserError
 
@@ -402,8 +403,8 @@ def test_the_gsm8k_script_of_the_docs_makes_a_loadable_folder_split_by_question(
 
 def test_the_rows_and_messages_of_the_docs_are_real(tmp_path: Path) -> None:
     docs = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    (rows,) = re.findall(r"```json\n(.*?)```", docs, re.S)
-    assert len(load_feedback(write(tmp_path / "docs.jsonl", rows)).rows) == 6
+    rows = "".join(re.findall(r"```json\n(.*?)```", docs, re.S))
+    assert len(load_feedback(write(tmp_path / "docs.jsonl", rows)).rows) == 7
     bad = [
         '{"prompt": "2 + 2 =", "completion": " 4", "label": true}',
         '{"prompt": "2 + 2 =", "completion": " 5", "label": "no"}',

@@ -52,8 +52,8 @@ class CheckModelConfig:
 
     model: str
     """A folder with config.json and model*.safetensors, or a Hub id; may be given without its flag."""
-    backends: list[str] = field(default_factory=lambda: ["torch", "mlx"])
-    """The two to compare."""
+    backends: list[str] = field(default_factory=lambda: registry.ranked()[:2])
+    """The two to compare; by default the best two for this machine."""
     data: str | None = None
     """Compare on the first rows of this feedback instead of random tokens."""
     report: str | None = None
@@ -124,7 +124,8 @@ def compare(folder: Path, backends: list[str], batch: Batch) -> Result:
     """
     inspectors = [registry.get(name).inspector for name in backends]
     if len(set(backends)) != 2:
-        raise UserError(f"--backends {','.join(backends)}: expected two different ones, such as torch,mlx")
+        known = ",".join(registry.ranked()[:2])
+        raise UserError(f"--backends {','.join(backends)}: expected two different ones, such as {known}")
     # One model in memory at a time.
     targets = shared_targets(*(inspect(folder).linear_layers() for inspect in inspectors))
     lora = LoraConfig(rank=RANK, alpha=ALPHA, targets=targets)
@@ -285,8 +286,8 @@ def diagnose(folder: Path, backends: list[str], input_ids: Array) -> Divergence 
         return None
     module, side = found
     error = relative_error(a[module][side], b[module][side])
-    # The config is changed for the backend that follows transformers, which does what the config says.
-    other = 1 - next((i for i, name in enumerate(backends) if registry.get(name).adapter_layout == "peft"), 0)
+    # The config is changed for a backend that does what the config says.
+    other = 1 - next((i for i, name in enumerate(backends) if registry.get(name).follows_config), 0)
     target = (a, b)[other][module][side]
     where = module or "the model's output"
     if side == INPUT:

@@ -23,7 +23,9 @@ from bnf_align.run.pictures import AFTER, CHOSEN, PLAIN, REJECTED, save
 from bnf_align.run.progress import bar
 from bnf_core.config import DataCheckConfig, DataConfig
 from bnf_core.data import sources
-from bnf_core.data.records import Feedback, RowError, Text, parse_row
+from bnf_core.data.messages import RowError, Text
+from bnf_core.data.records import Feedback, parse_row
+from bnf_core.data.rendering import chat_of
 from bnf_core.data.tokenization import load_tokenizer, tokenize
 from bnf_core.errors import UserError
 from bnf_core.models.model_folder import ALLOWED, HUB_ID
@@ -63,6 +65,7 @@ class CheckedFile:
     sizes: list[Size]  # of every usable completion: a pair has two
     prompts: int  # different ones
     prompts_with_both: int  # with a completion labelled true and one labelled false
+    reopened: int = 0  # completions whose turn the chat template opens otherwise than it writes a finished one
 
 
 @dataclass
@@ -220,6 +223,7 @@ def _check(
     bad_rows: list[str] = []
     feedback: list[Feedback] = []
     sizes: list[Size] = []
+    reopened = 0
     with bar(f"check {Path(name).name}", len(rows), console) as progress:
         for at in range(0, len(rows), CHUNK):
             parsed: list[Feedback] = []
@@ -231,42 +235,52 @@ def _check(
                 except RowError as error:
                     bad_rows.append(str(error))
                 progress.advance()
-            measured, refused = _measure(parsed, config, tokenizer)
+            measured, refused, differ = _measure(parsed, config, tokenizer)
             sizes += measured
+            reopened += differ
             bad_rows += refused
             feedback += parsed
     for item in feedback:
         repeats.add(item)
     labels: dict[int, set[bool]] = {}
     for item in feedback:
-        labels.setdefault(sources.prompt_group(item.prompt), set()).add(item.label)
-    return CheckedFile(len(rows), bad_rows, sizes, len(labels), sum(len(both) == 2 for both in labels.values()))
+        labels.setdefault(sources.prompt_group(item.prompt, item.tools, item.template_kwargs), set()).add(item.label)
+    both = sum(len(found) == 2 for found in labels.values())
+    return CheckedFile(len(rows), bad_rows, sizes, len(labels), both, reopened)
 
 
 def _measure(
     rows: Sequence[Feedback], config: DataConfig, tokenizer: PreTrainedTokenizerBase | None
-) -> tuple[list[Size], list[str]]:
-    """Sizes of the rows, and a message for each row that the tokenizer or its chat template refuses."""
+) -> tuple[list[Size], list[str], int]:
+    """Sizes of the rows, a message for each row that the tokenizer or its chat template refuses, and how many turns the
+    template opens otherwise than it writes them."""
     if tokenizer is None:
-        return [Size(r.source, r.label, _characters(r.prompt), _characters(r.completion)) for r in rows], []
+        return [Size(r.source, r.label, _characters(r.prompt), _characters(r.completion)) for r in rows], [], 0
 
-    def sizes(part: Sequence[Feedback], skip_bad_rows: bool) -> tuple[list[Size], list[str]]:
+    def sizes(part: Sequence[Feedback], skip_bad_rows: bool) -> tuple[list[Size], list[str], int]:
         tokens = tokenize(
-            part, tokenizer, template=config.template, max_length=sys.maxsize, skip_bad_rows=skip_bad_rows
+            part,
+            tokenizer,
+            template=config.template,
+            chat=chat_of(config),
+            max_length=sys.maxsize,
+            skip_bad_rows=skip_bad_rows,
         )
         found = [Size(e.source, e.label, len(e.prompt_ids), len(e.completion_ids)) for e in tokens.examples]
-        return found, tokens.skipped
+        return found, tokens.skipped, tokens.reopened
 
     try:
-        found, refused = sizes(rows, skip_bad_rows=True)
+        found, refused, reopened = sizes(rows, skip_bad_rows=True)
     except UserError:  # all of them are refused, or the tokenizer lacks something: one at a time tells which
-        found, refused = [], []
+        found, refused, reopened = [], [], 0
         for row in rows:
             try:
-                found += sizes([row], skip_bad_rows=False)[0]
+                measured, _, differ = sizes([row], skip_bad_rows=False)
+                found, reopened = found + measured, reopened + differ
             except RowError as error:
                 refused.append(str(error))
-    return found, list(dict.fromkeys(refused))  # both halves of a pair are refused for the same prompt
+    refused = list(dict.fromkeys(refused))  # both halves of a pair are refused for the same prompt
+    return found, refused, reopened
 
 
 def _characters(text: Text) -> int:
@@ -275,7 +289,7 @@ def _characters(text: Text) -> int:
 
 def _digest(row: Feedback) -> object:
     """The same for equal prompts and completions, whatever the label; small, however long they are."""
-    text = json.dumps([row.prompt, row.completion], sort_keys=True, default=str)
+    text = json.dumps([row.prompt, row.completion, row.tools, row.template_kwargs], sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
@@ -318,6 +332,7 @@ def _counts(file: CheckedFile) -> dict[str, int]:
         "labelled_rejected": len(file.sizes) - good,
         "prompts": file.prompts,
         "prompts_with_both": file.prompts_with_both,
+        "reopened": file.reopened,
     }
 
 
@@ -339,6 +354,11 @@ def _print(report: DataReport, config: DataConfig, console: Console) -> None:
             line(f"  {place}")
         if len(places) > EXAMPLES:
             line(f"  and {len(places) - EXAMPLES:,} more", "dim")
+    if differ := sum(file.reopened for file in report.files.values()):
+        line(
+            f"completions that follow the turn as generation opens it, otherwise than finished ones: {differ:,}",
+            "yellow",
+        )
     if report.max_length is None:
         line(f"longer than {config.max_length} tokens: not known without --model, whose tokenizer counts them", "dim")
     total = sum(file.rows for file in report.files.values())

@@ -1,11 +1,13 @@
 """`bnf evaluate`: score labelled completions under a model, beside its own reference."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from bnf_align.run.feedback import load_split
+from bnf_align.run.feedback import load_split, with_date
+from bnf_align.run.run_folder import recorded_setting
 from bnf_align.run.scoring import score, table
 from bnf_core import registry
 from bnf_core.config import EvaluateConfig
@@ -25,6 +27,8 @@ def evaluate(config: EvaluateConfig, console: Console) -> Metrics:
     """
     folder = resolve_model(config.model)
     tokenizer = load_tokenizer(folder)
+    trained_in = Path(config.adapter or folder).resolve().parent  # a run's adapter, or its model
+    config = replace(config, data=with_date(config.data, tokenizer, recorded_setting(trained_in, "data.date")))
     examples = load_split(config.data.path, config.split, config.data, tokenizer, console)
     engine = registry.get(config.hardware.backend).load(
         folder,

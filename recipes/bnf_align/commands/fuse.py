@@ -12,6 +12,7 @@ from rich.console import Console
 from bnf_align.commands.convert_adapter import require_free
 from bnf_core import registry
 from bnf_core.config import DType
+from bnf_core.data.tokenization import listed_stops, save_stops
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import adapter_layout
 from bnf_core.models.model_folder import resolve_model
@@ -62,6 +63,8 @@ def fuse(
     try:
         with replacing(output) as partial:
             backend.fuse(source, adapter, partial, dtype=dtype_name, dequantize=dequantize)
+            if stops := listed_stops(adapter):
+                save_stops(partial, stops)
     except OSError as error:
         raise UserError(f"{output} could not be written: {error}") from error
     return layout

@@ -7,6 +7,7 @@ from rich.console import Console
 from bnf_align.run.completions import complete
 from bnf_core import registry
 from bnf_core.config import GenerateConfig
+from bnf_core.data.rendering import Chat
 from bnf_core.data.tokenization import load_tokenizer, stop_ids
 from bnf_core.models.model_folder import resolve_model
 
@@ -25,8 +26,10 @@ def generate(config: GenerateConfig) -> str:
         dtype=config.hardware.dtype,
         adapter=Path(config.adapter) if config.adapter else None,
     )
-    stops = stop_ids(tokenizer, folder)
-    return complete(engine, tokenizer, [config.prompt], config.template, config.max_tokens, stops)[0]
+    chat = Chat.of(config.chat_template, config.template_kwargs)
+    folders = [folder, Path(config.adapter)] if config.adapter else [folder]
+    stops = stop_ids(tokenizer, *folders, chat=chat)
+    return complete(engine, tokenizer, [config.prompt], config.template, config.max_tokens, stops, chat=chat)[0]
 
 
 Config = GenerateConfig

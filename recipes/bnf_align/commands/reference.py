@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
-from bnf_align.run.feedback import load_split, read_once
+from bnf_align.run.feedback import load_split, read_once, with_date
 from bnf_align.run.progress import Bar, bar
 from bnf_core import registry
 from bnf_core.config import DataConfig, ReferenceConfig, TrainConfig
@@ -22,7 +23,7 @@ from bnf_core.protocol import Engine
 from bnf_core.steps.batching import MicroBatching
 from bnf_core.steps.reference import ReferenceCache
 from bnf_core.steps.steps import my_share
-from bnf_core.storage.reference_folder import ReferenceWriter, StoredReference, fingerprint
+from bnf_core.storage.reference_folder import ReferenceWriter, StoredReference, fingerprint, recorded_date
 from bnf_core.storage.reference_folder import open_reference as open_folder
 from bnf_core.types import Array, Example
 
@@ -41,6 +42,8 @@ def reference(config: ReferenceConfig, console: Console) -> StoredReference:
         console = Console(quiet=True)
     model = resolve_model(config.model)
     tokenizer = load_tokenizer(model)
+    known = None if config.overwrite else recorded_date(folder)
+    config = replace(config, data=with_date(config.data, tokenizer, known))
     path, split = config.data.path, config.split
     splits = [split] if split != "all" else [s for s in sources.SPLITS if sources.has_split(path, s)] or ["train"]
     rows = _rows(splits, config.data, tokenizer, console)

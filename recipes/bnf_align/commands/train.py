@@ -15,29 +15,31 @@ from transformers import PreTrainedTokenizerBase
 
 from bnf_align.commands.reference import open_reference
 from bnf_align.run.auto_batch import auto_micro_batch
-from bnf_align.run.feedback import TrainingData, load_training_data
+from bnf_align.run.feedback import TrainingData, load_training_data, tell, with_date
 from bnf_align.run.interrupts import Interrupts
 from bnf_align.run.pictures import run_picture
 from bnf_align.run.progress import bar
-from bnf_align.run.run_folder import RunFolder
+from bnf_align.run.run_folder import RunFolder, recorded_setting
 from bnf_align.run.samples import Samples
 from bnf_align.run.scoring import score, table
 from bnf_align.run.tracking import check_trackers, open_trackers
 from bnf_core import registry
 from bnf_core.config import TrainConfig
+from bnf_core.data.rendering import chat_of
 from bnf_core.data.tokenization import load_tokenizer, pad_id, stop_ids
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.models.model_folder import resolve_model
 from bnf_core.protocol import Engine
-from bnf_core.steps import loop
-from bnf_core.steps import steps as plan
+from bnf_core.steps import loop, steps
+from bnf_core.steps.baseline import Baseline, mismatched
 from bnf_core.steps.batching import collate
 from bnf_core.steps.metrics import SHIFT_CHOSEN, SHIFT_REJECTED, Meter, Metrics
-from bnf_core.steps.reference import ReferenceCache
+from bnf_core.steps.reference import NoReference, Reference, ReferenceCache
 from bnf_core.steps.steps import Step
 from bnf_core.storage.checkpoints import MODEL_WEIGHTS, Change, Facts, changes, run_facts
-from bnf_core.storage.shards import REFERENCE, put_under, under
-from bnf_core.types import Position, TokenStats
+from bnf_core.storage.reference_folder import recorded_date
+from bnf_core.storage.shards import BASELINE, REFERENCE, put_under, under
+from bnf_core.types import Position, TokenScores
 
 # More to measure at each evaluation, such as the accuracy of generated answers.
 Evaluator = Callable[[Engine], Metrics]
@@ -70,6 +72,9 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
     for note in backend.notes(checkpoint):
         console.print(note, style="yellow", highlight=False, markup=False, soft_wrap=True)
     tokenizer = load_tokenizer(checkpoint)
+    begun = recorded_setting(Path(config.output), "data.date") if config.resume else None
+    referred = recorded_date(config.reference) if config.reference else None
+    config = replace(config, data=with_date(config.data, tokenizer, begun, referred))
     data = load_training_data(config, tokenizer, console)
     if config.sample_every and not data.held_out:
         raise UserError("sample_every needs held-out rows, whose prompts it completes: give some with --valid")
@@ -86,6 +91,7 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
             fine_tune_type=config.fine_tune_type,
             lora=config.lora,
             optimizer=config.optimizer,
+            objective=config.make_objective(),
             gradient_checkpointing=config.gradient_checkpointing,
             seed=config.seed,
         )
@@ -112,16 +118,21 @@ class _Training:
     ):
         self.config, self.engine, self.data, self.facts = config, engine, data, facts
         self.console, self.evaluator, self.tokenizer = console, evaluator, tokenizer
-        self.stops = stop_ids(tokenizer, checkpoint)
+        self.stops = stop_ids(tokenizer, checkpoint, chat=chat_of(config.data))
         self.pad = pad_id(tokenizer)
         self.processes = engine.processes
         self.first = self.processes.rank == 0
-        self.folder = RunFolder(config, self.processes)
-        self.batching = plan.micro_batching_of(config, engine)
+        known = stop_ids(tokenizer, checkpoint, of_template=False)
+        self.folder = RunFolder(config, self.processes, self.stops if set(self.stops) > set(known) else ())
+        self.batching = steps.micro_batching_of(config, engine)
         stored = open_reference(config, checkpoint, tokenizer, engine, data.in_memory)
         # Streamed rows that are not stored can be computed only as long as the model's own weights stay.
-        computes = stored is None or config.fine_tune_type != "full"
-        self.reference = ReferenceCache(engine.reference_log_odds if computes else None, stored)
+        computes = data.examples is not None or stored is None or config.fine_tune_type != "full"
+        self.objective = config.make_objective()
+        self.reference: Reference = NoReference()
+        if self.objective.needs_reference:
+            self.reference = ReferenceCache(engine.reference_log_odds if computes else None, stored)
+        self.baseline = Baseline(self.objective, engine, self.reference, self.batching, self.pad)
         self.num_steps = data.num_steps(config)
         self.position: Position | None = None
         self.evaluations: dict[int, Metrics] = {}
@@ -141,12 +152,14 @@ class _Training:
             bar("train", self.num_steps - start, self.console) as self.progress,
             Interrupts() as self.interrupts,
         ):
-            if self.config.fine_tune_type == "full" and start == 0:
+            if self.config.fine_tune_type == "full" and start == 0 and self.objective.needs_reference:
                 self._compute_reference()
             self.samples = self._samples(start)
             self._watch(start)
             self.started = time.perf_counter()
             loop.train(self.engine, self._steps(start), self._after, self.config.optimizer.max_grad_norm)
+        if self.data.tally:
+            tell(self.data.tally, self.console)
         after = self.evaluations[max(self.evaluations)] if self.evaluations else None
         picture = self.folder.path / "run.png"
         if self.first:
@@ -164,7 +177,7 @@ class _Training:
             self.engine.evaluate(batch, np.zeros(len(batch.targets), np.float32))
 
     def _steps(self, start: int) -> Iterator[Step]:
-        return plan.steps(
+        return steps.steps(
             self.data.rows,
             batch_size=self.config.batch_size,
             num_steps=self.num_steps,
@@ -172,15 +185,16 @@ class _Training:
             batching=self.batching,
             reference=self.reference,
             processes=self.processes,
+            baseline=self.baseline,
             pad_id=self.pad,
             start=start,
             position=self.position,
         )
 
-    def _after(self, step: Step, stats: list[TokenStats], norm: float) -> None:
-        meter = Meter()
-        for (batch, ref_log_odds), measured in zip(step.batches, stats, strict=True):
-            meter.add(batch, measured, ref_log_odds)
+    def _after(self, step: Step, scores: list[TokenScores], norm: float) -> None:
+        meter = Meter(self.objective)
+        for (batch, ref_log_odds), measured in zip(step.batches, scores, strict=True):
+            meter.add(batch, measured, ref_log_odds, step.baseline)
         meter.gather(self.processes)
         metrics, done = meter.result(), step.number + 1
         if not math.isfinite(norm):
@@ -220,7 +234,13 @@ class _Training:
             try:
                 with self.interrupts.at_once(allowed=self.processes.count == 1):
                     metrics = score(
-                        self.engine, self.reference, self.data.held_out, self.batching, self.pad, self.console
+                        self.engine,
+                        self.reference,
+                        self.data.held_out,
+                        self.batching,
+                        self.pad,
+                        self.console,
+                        self.objective,
                     )
                     metrics |= self.evaluator(self.engine) if self.evaluator else {}
             except KeyboardInterrupt:
@@ -258,7 +278,9 @@ class _Training:
     def _save(self, step: int) -> None:
         if step == self.saved_at:
             return
-        known = put_under(REFERENCE, self.reference.state()) if self.first else {}
+        known = {}
+        if self.first:
+            known = put_under(REFERENCE, self.reference.state()) | put_under(BASELINE, self.baseline.state())
         self.folder.save(step, self.engine, known, self.facts, self.position)
         self.saved_at = step
 
@@ -271,7 +293,7 @@ class _Training:
 
     def _not_finite(self, step: Step, metrics: Metrics) -> NoReturn:
         with self.folder.writing():
-            self.engine.save(self.folder.trained)
+            self.folder.save_trained(self.engine)
         what = "gradient" if math.isfinite(metrics["loss"] or 0.0) else "loss"
         raise TrainingStopped(
             f"step {step.number + 1}: the {what} is not finite; the weights as they were before this step are in "
@@ -288,10 +310,15 @@ class _Training:
                     "then pass --reference"
                 )
             return
-        mine = plan.my_share(examples, self.batching, self.processes, self.pad)
+        rows = list(examples)
+        if self.objective.baseline_from == "mismatched":
+            batches = self.data.rows.batches(self.config.batch_size)
+            rows += {e.key: e for _ in range(self.num_steps) for e in mismatched(next(batches)[0])}.values()
+            rows += mismatched(self.data.held_out or [])
+        mine = steps.my_share(rows, replace(self.batching, unit="row"), self.processes, self.pad)
         with bar("reference", len(mine), self.console) as progress:
             for batch in mine:
-                plan.with_reference([batch], self.reference, self.processes)
+                steps.with_reference([batch], self.reference, self.processes)
                 progress.advance()
 
     def _start(self) -> int:
@@ -320,6 +347,7 @@ class _Training:
             )
         self.engine.load_state(found.arrays)
         self.position = found.position
+        self.baseline.load_state(under(BASELINE, found.arrays))
         # The reference is known by the rows' tokens, and holds as long as the weights it was computed with.
         if not any(change.name == MODEL_WEIGHTS for change in changed):
             self.reference.load_state(under(REFERENCE, found.arrays))

@@ -1,8 +1,6 @@
 """How many rows at a time fit into the memory of a device, by the formulae of `bnf_core.models.architecture`."""
 
 import math
-import os
-import platform
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -30,19 +28,12 @@ def measures_of(hardware: HardwareConfig, model: Architecture) -> Measures:
 
 def training_of(config: TrainConfig, measures: Measures) -> Training:
     """What the formulae need to know of a run on the device that is measured."""
-    facts = measures.facts()
-    device = str(measures.device)
-    on_cpu = "cpu" in device.lower()
-    glibc = platform.libc_ver()[0] == "glibc" and "MALLOC_MMAP_THRESHOLD_" not in os.environ
     return Training(
-        backend=config.hardware.backend,
-        device=device,
-        dtype=facts["dtype"],
+        dtype=measures.facts()["dtype"],
         kind=config.fine_tune_type,
         lora=config.lora,
         load_in_4bit=config.hardware.load_in_4bit,
         gradient_checkpointing=config.gradient_checkpointing,
-        fragmented=config.hardware.backend == "torch" and on_cpu and glibc,
     )
 
 
@@ -61,7 +52,8 @@ def peak(
     first = islice(data.rows.batches(batch_size), min(BATCHES, data.rows.steps_per_epoch(batch_size)))
     batches = [longest, *(chosen for chosen, _ in first)]
     grids = {measures.grid(part) for chosen in batches for part in micro_batches(chosen, batching)}
-    return max((memory(model, training, grid, runtime) for grid in grids), key=lambda found: found.total)
+    found = (memory(model, training, grid, measures.kept(model, training, grid), runtime) for grid in grids)
+    return max(found, key=lambda memory: memory.total)
 
 
 def largest(needs: Callable[[int], float], most: int, free: float) -> int:

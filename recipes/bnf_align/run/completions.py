@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from bnf_core.config import Template
-from bnf_core.data.records import Text
+from bnf_core.data.messages import Text
+from bnf_core.data.rendering import Chat
 from bnf_core.data.tokenization import prompt_ids
 from bnf_core.protocol import Engine
 
@@ -18,9 +19,10 @@ def complete(
     max_tokens: int,
     stops: Sequence[int],
     batch_size: int = 16,
+    chat: Chat | None = None,
 ) -> list[str]:
     """Greedy completions of many prompts, in their order."""
-    ids = [prompt_ids(p, tokenizer, template) for p in prompts]
+    ids = [prompt_ids(p, tokenizer, template, chat=chat) for p in prompts]
     return complete_ids(engine, tokenizer, ids, max_tokens, stops, batch_size)
 
 

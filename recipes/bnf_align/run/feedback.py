@@ -1,21 +1,23 @@
 """Loading feedback as tokens: the first step of every job that reads data."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from bnf_core.config import DataConfig, TrainConfig
 from bnf_core.data import sources
-from bnf_core.data.feedback import FeedbackTokenizer
+from bnf_core.data.feedback import FeedbackTokenizer, Tally
 from bnf_core.data.records import Feedback
+from bnf_core.data.rendering import asks_for_date, chat_of
 from bnf_core.data.streaming import FeedbackStream
 from bnf_core.errors import UserError
-from bnf_core.steps.batching import Rows
+from bnf_core.steps.batching import Rows, require_units, rows_alone
 from bnf_core.steps.steps import Data
-from bnf_core.storage.digests import rows_digest, tokenizer_digest
-from bnf_core.types import Example
+from bnf_core.storage.digests import json_digest, rows_digest, tokenizer_digest
+from bnf_core.types import Example, Unit
 
 
 def load_split(
@@ -29,17 +31,6 @@ def load_split(
     return _tokenized(_rows(path, split, config, console), split, config, tokenizer, console)
 
 
-def stream(
-    split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, shuffle_buffer: int = 1, seed: int = 0
-) -> FeedbackStream:
-    """The tokenised rows of one split, read as they are needed; in the order of the data, unless it is shuffled.
-
-    Raises:
-        UserError: nothing there, or no such split.
-    """
-    return _tokens_of(config, tokenizer).stream(config.path, split, shuffle_buffer=shuffle_buffer, seed=seed)
-
-
 def read_once(
     split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> Iterator[Example]:
@@ -48,9 +39,49 @@ def read_once(
     Raises:
         UserError: a missing file or a bad row.
     """
-    rows = stream(split, config, tokenizer)
+    rows, tally = _stream(split, config, tokenizer)
     yield from rows.examples()
     _list_skipped(rows.skipped, rows.source.name, console, rows.skipped_count)
+    tell(tally, console)
+
+
+def tell(tally: Tally, console: Console) -> None:
+    """Say what a person should know of the rows."""
+    for note in tally.notes():
+        console.print(f"[yellow]  {note}[/yellow]", highlight=False, soft_wrap=True)
+
+
+def with_date(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *recorded: str | None) -> DataConfig:
+    """The settings with the day that the chat template is told, where it asks for one: the one that is set, else the
+    first that is recorded, else today.
+
+    Raises:
+        UserError: `data.chat_template` is a file that cannot be read.
+    """
+    if config.date is not None or not asks_for_date(tokenizer, chat_of(config)):
+        return config
+    return replace(config, date=next(filter(None, recorded), None) or date.today().isoformat())
+
+
+def _stream(
+    split: str,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    shuffle_buffer: int = 1,
+    seed: int = 0,
+    unit: Unit = "row",
+) -> tuple[FeedbackStream, Tally]:
+    """The tokenised rows of one split, read as they are needed, and what became of those that were; in the order of
+    the data, unless it is shuffled.
+
+    Raises:
+        UserError: nothing there, or no such split.
+    """
+    feedback = FeedbackTokenizer.of(tokenizer, config)
+    tally = feedback.tally()
+    rows = feedback.stream(config.path, split, shuffle_buffer=shuffle_buffer, seed=seed, unit=unit, report=tally.add)
+    return rows, tally
 
 
 @dataclass(frozen=True)
@@ -61,6 +92,7 @@ class TrainingData:
     examples: Sequence[Example] | None  # the training rows; None where they are streamed
     digest: str  # of the training rows, or of the files they are streamed from
     held_out: list[Example] | None
+    tally: Tally | None = None  # of streamed rows, of which more become known as they are met
 
     def num_steps(self, config: TrainConfig) -> int:
         """How many optimizer steps the run has: those of its epochs, but at most `max_steps`, which streams need."""
@@ -96,12 +128,13 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, 
     train = _rows(data.path, "train", data, console)
     if valid is None and config.valid_fraction > 0:
         train, valid = sources.split_by_prompt(train, config.valid_fraction, config.seed)
-    examples = _tokenized(train, "train", data, tokenizer, console)
+    unit = config.make_objective().unit
+    examples = _of_units(_tokenized(train, "train", data, tokenizer, console), "train", unit, data, console)
     return TrainingData(
-        rows=Rows(examples, config.seed),
+        rows=Rows(examples, config.seed, unit),
         examples=examples,
         digest=rows_digest(examples),
-        held_out=None if valid is None else _tokenized(valid, "valid", data, tokenizer, console),
+        held_out=_held_out(valid, unit, data, tokenizer, console),
     )
 
 
@@ -114,12 +147,36 @@ def _streamed(
             "valid_fraction cannot hold out rows of streamed data: give held-out rows in a file, with --valid"
         )
 
+    unit = config.make_objective().unit
+    rows, tally = _stream("train", data, tokenizer, shuffle_buffer=data.shuffle_buffer, seed=config.seed, unit=unit)
+    made = [f"{sources.digest(data.path, 'train')}, tokenizer {tokenizer_digest(tokenizer)}"]
+    if template := chat_of(data).template:
+        made.append(f"chat template {json_digest(template)}")
     return TrainingData(
-        rows=stream("train", data, tokenizer, shuffle_buffer=data.shuffle_buffer, seed=config.seed),
+        rows=rows,
         examples=None,
-        digest=f"{sources.digest(data.path, 'train')}, tokenizer {tokenizer_digest(tokenizer)}",
-        held_out=None if valid is None else _tokenized(valid, "valid", data, tokenizer, console),
+        digest=", ".join(made),
+        held_out=_held_out(valid, unit, data, tokenizer, console),
+        tally=tally,
     )
+
+
+def _held_out(
+    rows: list[Feedback] | None, unit: Unit, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> list[Example] | None:
+    if rows is None:
+        return None
+    return _of_units(_tokenized(rows, "valid", config, tokenizer, console), "valid", unit, config, console)
+
+
+def _of_units(examples: list[Example], name: str, unit: Unit, config: DataConfig, console: Console) -> list[Example]:
+    """Without the rows that the objective has nothing to compare with, where bad rows are to be skipped."""
+    alone = rows_alone(examples, unit) if config.skip_bad_rows else []
+    if alone:
+        console.print(f"[yellow]skipped {len(alone)} rows of {name} that lack what this objective compares[/yellow]")
+    kept = [e for i, e in enumerate(examples) if i not in set(alone)]
+    require_units(kept or examples, unit)
+    return kept
 
 
 def _rows(path: str, split: str, config: DataConfig, console: Console) -> list[Feedback]:
@@ -128,14 +185,10 @@ def _rows(path: str, split: str, config: DataConfig, console: Console) -> list[F
     return loaded.rows
 
 
-def _tokens_of(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> FeedbackTokenizer:
-    return FeedbackTokenizer(tokenizer, config.template, config.max_length, config.skip_bad_rows)
-
-
 def _tokenized(
     rows: Sequence[Feedback], name: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> list[Example]:
-    feedback = _tokens_of(config, tokenizer)
+    feedback = FeedbackTokenizer.of(tokenizer, config)
     tokens = feedback(rows)
     _list_skipped(tokens.skipped, name, console)
     examples = tokens.examples
@@ -145,8 +198,7 @@ def _tokenized(
         f"{sum(map(len, examples)):,} tokens",
         highlight=False,
     )
-    if cuts := feedback.cuts(tokens):
-        console.print(f"[yellow]  {cuts}[/yellow]")
+    tell(feedback.tally(tokens), console)
     if config.template == "auto" and tokenizer.chat_template and isinstance(rows[0].prompt, str):
         console.print(
             "[dim]  plain strings are used as they are; --template chat wraps them in the chat template[/dim]"

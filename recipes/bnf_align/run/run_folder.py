@@ -4,7 +4,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 
 from bnf_core.config import TrainConfig
+from bnf_core.data.tokenization import save_stops
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.processes import ALONE, Processes
 from bnf_core.protocol import Engine
@@ -30,8 +31,13 @@ class RunFolder:
     run is on its way, whatever cannot be written raises TrainingStopped, which names the checkpoint to go on from.
     Every process calls the same methods; the first one writes."""
 
-    def __init__(self, config: TrainConfig, processes: Processes = ALONE):
+    def __init__(self, config: TrainConfig, processes: Processes = ALONE, stops: Sequence[int] = ()):
+        """
+        Args:
+            stops: token ids that end a completion, for whoever generates with what is trained; none: as the model says.
+        """
         self.path = Path(config.output)
+        self._stops = stops
         self.trained = self.path / ("model" if config.fine_tune_type == "full" else "adapter")
         self.processes = processes
         self._first = processes.rank == 0
@@ -124,7 +130,7 @@ class RunFolder:
             if self._first:
                 self._write_config()
                 replace_file(self._metrics, "".join(json.dumps(line) + "\n" for line in lines))
-            engine.save(self.trained)
+            self.save_trained(engine)
         evaluations = [line for line in lines if line["kind"] == "eval"]
         return {e["step"]: {k: v for k, v in e.items() if k not in ("kind", "step")} for e in evaluations}
 
@@ -142,7 +148,13 @@ class RunFolder:
         arrays = engine.state() | dict(more)
         with self.writing():
             self.checkpoints.save(step, arrays, facts, position, processes=self.processes)
-            engine.save(self.trained)
+            self.save_trained(engine)
+
+    def save_trained(self, engine: Engine) -> None:
+        """Write the adapter or model, with the tokens that end its completions."""
+        engine.save(self.trained)
+        if self._first and self._stops:
+            save_stops(self.trained, self._stops)
 
     def _write_config(self) -> None:
         """Without what is said anew each time."""
@@ -158,6 +170,17 @@ class RunFolder:
             steps = self.checkpoints.steps()
             hint = f"when there is room, go on from step {steps[-1]}: {self.how_to_resume}" if steps else "start anew"
             raise TrainingStopped(f"{self.path} could not be written: {error}; {hint}") from error
+
+
+def recorded_setting(folder: Path, name: str) -> Any:
+    """A setting by its dotted name, as the run in a folder was given it; None: there is no run, or it has none."""
+    try:
+        settings = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        for key in name.split("."):
+            settings = settings[key]
+        return settings
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
+        return None
 
 
 def _lock(path: Path) -> BaseFileLock:

@@ -6,30 +6,40 @@ from rich.console import Console
 from rich.table import Table
 
 from bnf_align.run.progress import bar
+from bnf_core.objectives import Objective
+from bnf_core.objectives.bnf import BNF
 from bnf_core.protocol import Engine
 from bnf_core.steps import steps as plan
+from bnf_core.steps.baseline import Baseline
 from bnf_core.steps.batching import MicroBatching
 from bnf_core.steps.metrics import Meter, Metrics
-from bnf_core.steps.reference import ReferenceCache
+from bnf_core.steps.reference import Reference
 from bnf_core.types import Example
 
 
 def score(
     engine: Engine,
-    reference: ReferenceCache,
+    reference: Reference,
     examples: Sequence[Example],
     batching: MicroBatching,
     pad: int,
     console: Console,
+    objective: Objective | None = None,
 ) -> Metrics:
-    """Metrics of all examples, scored by all processes together."""
-    meter = Meter()
+    """Metrics of all examples as one batch of an objective, BNF by default, scored by all processes together."""
+    objective = objective or BNF()
+    meter = Meter(objective)
     mine = plan.my_share(examples, batching, engine.processes, pad)
+    scored = []
     with bar("evaluate", len(mine), console) as progress:
         for batch in mine:
             [(_, ref_log_odds)] = plan.with_reference([batch], reference, engine.processes)
-            meter.add(batch, engine.evaluate(batch, ref_log_odds), ref_log_odds)
+            scored.append((batch, engine.evaluate(batch, ref_log_odds), ref_log_odds))
             progress.advance()
+    pairs = [(batch, ref_log_odds) for batch, _, ref_log_odds in scored]
+    baseline = Baseline(objective, engine, reference, batching, pad)(examples, pairs)
+    for batch, scores, ref_log_odds in scored:
+        meter.add(batch, scores, ref_log_odds, baseline)
     meter.gather(engine.processes)
     return meter.result()
 

@@ -1,0 +1,52 @@
+"""Processes of a test, forked from one that has loaded the frameworks: importing them takes ten seconds each time."""
+
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Mapping
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+PRELOADED = ["bnf_align.commands.train", "bnf_torch.engine", "peft", "bnf_mlx.engine", "mlx_lm", "datasets", "pytest"]
+
+
+def context() -> ForkServerContext:
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload(PRELOADED)  # what is not installed is passed over
+    return made
+
+
+def start(
+    target: Callable[..., int | None],
+    *args: Any,
+    environment: Mapping[str, str] = {},  # nobody writes to it
+    folder: Path | None = None,
+    output: Path | None = None,
+) -> BaseProcess:
+    """A process that ends with what `target` returns, run in a folder, its standard output and error in a file."""
+    process = context().Process(target=_become, args=(target, args, dict(environment), folder, output))
+    process.start()
+    return process
+
+
+def ended(process: BaseProcess, timeout: float = 120) -> int:
+    """Its exit code, once it has ended."""
+    process.join(timeout)
+    assert process.exitcode is not None
+    return process.exitcode
+
+
+def _become(
+    target: Callable[..., int | None], args: tuple[Any, ...], environment: Mapping[str, str], folder: Path | None,
+    output: Path | None,
+) -> None:  # fmt: skip
+    os.environ.update(environment)
+    if folder is not None:
+        os.chdir(folder)
+    if output is not None:
+        with output.open("wb") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+    sys.exit(target(*args))
