@@ -114,6 +114,11 @@ def head_weight(model: nn.Module) -> mx.array:
     return dense_weight(output_head(model))
 
 
+def head_bias(model: nn.Module) -> mx.array | None:
+    """(V,), where the head has one."""
+    return output_head(model).get("bias")
+
+
 def dense_weight(layer: Any) -> mx.array:
     """(out, in), or (V, D); of a quantised layer, the weights it stands for."""
     if not isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):

@@ -139,7 +139,9 @@ def require_removable(model: PeftModel, before: Tensor | None = None, name: str 
     activated = getattr(config, "alora_invocation_tokens", None)
     # AdaLoRA adds to the loss there, X-LoRA weighs adapters, Poly and Shadow want inputs of their own.
     if activated or config.is_prompt_learning or type(model.base_model).forward is not BaseTuner.forward:
-        what = "alora_invocation_tokens" if activated else f"of PEFT's kind {config.peft_type.value}, it"
+        what = (
+            "alora_invocation_tokens" if activated else f"of PEFT's kind {getattr(config.peft_type, 'value', None)}, it"
+        )
         raise UserError(f"{name}: {what} acts outside of the model's layers: expected an adapter such as LoRA")
     with adapter_off(model), torch.enable_grad():
         trained = {path: p for path, p in model.named_parameters() if p.requires_grad}

@@ -280,7 +280,8 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
     enable({"use_reentrant": False})
     for layer in model.modules():
         if isinstance(layer, GradientCheckpointingLayer):
-            layer._gradient_checkpointing_func = partial(_checkpoint_quietly, layer)
+            quiet: Any = partial(_checkpoint_quietly, layer)
+            layer._gradient_checkpointing_func = quiet
 
 
 def _checkpoint_quietly(layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:

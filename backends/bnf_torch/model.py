@@ -163,6 +163,11 @@ def head_weight(model: PreTrainedModel) -> Tensor:
     return model.get_output_embeddings().weight
 
 
+def head_bias(model: PreTrainedModel) -> Tensor | None:
+    """(V,), where the head has one."""
+    return getattr(model.get_output_embeddings(), "bias", None)
+
+
 def completion_hidden(model: PreTrainedModel, input_ids: Tensor, positions: Tensor, **layout: Tensor) -> Tensor:
     """The states before the head, (N, D), at flat positions of the (B, T) grid of token ids.
 

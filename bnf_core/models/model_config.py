@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Config = dict[str, Any]
 
@@ -54,6 +54,30 @@ def module_path(name: str) -> str:
     """A module's name within the decoder, the same in transformers and mlx-lm: `model.layers.0.mlp` and
     `gpt_neox.h.0.mlp` are both `layers.0.mlp`."""
     return LAYERS.sub("layers.", DECODER.sub("", name))
+
+
+class HeadTransform(NamedTuple):
+    """What a model does to hidden @ head.T + bias: soft_cap · tanh(scale · … / soft_cap)."""
+
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+
+def head_transforms(config: Mapping[str, Any]) -> list[HeadTransform]:
+    """Those that a config's keys may mean, the likeliest first. Which of them it is, if any, comparing shows: a family
+    may have a key and not heed it."""
+
+    def number(name: str) -> float | None:
+        value = config.get(name)
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+
+    scale = number("logit_scale") or number("lm_head_multiplier")  # cohere; falcon_h1
+    if divisor := number("logits_scaling"):  # granite
+        scale = 1.0 / divisor
+    if (base := number("dim_model_base")) and (width := number("hidden_size")):  # minicpm
+        scale = base / width
+    soft_cap = number("final_logit_softcapping") or number("logits_soft_cap")  # gemma2; recurrent_gemma
+    return list(dict.fromkeys([HeadTransform(scale or 1.0, soft_cap), HeadTransform()]))
 
 
 def full_config(folder: Path) -> Config:
