@@ -369,7 +369,7 @@ class BNFTrainer(Trainer):
         found, refused = Checkpoints(Path(checkpoint) / STATE, keep=1).newest(self.engine.processes)
         if found is None:
             reason = "; ".join(refused) or f"it has no {STATE} (save_only_model, or another trainer's)"
-            raise UserError(f"training cannot go on from {checkpoint}: {reason}")
+            raise UserError(f"training cannot resume from {checkpoint}: {reason}")
         self.resumed = checkpoint, found
         return found
 

@@ -140,9 +140,9 @@ def _label(value: Any, source: str) -> bool:
     if isinstance(value, bool):
         return value
     if isinstance(value, str):
-        remedy = "Write true (preferred) or false (dispreferred) without quotes"
+        remedy = "Write true (chosen) or false (rejected) without quotes"
     else:
-        remedy = "Write true for a preferred completion and false for a dispreferred one, as in 1 -> true, 0 -> false"
+        remedy = "Write true for a chosen completion and false for a rejected one, as in 1 -> true, 0 -> false"
     raise RowError(source, "label", f"is {named(value)}, expected true or false", remedy)
 
 

@@ -241,7 +241,7 @@ def _check_unchanged(path: Path, stamp: tuple[int, int]) -> None:
     if _stamp(path) != stamp:
         raise UserError(
             f"{path}: has changed since it was first read. Start again with data that stays as it is; a run that is "
-            "to go on needs the file as it was."
+            "resuming needs the file as it was."
         )
 
 

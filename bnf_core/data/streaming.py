@@ -73,7 +73,7 @@ class FeedbackStream:
 
         Args:
             batch_size: examples in a batch. The last batch of an epoch may be short; none spans two epochs.
-            position: where to go on, as it came with a batch; by default the beginning.
+            position: where to resume, as it came with a batch; by default the beginning.
         Returns:
             The batches, each with the position after it: `epoch`, `rows` of it used up in shuffled order, and
             `examples` used of the row after those, of which a pair has two.

@@ -32,7 +32,7 @@ def test_unpaired_text_and_messages_and_other_columns_are_ignored() -> None:
     ]
 
 
-def test_a_pair_is_a_preferred_and_a_dispreferred_row() -> None:
+def test_a_pair_is_a_chosen_and_a_rejected_row() -> None:
     assert parse_row({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, AT) == [
         Feedback("2+2=", "4", True, AT, True),
         Feedback("2+2=", "5", False, AT, True),

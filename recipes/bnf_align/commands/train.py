@@ -288,7 +288,7 @@ class _Training:
         self._save(step)
         raise TrainingStopped(
             f"interrupted after step {step}; what is trained so far is in {self.folder.trained}. "
-            f"To go on: {self.folder.how_to_resume}"
+            f"To resume: {self.folder.how_to_resume}"
         )
 
     def _not_finite(self, step: Step, metrics: Metrics) -> NoReturn:
@@ -343,7 +343,7 @@ class _Training:
             raise UserError(
                 f"{found.folder} is of another run than this:\n  "
                 + "\n  ".join(map(_in_words, changed))
-                + "\nChange it back, or pass --resume-anyway to go on all the same"
+                + "\nChange it back, or pass --resume-anyway to resume all the same"
             )
         self.engine.load_state(found.arrays)
         self.position = found.position
@@ -351,7 +351,7 @@ class _Training:
         # The reference is known by the rows' tokens, and holds as long as the weights it was computed with.
         if not any(change.name == MODEL_WEIGHTS for change in changed):
             self.reference.load_state(under(REFERENCE, found.arrays))
-        self.console.print(f"going on after step {found.step}, from {found.folder}", highlight=False)
+        self.console.print(f"resuming after step {found.step}, from {found.folder}", highlight=False)
         for change in changed:
             self.console.print(
                 f"[yellow]  changed: {escape(_in_words(change))}[/yellow]", highlight=False, soft_wrap=True
