@@ -454,6 +454,8 @@ class _Tokens:
         loaded = load_feedback(data, split, self.args.skip_bad_rows)
         for message in loaded.skipped:
             logger.warning("skipped: %s", message)
+        if loaded.unused:
+            logger.warning("columns that are not used: %s", ", ".join(sorted(loaded.unused)))
         tokens = self.feedback(loaded.rows)
         self._report(tokens)
         require_units(tokens.examples, self.unit)

@@ -25,6 +25,7 @@ from bnf_core.data.messages import (
 UNPAIRED = ("prompt", "completion", "label")
 PAIRED = ("prompt", "chosen", "rejected")
 IMPLICIT = ("chosen", "rejected")
+USED = {*UNPAIRED, *PAIRED, "tools", "chat_template_kwargs"}
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,11 @@ def parse_row(row: Any, source: str) -> list[Feedback]:
     _check_completion(rejected, "rejected", prompt, source)
     both = ((chosen, True), (rejected, False))
     return [Feedback(for_template(prompt), text, label, source, True, tools, kwargs) for text, label in both]
+
+
+def unused_columns(row: Any) -> set[str]:
+    """Names of columns that hold something, and that `parse_row` passes over."""
+    return {str(k) for k, v in row.items() if k not in USED and v is not None} if isinstance(row, Mapping) else set()
 
 
 def _column_set(row: Mapping[str, Any], source: str) -> tuple[str, ...]:

@@ -24,7 +24,7 @@ from bnf_align.run.progress import bar
 from bnf_core.config import DataCheckConfig, DataConfig
 from bnf_core.data import sources
 from bnf_core.data.messages import RowError, Text
-from bnf_core.data.records import Feedback, parse_row
+from bnf_core.data.records import Feedback, parse_row, unused_columns
 from bnf_core.data.rendering import chat_of
 from bnf_core.data.tokenization import load_tokenizer, tokenize
 from bnf_core.errors import UserError
@@ -65,7 +65,8 @@ class CheckedFile:
     sizes: list[Size]  # of every usable completion: a pair has two
     prompts: int  # different ones
     prompts_with_both: int  # with a completion labelled true and one labelled false
-    reopened: int = 0  # completions whose turn the chat template opens otherwise than it writes a finished one
+    reopened: int  # completions whose turn the chat template opens otherwise than it writes a finished one
+    unused: set[str]  # columns that are passed over
 
 
 @dataclass
@@ -223,6 +224,7 @@ def _check(
     bad_rows: list[str] = []
     feedback: list[Feedback] = []
     sizes: list[Size] = []
+    unused: set[str] = set()
     reopened = 0
     with bar(f"check {Path(name).name}", len(rows), console) as progress:
         for at in range(0, len(rows), CHUNK):
@@ -232,6 +234,7 @@ def _check(
                     if isinstance(row, RowError):
                         raise row
                     parsed.extend(parse_row(row, source))
+                    unused |= unused_columns(row)
                 except RowError as error:
                     bad_rows.append(str(error))
                 progress.advance()
@@ -246,7 +249,7 @@ def _check(
     for item in feedback:
         labels.setdefault(sources.prompt_group(item.prompt, item.tools, item.template_kwargs), set()).add(item.label)
     both = sum(len(found) == 2 for found in labels.values())
-    return CheckedFile(len(rows), bad_rows, sizes, len(labels), both, reopened)
+    return CheckedFile(len(rows), bad_rows, sizes, len(labels), both, reopened, unused)
 
 
 def _measure(
@@ -279,8 +282,8 @@ def _measure(
                 found, reopened = found + measured, reopened + differ
             except RowError as error:
                 refused.append(str(error))
-    refused = list(dict.fromkeys(refused))  # both halves of a pair are refused for the same prompt
-    return found, refused, reopened
+    by_row = {message.partition(": ")[0]: message for message in reversed(refused)}  # both halves of a pair are one row
+    return found, [message for message in dict.fromkeys(refused) if message in by_row.values()], reopened
 
 
 def _characters(text: Text) -> int:
@@ -354,6 +357,8 @@ def _print(report: DataReport, config: DataConfig, console: Console) -> None:
             line(f"  {place}")
         if len(places) > EXAMPLES:
             line(f"  and {len(places) - EXAMPLES:,} more", "dim")
+    if unused := set().union(*(file.unused for file in report.files.values())):
+        line(f"columns that are not used: {', '.join(sorted(unused))}", "yellow")
     if differ := sum(file.reopened for file in report.files.values()):
         line(
             f"completions that follow the turn as generation opens it, otherwise than finished ones: {differ:,}",
