@@ -45,6 +45,9 @@ DERIVED: Mapping[str, Mapping[str, Callable[[Config], Any]]] = {
     },
 }
 
+# Families that look positions up in a table: rows of more tokens have none.
+LEARNED_POSITIONS = frozenset(("gpt2", "gpt_bigcode"))
+
 # What stands before the decoder's own modules, and what its list of layers is called.
 DECODER = re.compile(r"^(?:language_model\.)?(?:model|transformer|gpt_neox|backbone)\.")
 LAYERS = re.compile(r"^\w+\.(?=\d)")
@@ -162,6 +165,14 @@ def text_config(config: Config) -> Config:
     """What of a config describes the language model, where it describes others as well."""
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
+
+
+def learned_positions(config: Config) -> int | None:
+    """How many tokens a row can have at most, of a config with its defaults; None: positions are computed."""
+    if config.get("model_type") not in LEARNED_POSITIONS:
+        return None
+    found: int | None = config.get("max_position_embeddings", config.get("n_positions"))
+    return found
 
 
 def rope_scaling(config: Config) -> str | None:
