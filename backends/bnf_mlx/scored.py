@@ -11,7 +11,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from bnf_core.errors import UserError
-from bnf_core.models.model_config import learned_positions
+from bnf_core.models.model_config import position_limit
 from bnf_core.objectives import Objective, Seen, Structure, batch_loss, structure
 from bnf_core.objectives.bnf import BNF
 from bnf_core.steps.limits import Limits
@@ -80,7 +80,7 @@ class ScoredModel:
             self.dequantised = head if kept else None  # once, not for every batch
             mx.eval(self.dequantised)
             vocabulary = completion_logits(model, mx.arange(2)[None], mx.arange(1)).shape[-1]
-            self.limits = Limits(vocabulary, learned_positions(vars(getattr(model, "args", None) or object)))
+            self.limits = Limits(vocabulary, position_limit(vars(getattr(model, "args", None) or object)))
 
     def inputs(self, batch: Batch, ref_log_odds: Array, baseline: float = 0.0, *, pad: bool = False) -> Inputs:
         """A batch on the device; with `pad`, of one of few shapes: more columns of padding, and the last token again

@@ -18,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bnf_core.config import OptimizerConfig
 from bnf_core.errors import UserError
-from bnf_core.models.model_config import learned_positions
+from bnf_core.models.model_config import position_limit
 from bnf_core.objectives import Objective, structure
 from bnf_core.objectives.bnf import BNF
 from bnf_core.processes import ALONE, Processes
@@ -79,7 +79,7 @@ class TorchEngine:
         self.scored.eval()
         self.scored.probe()
         self._reshard()
-        self.limits = Limits(len(head_weight(self.base)), learned_positions(self.base.config.to_dict()))
+        self.limits = Limits(len(head_weight(self.base)), position_limit(self.base.config.to_dict()))
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer: Optimizer | None = None
         if optimizer and self.trainable:

@@ -1,4 +1,4 @@
-"""What a model can be given: token ids that it knows, and as many tokens in a row as it has learned positions for.
+"""What a model can be given: token ids that it knows, and as many tokens in a row as it has positions for.
 Beyond either a framework stops with an error of its own, or reads whatever lies there in memory."""
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from bnf_core.types import Batch
 @dataclass(frozen=True)
 class Limits:
     vocabulary: int  # how many token ids there are
-    positions: int | None = None  # how many it has learned; None: they are computed, as many as one likes
+    positions: int | None = None  # in its table; None: they are computed, as many as one likes
 
     def require(self, batch: Batch) -> None:
         """Raises UserError where a batch goes beyond them."""
@@ -26,8 +26,8 @@ class Limits:
         longest = max(map(len, prompts), default=0)
         if self.positions is not None and longest + max_tokens > self.positions:
             raise UserError(
-                f"{max_tokens} tokens after a prompt of {longest} do not fit into the {self.positions} positions that "
-                f"the model has learned: generate at most {max(self.positions - longest, 0)}"
+                f"{max_tokens} tokens after a prompt of {longest} do not fit into the {self.positions} positions of "
+                f"the model: generate at most {max(self.positions - longest, 0)}"
             )
 
     def _require_known(self, largest: int) -> None:
@@ -42,6 +42,6 @@ class Limits:
 def too_long(where: str, tokens: int, positions: int) -> str:
     """What to say of a row that has too many tokens."""
     return (
-        f"{where}: a row has {tokens} tokens, and the model has learned {positions} positions: set data.max_length "
+        f"{where}: a row has {tokens} tokens, and the model has {positions} positions: set data.max_length "
         f"to at most {positions}, which cuts the prompt"
     )

@@ -1,4 +1,4 @@
-"""What lies beyond a model's vocabulary or its learned positions is refused, by one message, before anything is done;
+"""What lies beyond a model's vocabulary or its positions is refused, by one message, before anything is done;
 generation is greedy whatever the checkpoint's own settings say; and only an adapter drops inputs."""
 
 # ruff: noqa: E402  (imports follow the check that PyTorch is installed)
@@ -16,13 +16,13 @@ import tiny
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from bnf_align import cli
 from bnf_core import registry
 from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
-from bnf_core.models.model_config import LEARNED_POSITIONS
+from bnf_core.models.model_config import position_limit
 from bnf_core.steps.batching import collate
 from bnf_core.types import Example
 
@@ -67,10 +67,10 @@ def test_a_row_beyond_the_positions_is_refused_before_the_first_step(
     data = rows(tmp_path / "rows.jsonl", [1, 2, 1, 2, 1, 60])
     command = ["train", "--model", gpt2, "--data", data, "--output", tmp_path / "run", "--backend", backend_name]
     command += ["--device", "cpu", "--dtype", "float32"]
-    assert "a row has 184 tokens, and the model has learned 48 positions" in said(capsys, *command)
+    assert "a row has 184 tokens, and the model has 48 positions" in said(capsys, *command)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     evaluate = ["evaluate", "--model", gpt2, "--data", data, "--split", "train", "--backend", backend_name]
-    assert "learned 48 positions" in said(capsys, *evaluate, "--device", "cpu")
+    assert "the model has 48 positions" in said(capsys, *evaluate, "--device", "cpu")
     assert cli.run([str(word) for word in [*command, "--max-length", 48, "--max-steps", 1]]) == 0
 
 
@@ -78,7 +78,7 @@ def test_data_check_names_it(gpt2: Path, tmp_path: Path, capsys: pytest.CaptureF
     data = rows(tmp_path / "rows.jsonl", [1, 60, 2])
     assert cli.run(["data", "check", str(data), "--model", str(gpt2)]) == 2
     found = " ".join(capsys.readouterr().out.split())
-    assert f"{data}:2: a row has 184 tokens, and the model has learned 48 positions" in found
+    assert f"{data}:2: a row has 184 tokens, and the model has 48 positions" in found
     assert "1 of 3 rows are bad" in found
     assert cli.run(["data", "check", str(data), "--model", str(gpt2), "--max-length", "48"]) == 0
 
@@ -108,12 +108,37 @@ def test_generation_keeps_to_them(gpt2: Path, backend_name: str, capsys: pytest.
     said(capsys, "generate", "--model", gpt2, "--prompt", "x" * 60, "--backend", backend_name, "--device", "cpu")
 
 
-def test_which_families_have_learned_positions(gpt2: Path) -> None:
-    """Rejects one that is not in the list: transformers' embedding has a row for each position."""
-    model = AutoModelForCausalLM.from_pretrained(gpt2)
-    with pytest.raises(IndexError):
-        model(torch.zeros(1, POSITIONS + 1, dtype=torch.long))
-    assert model.config.model_type in LEARNED_POSITIONS
+SIZES = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+SIZES |= {"max_position_embeddings": 16, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "is_decoder": True}
+FAMILIES: dict[str, tuple[dict[str, Any], int | None]] = {
+    "bart": ({"d_model": 16, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 16}, 16),
+    "biogpt": ({}, 16),
+    "codegen": ({"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 4, "n_positions": 16}, 16),
+    "gpt_neo": ({"num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]}, 16),
+    "gptj": ({"n_embd": 16, "n_layer": 1, "n_head": 2, "rotary_dim": 4, "n_positions": 16}, 16),
+    "mpt": ({"d_model": 16, "n_layers": 1, "n_heads": 2, "max_seq_len": 16}, 16),
+    "opt": ({"ffn_dim": 16, "word_embed_proj_dim": 16}, 16),
+    "roberta": ({"pad_token_id": 1, "bos_token_id": 0}, 14),
+    "llama": ({}, None),
+    "gpt_neox": ({}, None),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_how_many_positions_a_family_has(family: str) -> None:
+    """By transformers itself: so many tokens are computed, and one more is not."""
+    settings, limit = FAMILIES[family]
+    known = CONFIG_MAPPING[family]().to_dict().keys() | CONFIG_MAPPING[family].attribute_map.keys()
+    named = {k: v for k, v in SIZES.items() if k in known and not settings.keys() & {"n_embd", "d_model"}}
+    basic = {"vocab_size": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    named |= {"max_position_embeddings": 16} if family == "bart" else {}
+    config = CONFIG_MAPPING[family](**basic | named | settings)
+    assert position_limit(config.to_dict()) == limit
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model(torch.full((1, limit or 40), 3), use_cache=False)
+    if limit is not None:
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, limit + 1), 3), use_cache=False)
 
 
 def test_greedy_is_greedy_whatever_the_checkpoint_says(tiny_model: Path, backend_name: str, tmp_path: Path) -> None:

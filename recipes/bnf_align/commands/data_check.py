@@ -28,7 +28,7 @@ from bnf_core.data.records import Feedback, parse_row
 from bnf_core.data.rendering import chat_of
 from bnf_core.data.tokenization import load_tokenizer, tokenize
 from bnf_core.errors import UserError
-from bnf_core.models.model_config import learned_positions, resolved_config
+from bnf_core.models.model_config import position_limit, resolved_config
 from bnf_core.models.model_folder import ALLOWED, HUB_ID
 from bnf_core.steps.limits import too_long
 
@@ -151,7 +151,7 @@ def data_check(config: DataCheckConfig, console: Console) -> DataReport:
     """
     folder = None if config.model is None else _folder(config.model)
     tokenizer = None if folder is None else load_tokenizer(folder)
-    positions = None if folder is None else learned_positions(resolved_config(folder))
+    positions = None if folder is None else position_limit(resolved_config(folder))
     repeats, files = Repeats(), {}
     for name, rows in _read(config.data.path, config.split).items():
         files[name] = _check(name, rows, config.data, tokenizer, positions, repeats, console)
