@@ -48,9 +48,9 @@ DERIVED: Mapping[str, Mapping[str, Callable[[Config], Any]]] = {
 # Families that look positions up in a table, learned or of sines: rows of more tokens have none. Found by giving one
 # token too many to every causal language model of transformers.
 TABLED_POSITIONS = frozenset(
-    "bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small codegen ctrl electra ernie git "
-    "gpt2 gpt_bigcode gpt_neo gptj marian mbart megatron-bert mpt mvp openai-gpt opt pegasus plbart rembert roc_bert "
-    "roformer trocr xlm".split()
+    "bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small codegen ctrl electra ernie "
+    "git gpt2 gpt_bigcode gpt_neo gptj marian mbart megatron-bert mpt mvp openai-gpt opt pegasus plbart rembert "
+    "roc_bert roformer trocr xlm".split()
 )
 # And those whose table begins with a row for padding, and rows before it.
 AFTER_PADDING = frozenset("camembert data2vec-text roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl".split())
