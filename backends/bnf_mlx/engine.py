@@ -145,6 +145,7 @@ class MLXEngine:
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
         from mlx_lm.generate import BatchGenerator
 
+        self.scored.limits.require_prompts(prompts, max_tokens)
         self.model.eval()
         with mx.stream(self.device):
             generator = BatchGenerator(

@@ -11,10 +11,10 @@ import numpy as np
 from mlx.utils import tree_map
 
 from bnf_core.errors import UserError
-from bnf_core.models.model_config import HeadTransform
+from bnf_core.models.model_config import HeadTransform, position_limit
 from bnf_core.objectives import Objective, Seen, Structure, batch_loss, structure
 from bnf_core.objectives.bnf import BNF
-from bnf_core.steps.batching import require_known_tokens
+from bnf_core.steps.limits import Limits
 from bnf_core.types import Array, Batch, TokenScores
 from bnf_mlx import adapter
 from bnf_mlx.attention import Layout, PageTable, paged_caches, segments_of
@@ -80,7 +80,8 @@ class ScoredModel:
             kept = head is not None and all(p is not head for p in flat(model.parameters()).values())
             self.dequantised = head if kept else None  # once, not for every batch
             mx.eval(self.dequantised)
-            self.vocabulary = completion_logits(model, mx.arange(2)[None], mx.arange(1)).shape[-1]
+            vocabulary = completion_logits(model, mx.arange(2)[None], mx.arange(1)).shape[-1]
+            self.limits = Limits(vocabulary, position_limit(vars(getattr(model, "args", None) or object)))
 
     def inputs(self, batch: Batch, ref_log_odds: Array, baseline: float = 0.0, *, pad: bool = False) -> Inputs:
         """A batch on the device; with `pad`, of one of few shapes: more columns of padding, and the last token again
@@ -89,7 +90,7 @@ class ScoredModel:
         Raises:
             UserError: a token that the model does not know.
         """
-        require_known_tokens(batch, self.vocabulary)
+        self.limits.require(batch)
         ids, segment_ids, positions, layout = batch.input_ids, batch.segment_ids, batch.positions, None
         if batch.shared:
             if not self.shares_prompts:

@@ -1,8 +1,8 @@
 """A loaded PyTorch model that scores, trains and generates: bnf_core.protocol.Engine."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -18,10 +18,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bnf_core.config import OptimizerConfig
 from bnf_core.errors import UserError
+from bnf_core.models.model_config import position_limit
 from bnf_core.objectives import Objective, structure
 from bnf_core.objectives.bnf import BNF
 from bnf_core.processes import ALONE, Processes
-from bnf_core.steps.batching import require_known_tokens
+from bnf_core.steps.limits import Limits
 from bnf_core.steps.scaling import loss_scales
 from bnf_core.storage.files import replacing
 from bnf_core.storage.shards import OPTIMIZER, WEIGHTS, Shard, put_under, require_same_shapes, under
@@ -78,7 +79,7 @@ class TorchEngine:
         self.scored.eval()
         self.scored.probe()
         self._reshard()
-        self.vocabulary = len(head_weight(self.base))
+        self.limits = Limits(len(head_weight(self.base)), position_limit(self.base.config.to_dict()))
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer: Optimizer | None = None
         if optimizer and self.trainable:
@@ -106,6 +107,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
+        self.limits.require_prompts(prompts, max_tokens)
         self.scored.eval()
         width = max(len(p) for p in prompts)
         ids = torch.zeros(len(prompts), width, dtype=torch.long)  # padded on the left, so that all end together
@@ -117,7 +119,10 @@ class TorchEngine:
             max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(stop_ids) or None, pad_token_id=0
         )
         autocast = self.scored.autocast
-        with torch.autocast(self.device.type, autocast) if autocast else nullcontext():
+        with (
+            _without_settings(self.base),
+            torch.autocast(self.device.type, autocast) if autocast else nullcontext(),
+        ):
             output = self.scored.generate(
                 ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config
             )
@@ -126,7 +131,7 @@ class TorchEngine:
 
     def _inputs(self, batch: Batch, ref_log_odds: Array, baseline: float = 0.0) -> dict[str, Any]:
         """What ScoredModel's forward takes, on its device."""
-        require_known_tokens(batch, self.vocabulary)
+        self.limits.require(batch)
         arrays = {
             "input_ids": batch.input_ids,
             "positions": batch.positions,
@@ -146,6 +151,8 @@ class TorchEngine:
         if batch.shared or batch.packed:
             names = LAYOUT if self.scored.shares else ("position_ids",)
             arrays |= {name: getattr(batch, name) for name in names}
+            if self.limits.positions is not None:  # padding may go on beyond them
+                arrays["position_ids"] = np.minimum(batch.position_ids, self.limits.positions - 1)
         inputs: dict[str, Any] = {name: tensors(array, self.device) for name, array in arrays.items()}
         return inputs | {"structure": tensors(structure(self.objective, batch, baseline), self.device)}
 
@@ -272,6 +279,18 @@ class TorchEngine:
             save_model(self.base, gathered, folder, self.source)
         elif first:
             adapter.save_adapter(self.model, gathered, folder)
+
+
+@contextmanager
+def _without_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Within it generation is as it is asked for. transformers would take what is not from the checkpoint's own
+    generation_config, such as a penalty for repetition, which has a say in greedy decoding as well."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -18,6 +18,7 @@ from bnf_core.errors import UserError
 from bnf_core.models.model_config import normalised_config
 from bnf_core.models.model_folder import copy_companions
 from bnf_core.models.quantization import Quantization, quantization_of
+from bnf_core.storage.tensors import weight_files
 from bnf_torch.attention import attending
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,6 +65,7 @@ def load_model(
     for chatty in ("transformers.modeling_utils", "transformers.distributed"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     options = _in_4bit(device, dtype) if load_in_4bit else {}
+    weight_files(folder)  # or the two libraries would not read the same ones
     quantization = quantization_of(folder)
     if quantization is not None and load_in_4bit:
         raise UserError(f"{folder} is quantised already: leave out hardware.load_in_4bit")
@@ -93,7 +95,7 @@ def load_model(
 def _dequantized(quantization: Quantization, dtype: torch.dtype) -> dict[str, Tensor]:
     """All tensors of a checkpoint that MLX quantised."""
     tensors: dict[str, Tensor] = {}
-    for path in sorted(quantization.folder.glob("model*.safetensors")):
+    for path in weight_files(quantization.folder):
         tensors |= load_file(path)
     for layer in [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]:
         packed = tensors[f"{layer}.weight"].numpy()

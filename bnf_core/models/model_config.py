@@ -45,6 +45,16 @@ DERIVED: Mapping[str, Mapping[str, Callable[[Config], Any]]] = {
     },
 }
 
+# Families that look positions up in a table, learned or of sines: rows of more tokens have none. Found by giving one
+# token too many to every causal language model of transformers.
+TABLED_POSITIONS = frozenset(
+    "bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small codegen ctrl electra ernie "
+    "git gpt2 gpt_bigcode gpt_neo gptj marian mbart megatron-bert mpt mvp openai-gpt opt pegasus plbart rembert "
+    "roc_bert roformer trocr xlm".split()
+)
+# And those whose table begins with a row for padding, and rows before it.
+AFTER_PADDING = frozenset("camembert data2vec-text roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl".split())
+
 # What stands before the decoder's own modules, and what its list of layers is called.
 DECODER = re.compile(r"^(?:language_model\.)?(?:model|transformer|gpt_neox|backbone)\.")
 LAYERS = re.compile(r"^\w+\.(?=\d)")
@@ -186,6 +196,16 @@ def text_config(config: Config) -> Config:
     """What of a config describes the language model, where it describes others as well."""
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
+
+
+def position_limit(config: Config) -> int | None:
+    """How many tokens a row can have at most, of a config with its defaults; None: positions are computed."""
+    family = config.get("model_type")
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    found: int | None = next((config[name] for name in names if config.get(name)), None)
+    if found is not None and family in AFTER_PADDING:
+        return found - int(config.get("pad_token_id") or 0) - 1
+    return found if family in TABLED_POSITIONS else None
 
 
 def rope_scaling(config: Config) -> str | None:

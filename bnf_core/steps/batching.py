@@ -98,21 +98,6 @@ def _pairs(examples: Sequence[Example]) -> Array:
     return np.asarray(found, np.int32).reshape(-1, 2)
 
 
-def require_known_tokens(batch: Batch, vocabulary: int) -> None:
-    """
-    Args:
-        vocabulary: how many token ids the model knows.
-    Raises:
-        UserError: the batch holds an id beyond them.
-    """
-    largest = max((int(ids.max()) for ids in (batch.input_ids, batch.targets) if ids.size), default=0)
-    if largest >= vocabulary:
-        raise UserError(
-            f"the data holds token id {largest}, and the model knows ids below {vocabulary}: the tokenizer is that of "
-            "another model, or has tokens that were added to it and not to the model. Give the model's own tokenizer"
-        )
-
-
 def _units(examples: Sequence[Example], row: Sequence[int], share_prompts: bool) -> list[list[int]]:
     """What has a prompt of its own in a row of the grid."""
     if not share_prompts:

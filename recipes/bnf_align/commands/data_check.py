@@ -28,7 +28,9 @@ from bnf_core.data.records import Feedback, parse_row, unused_columns
 from bnf_core.data.rendering import chat_of
 from bnf_core.data.tokenization import load_tokenizer, tokenize
 from bnf_core.errors import UserError
+from bnf_core.models.model_config import position_limit, resolved_config
 from bnf_core.models.model_folder import ALLOWED, HUB_ID
+from bnf_core.steps.limits import too_long
 
 CHUNK = 500  # rows tokenised in one call
 EXAMPLES = 3  # how many rows of each finding are printed; the report has them all
@@ -148,10 +150,12 @@ def data_check(config: DataCheckConfig, console: Console) -> DataReport:
         UserError: no such data, model or split, no rows at all, a tokenizer without what the rows need, or a
             report or picture that cannot be written.
     """
-    tokenizer = None if config.model is None else _tokenizer(config.model)
+    folder = None if config.model is None else _folder(config.model)
+    tokenizer = None if folder is None else load_tokenizer(folder)
+    positions = None if folder is None else position_limit(resolved_config(folder))
     repeats, files = Repeats(), {}
     for name, rows in _read(config.data.path, config.split).items():
-        files[name] = _check(name, rows, config.data, tokenizer, repeats, console)
+        files[name] = _check(name, rows, config.data, tokenizer, positions, repeats, console)
     report = DataReport(
         files,
         repeats,
@@ -194,8 +198,8 @@ def _rows(path: str, split: str) -> Iterator[RawRow]:
         yield error.source, error
 
 
-def _tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or a Hub model; weights are neither fetched nor needed."""
+def _folder(model: str) -> Path:
+    """Of a model in a folder or on the Hub, with its tokenizer; weights are neither fetched nor needed."""
     folder = Path(model).expanduser()
     if not folder.exists() and HUB_ID.fullmatch(model):
         from huggingface_hub import snapshot_download
@@ -207,7 +211,7 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
                 f"model {model!r}: no such folder here, and its tokenizer cannot be fetched from the Hub: "
                 f"{' '.join(str(error).split())}"
             ) from error
-    return load_tokenizer(folder)
+    return folder
 
 
 # Checking
@@ -218,6 +222,7 @@ def _check(
     rows: Sequence[RawRow],
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase | None,
+    positions: int | None,
     repeats: Repeats,
     console: Console,
 ) -> CheckedFile:
@@ -239,6 +244,10 @@ def _check(
                     bad_rows.append(str(error))
                 progress.advance()
             measured, refused, differ = _measure(parsed, config, tokenizer)
+            if positions is not None:
+                lengths = [(size.source, min(size.whole, config.max_length)) for size in measured]
+                too_many = [too_long(source, length, positions) for source, length in lengths if length > positions]
+                bad_rows += dict.fromkeys(too_many)  # a pair has two completions
             sizes += measured
             reopened += differ
             bad_rows += refused

@@ -168,13 +168,14 @@ class _Training:
         return RunResult(self.folder.path, self.folder.trained, picture, self.evaluations.get(0), after, self.first)
 
     def _try(self) -> None:
-        """Score the row with the highest token id, beside padding: what the model refuses it refuses now, before
-        anything that is there is touched."""
+        """Score the row with the highest token id, beside padding, and the longest: what the model refuses it refuses
+        now, before anything that is there is touched."""
         if rows := self.data.in_memory:
             highest = max(rows, key=lambda e: max(e.prompt_ids + e.completion_ids))
             tried = [highest, highest, min(rows, key=len)]
-            batch = collate(tried, len(tried), self.pad, bins=[[0, 1], [2]] if self.config.packing else None)
-            self.engine.evaluate(batch, np.zeros(len(batch.targets), np.float32))
+            beside = collate(tried, len(tried), self.pad, bins=[[0, 1], [2]] if self.config.packing else None)
+            for batch in (beside, collate([max(rows, key=len)], 1, self.pad)):
+                self.engine.evaluate(batch, np.zeros(len(batch.targets), np.float32))
 
     def _steps(self, start: int) -> Iterator[Step]:
         return steps.steps(
