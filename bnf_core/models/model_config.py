@@ -37,6 +37,7 @@ DERIVED: Mapping[str, Mapping[str, Callable[[Config], Any]]] = {
     },
     "lfm2": {"block_dim": lambda c: c["hidden_size"]},
     "minimax_m2": {"shared_intermediate_size": lambda _: 0},
+    "nemotron_h": {"time_step_limit": lambda c: [c["time_step_min"], math.inf]},  # transformers has no other
     "qwen3_5_moe_text": {"model_type": lambda _: "qwen3_5_moe"},
     "qwen3_5_text": {"model_type": lambda _: "qwen3_5"},
     "solar_open": {
