@@ -173,7 +173,7 @@ PUBLISHED: tuple[Published, ...] = (
         "helium",
         "kyutai/helium-1-preview-2b",
         CANDLE.format("helium"),
-        _sized(2560, 128) | {"rms_norm_eps": 1e-8} | _rope(100_000.0),
+        _heads(2560, 20, 20) | {"rms_norm_eps": 1e-8} | _rope(100_000.0),
     ),
     Published(
         "jamba",
@@ -267,9 +267,9 @@ PUBLISHED: tuple[Published, ...] = (
             "mixtral",
             f"mistralai/Mixtral-{name}-v0.1",
             LITGPT,
-            _sized(hidden, 128) | {"rms_norm_eps": 1e-5, "sliding_window": None} | _rope(1_000_000.0),
+            _heads(hidden, heads, 8) | {"rms_norm_eps": 1e-5, "sliding_window": None} | _rope(1_000_000.0),
         )
-        for name, hidden in (("8x7B", 4096), ("8x22B", 6144))
+        for name, hidden, heads in (("8x7B", 4096, 32), ("8x22B", 6144, 48))
     ),
     Published("nemotron", "nvidia/Minitron-4B-Base", NEMO.format("nemotron"), _NEMOTRON | _sized(3072, 128)),
     Published("nemotron", "nvidia/nemotron-3-8b-base-4k", NEMO.format("nemotron"), _NEMOTRON | _sized(4096, 128)),
@@ -344,10 +344,8 @@ PUBLISHED: tuple[Published, ...] = (
         for name, hidden in (("0.6B", 1024), ("1.7B", 2048))
     ),
     *(
-        Published(
-            "qwen3_5_text", f"Qwen/Qwen3.5-{name}", EXECUTORCH.format("qwen3_5"), _DELTA | {"hidden_size": hidden}
-        )
-        for name, hidden in (("0.8B", 1024), ("2B", 2048))
+        Published("qwen3_5_text", f"Qwen/Qwen3.5-{name}", EXECUTORCH.format("qwen3_5"), _DELTA | {"hidden_size": size})
+        for name, size in (("0.8B", 1024), ("2B", 2048))
     ),
     *(
         Published(

@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from bnf_core.errors import UserError
 from bnf_core.models.model_config import LOCAL_LAYERS, Config, rope_scaling, text_config
+from bnf_core.storage.tensors import weight_files
 
 Correction = Callable[[nn.Module, Config, Path], None]  # of a text model, its config and the checkpoint's folder
 
@@ -165,6 +166,28 @@ def activation(config: Config) -> str:
     return next((str(config[key]) for key in keys if config.get(key)), "")
 
 
+def _groups_left_out(model: nn.Module, _: Config, __: Path) -> None:
+    """mlx-lm gives the experts of groups that were not chosen a score of 0, which beats the negative ones that a
+    correction bias makes; transformers leaves them out."""
+
+    def call(self: Any, x: mx.array) -> tuple[mx.array, mx.array]:
+        shares = mx.sigmoid(x.astype(mx.float32) @ self.weight.astype(mx.float32).T)
+        groups = mx.unflatten(shares + self.e_score_correction_bias, -1, (self.n_group, -1))
+        best = mx.topk(groups, 2, axis=-1).sum(axis=-1, keepdims=True)
+        out = self.n_group - self.topk_group
+        left_out = mx.stop_gradient(mx.argpartition(best, kth=out - 1, axis=-2)[..., :out, :])
+        scores = mx.put_along_axis(groups, left_out, mx.array(-mx.inf), axis=-2).flatten(-2)
+        chosen = mx.stop_gradient(mx.argpartition(-scores, kth=self.top_k - 1, axis=-1)[..., : self.top_k])
+        weights = mx.take_along_axis(shares, chosen, axis=-1)
+        if self.top_k > 1 and self.norm_topk_prob:
+            weights = weights / (weights.sum(axis=-1, keepdims=True) + 1e-20)
+        return chosen, weights * self.routed_scaling_factor
+
+    for module in model.modules():
+        if "e_score_correction_bias" in module and module.topk_group < module.n_group:
+            _override(module, call)
+
+
 def _softmax_over_all_experts(model: Any, _: Config, __: Path) -> None:
     """mlx-lm takes the softmax over the chosen experts."""
 
@@ -192,7 +215,7 @@ def _correction_bias(model: Any, config: Config, folder: Path) -> None:
         y = (y * weights[..., None]).sum(axis=-2).astype(y.dtype)
         return y if self.shared_experts is None else y + self.shared_experts(x)
 
-    files: list[Any] = [mx.load(str(path)) for path in sorted(folder.glob("model*.safetensors"))]
+    files: list[Any] = [mx.load(str(path)) for path in weight_files(folder)]
     stored = {name: value for file in files for name, value in file.items()}
     for i, layer in enumerate(model.layers):
         if "switch_mlp" not in layer.mlp:
@@ -215,20 +238,24 @@ def _latent_norm_epsilon(model: Any, _: Config, __: Path) -> None:
                 layer.self_attn[name].eps = 1e-6
 
 
-_scaled_only = "cohere cohere2 ernie4_5 glm4 glm4_moe helium lfm2 lfm2_moe minimax_m2 phi solar_open stablelm".split()
+_scaled_only = "cohere cohere2 ernie4_5 glm4 helium lfm2 lfm2_moe minimax_m2 phi stablelm".split()
 CORRECTIONS: Mapping[str, tuple[Correction, ...]] = {
     **{family: (_rope_scaling,) for family in _scaled_only},
-    **{family: (_sliding_window,) for family in "dots1 mistral phi3 phimoe qwen2 qwen3 smollm3".split()},
+    **{family: (_groups_left_out,) for family in "deepseek_v3 exaone_moe nemotron_h".split()},
+    **{family: (_sliding_window,) for family in "mistral phi3 phimoe qwen2 qwen3 smollm3".split()},
     **{family: (_rope_scaling, _sliding_window) for family in "mixtral qwen2_moe qwen3_moe".split()},
+    "dots1": (_sliding_window, _groups_left_out),
     "ernie4_5_moe": (_correction_bias,),
     "gemma": (_rope_scaling, _activation("up_proj", "down_proj", "gate_proj")),
     "gemma2": (_rope_scaling, _sliding_window),
     "gemma3_text": (_embedding_scale,),
     "glm": (_partial_rotation, _rope_scaling),
-    "glm4_moe_lite": (_latent_norm_epsilon,),
+    "glm4_moe": (_rope_scaling, _groups_left_out),
+    "glm4_moe_lite": (_latent_norm_epsilon, _groups_left_out),
     "gpt_bigcode": (_activation("c_fc", "c_proj"),),
     "gpt_neox": (_rope_scaling, _activation("dense_h_to_4h", "dense_4h_to_h")),
     "jamba": (_softmax_over_all_experts,),
     "minicpm3": (_tied_head_scale,),
+    "solar_open": (_rope_scaling, _groups_left_out),
     "starcoder2": (_rope_scaling, _sliding_window, _activation("c_fc", "c_proj")),
 }  # fmt: skip

@@ -149,7 +149,7 @@ VERIFIED: dict[str, Settings] = {
     "granitemoehybrid": LOCAL_EXPERTS
     | {"shared_intermediate_size": 32, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1}
     | {"layer_types": ["linear_attention", "full_attention"]},
-    "helium": HEAD,
+    "helium": {},
     "hunyuan_v1_dense": HEAD,
     "jamba": MAMBA_JAMBA | {"num_experts": 4, "num_experts_per_tok": 2},
     "lfm2": {"block_multiple_of": 8, "layer_types": ["conv", "full_attention"]},
@@ -196,6 +196,7 @@ CORRECTED: list[tuple[str, str, Settings]] = [
     ("glm4_moe_lite", "epsilon", {"rms_norm_eps": 1e-3}),
     ("jamba", "no experts", {"num_experts": 1}),
     ("llama", "yarn's own factor", rope("yarn", attention_factor=1.5, **YARN)),
+    ("nemotron_h", "expert groups", {"n_group": 2, "topk_group": 1, "n_routed_experts": 8}),
     ("minicpm3", "tied head", {"tie_word_embeddings": True}),
     ("qwen2", "window of the upper layers", WINDOWED | {"use_sliding_window": True, "max_window_layers": 1}),
     ("qwen3_moe", "yarn", rope("yarn", **YARN)),
@@ -268,10 +269,15 @@ def make(folder: Path, family: str, settings: Settings) -> Path:
     model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
         for p in model.parameters():  # initial weights give logits too flat to tell positions apart
-            p.add_(torch.randn_like(p) * (0.1 if p.ndim > 1 else 0.03))
+            # A wide sum of such weights would give states so large that float32 has no digits left for a comparison.
+            p.add_(torch.randn_like(p) * (min(0.1, 0.57 / p.shape[-1] ** 0.5) if p.ndim > 1 else 0.03))
         for name, b in model.named_buffers():  # a router's corrections, zero at first
             if "bias" in name and b.is_floating_point():
-                b.add_(torch.randn_like(b) * 0.1)
+                b.add_(torch.randn_like(b) * 0.5)  # large enough for scores below zero
+        if family == "gemma4_text":  # its scores have no scale but what the keys' norm has learned
+            for name, p in model.named_parameters():
+                if name.endswith("k_norm.weight"):
+                    p.mul_(p.numel() ** -0.5)
     model.save_pretrained(folder)
     if family == "gpt2":
         weights = load_file(folder / "model.safetensors")
