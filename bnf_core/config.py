@@ -144,7 +144,7 @@ class TrainConfig:
     resume: bool = False
     """Go on with the run in the output folder from its newest whole checkpoint."""
     resume_anyway: bool = False
-    """With `resume`: go on although the data, the model or settings have changed."""
+    """With `resume`: resume although the data, the model or settings have changed."""
     objective: dict[str, Any] | str = field(default_factory=lambda: {"name": "bnf"})
     """What is minimised, by `name` and with its settings (`--objective dpo --objective.beta 0.3`), or a weighted sum
     (`--objective "bnf + 0.2*dpo"`); `bnf objectives` lists them."""

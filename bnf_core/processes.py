@@ -61,5 +61,5 @@ def lost(reason: str) -> TrainingStopped:
     """
     return TrainingStopped(
         "another process of this run has ended, or cannot be reached; its own message says why. Checkpoints that were "
-        f"written stay, and the run can go on from them with --resume. ({' '.join(reason.split())[:200]})"
+        f"written stay, and the run can resume from them with --resume. ({' '.join(reason.split())[:200]})"
     )

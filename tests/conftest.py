@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import forked
 import tiny
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing under test may reach for a network
@@ -24,6 +25,10 @@ BACKENDS = [
 def backend_name(request: pytest.FixtureRequest) -> str:
     """Each backend that can be installed here, in turn."""
     return str(request.param)
+
+
+def pytest_unconfigure() -> None:
+    forked.stop()
 
 
 @pytest.fixture(scope="module")

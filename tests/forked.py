@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable, Mapping
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -36,6 +37,13 @@ def ended(process: BaseProcess, timeout: float = 120) -> int:
     process.join(timeout)
     assert process.exitcode is not None
     return process.exitcode
+
+
+def stop() -> None:
+    """End the server of forks and wait for it, so that what its processes took is counted with the tests' time."""
+    server = getattr(forkserver, "_forkserver", None)
+    if server is not None and hasattr(server, "_stop"):  # no public way
+        server._stop()
 
 
 def _become(

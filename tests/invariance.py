@@ -50,6 +50,19 @@ def write_rows(path: Path, shift: int = 0) -> Path:
     return path
 
 
+def write_pairs(path: Path) -> Path:
+    """11 pairs, so that of every epoch's batches of eight rows the last has three pairs, which two processes cannot
+    share evenly; two pairs have one prompt, and lengths differ."""
+    completions = ["4", "It is 4.", "No idea, sorry. "]
+    rows = []
+    for i in range(11):
+        prompt = "What is " + " plus ".join(map(str, range(1 + 5 * (i // 2) % 7))) + "?"
+        chosen, rejected = (completions[(i + j) % 3] * (1 + (i + 2 * j) % 4) for j in range(2))
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 # What is compared
 
 
@@ -134,7 +147,8 @@ def _share(wrong: Callable[[list[Batch]], list[Batch]]) -> Bug:
 
 
 def _weighted(batch: Batch, factor: float) -> Batch:
-    return replace(batch, coefficients=batch.coefficients * np.float32(factor))
+    counts: Any = [count / factor for count in batch.counts]
+    return replace(batch, coefficients=batch.coefficients * np.float32(factor), counts=type(batch.counts)(*counts))
 
 
 def _rows(batches: Sequence[Batch]) -> int:
@@ -235,6 +249,14 @@ def padding_trained() -> Iterator[None]:
 
 
 @contextmanager
+def pairs_parted() -> Iterator[None]:
+    """A pair's rows may lie in different micro-batches, each of which knows nothing of the other."""
+    right = plan.micro_batching_of
+    with mock.patch.object(plan, "micro_batching_of", lambda *args: replace(right(*args), unit="row")):
+        yield
+
+
+@contextmanager
 def permuted() -> Iterator[None]:
     """No bug: the rows of each step in another order."""
     right = batching.Rows.batches
@@ -256,6 +278,7 @@ BUGS: dict[str, Bug] = {
     "padding trained": padding_trained,
     "completions see each other": _share(lambda batches: [_one_completion(b) for b in batches]),
     "packed rows see each other": _share(lambda batches: [replace(b, packed=False) for b in batches]),
+    "pairs parted": pairs_parted,
 }
 
 
@@ -288,11 +311,15 @@ PATCHES |= {"ended": _hit(signal.SIGTERM), "killed": _hit(signal.SIGKILL)}
 
 
 class Runs:
-    """Runs of the command line in this process, each done once, all of one model and the same rows."""
+    """Runs of the command line in this process, each done once, all of one model and the same rows.
 
-    def __init__(self, model: Path, folder: Path):
-        self.model, self.folder = model, folder
-        self.rows = write_rows(folder / "rows.jsonl")
+    Args:
+        objective: other than BNF, as flags; then the rows are pairs.
+    """
+
+    def __init__(self, model: Path, folder: Path, objective: str = ""):
+        self.model, self.folder, self.objective = model, folder, objective
+        self.rows = (write_pairs if objective else write_rows)(folder / "rows.jsonl")
         self._count = itertools.count()
         self._known: dict[tuple[str, ...], Trajectory] = {}
 
@@ -300,6 +327,7 @@ class Runs:
         """A command line, and the run folder it names."""
         output = self.folder / f"run{next(self._count)}"
         words = ["train", "--model", str(self.model), "--data", str(self.rows), "--output", str(output), *TRAINING]
+        words += self.objective.split()
         return [*words, "--backend", backend, "--fine-tune-type", kind, *flags.split()], output
 
     def train(self, backend: str, kind: str, flags: str = BASE, patch: str = "") -> Trajectory:

@@ -136,7 +136,7 @@ class ShiftedMask(OracleLosses):
 
 
 class FlippedLabel(OracleLosses):
-    """Preferred rows are pushed down, dispreferred ones up."""
+    """Chosen rows are pushed down, rejected ones up."""
 
     def scored(self, batch: Batch, ref_log_odds: Array, num_micro_batches: int) -> tuple[Batch, Array]:
         return replace(batch, labels=-batch.labels, coefficients=-batch.coefficients), ref_log_odds

@@ -4,11 +4,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
@@ -18,6 +18,7 @@ from bnf_core.models.model_config import normalised_config
 from bnf_core.models.model_folder import copy_companions
 from bnf_core.storage.files import replacing
 from bnf_mlx.model import dense_weight
+from bnf_mlx.optimizer import flat
 
 
 class Dropout(nn.Dropout):
@@ -88,20 +89,22 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int, kind: FineTuneT
     """A fresh float32 adapter, `lora` or `dora`: A as drawn by `bnf_core.models.lora`, B zero, m the norms of the rows.
 
     Raises:
-        UserError: a target that is no linear layer of this model's decoder layers; a DoRA adapter that mlx-lm could
-            not load.
+        UserError: a target that is no linear layer of this model; a DoRA adapter that mlx-lm could not load.
     """
     named = {name for layer in model.layers for name, m in layer.named_modules() if _is_linear(m)}
     linear = sorted(name for name in named if _last(name) not in UNADAPTED)
+    head = [(name, m) for name, m in model.named_modules() if _last(name) == "lm_head" and _is_linear(m)]  # if not tied
     if config.targets == ["all-linear"]:
-        keys = set(linear)
+        keys, head = set(linear), []
     else:
         keys = {path for path in linear if _last(path) in config.targets}
-        if unknown := sorted(set(config.targets) - set(map(_last, linear))):
+        there = {_last(path) for path in linear} | {_last(path) for path, _ in head}
+        if unknown := sorted(set(config.targets) - there):
             raise UserError(
-                f"lora.targets: no linear layer is called {', '.join(unknown)}; "
-                f"this model has {', '.join(sorted(set(map(_last, linear))))}"
+                f"lora.targets: no linear layer is called {', '.join(unknown)}; this model has "
+                f"{', '.join(sorted(there))}"
             )
+        head = head if "lm_head" in config.targets else []
 
     def adapted(linear: Any) -> nn.Module:
         if kind == "dora":
@@ -116,6 +119,7 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int, kind: FineTuneT
     for layer in model.layers:
         chosen = [(name, module) for name, module in layer.named_modules() if name in keys and _is_linear(module)]
         _put(layer, [(name, adapted(module)) for name, module in chosen])
+    _put(model, [(name, adapted(module)) for name, module in head])
     for name, module in _adapted(model):
         a = initial_lora_a(name, config.rank, dense_weight(module.linear).shape[1], seed)  # (r, in)
         module.lora_a = mx.array(a.T)  # (in, r)
@@ -128,6 +132,15 @@ def new_dropout(model: nn.Module, key: mx.array) -> None:
     modules = _adapted(model)
     for (_, module), own in zip(modules, mx.random.split(key, len(modules)) if modules else (), strict=True):
         module.dropout._key = own
+
+
+def drop_inputs(model: nn.Module) -> None:
+    """For training: the adapter drops inputs, if it is to, and nothing else does. With dropout of the model's own p
+    would differ from r before anything is learned, and from one cut into micro-batches to another."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and not isinstance(module, Dropout):
+            module.eval()
 
 
 def has_dropout(model: nn.Module) -> bool:
@@ -155,23 +168,37 @@ def load_adapter(
     Raises:
         UserError: not an mlx-lm adapter, made for another model, or not of that kind, rank or scale.
     """
-    from mlx_lm.tuner.utils import load_adapters
+    _put_on(model, folder, require_adapter(folder, "mlx", kind, config))
+    adapted = flat(model.trainable_parameters())
+    model.update(tree_unflatten([(name, x.astype(mx.float32)) for name, x in adapted.items()]))
+    return _made_ours(model)
 
-    require_adapter(folder, "mlx", kind, config)
+
+def _put_on(model: nn.Module, folder: Path, config: dict[str, Any]) -> None:
+    """A saved adapter in mlx-lm's own layers.
+
+    Args:
+        config: its adapter_config.json, as the present mlx-lm writes it.
+    Raises:
+        UserError: it was made for another model, or holds anything but the adapter.
+    """
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
     try:
-        load_adapters(model, str(folder))
-        names = set(mx.load(str(folder / WEIGHTS["mlx"])))
+        dora = config["fine_tune_type"] == "dora"
+        linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"], use_dora=dora)
+        saved = cast(dict[str, mx.array], mx.load(str(folder / WEIGHTS["mlx"])))
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: this adapter does not fit the model: {reason}") from error
-    expected = dict(tree_flatten(model.trainable_parameters()))
-    if absent := sorted(set(expected) - names):
-        raise UserError(
-            f"{folder}: this adapter does not fit the model: {len(absent)} of {len(expected)} tensors are missing, "
-            f"the first is {absent[0]}"
-        )
-    model.update(tree_unflatten([(name, x.astype(mx.float32)) for name, x in expected.items()]))
-    return _made_ours(model)
+    here = {name: x.shape for name, x in flat(model.trainable_parameters()).items()}
+    for name in sorted(here.keys() | saved.keys()):
+        there = saved[name].shape if name in saved else None
+        if there != here.get(name):
+            wrong = "is missing from it" if there is None else f"has shape {there} in it, and {here.get(name)} here"
+            wrong = wrong if name in here else "is not of an adapter on this model"
+            raise UserError(f"{folder}: this adapter does not fit the model: {name} {wrong}")
+    model.load_weights(list(saved.items()), strict=False)
 
 
 def save_adapter(model: nn.Module, folder: Path) -> None:
@@ -184,7 +211,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     if not adapted:
         raise UserError("there is no adapter to save")
     with replacing(folder) as partial:
-        mx.save_safetensors(str(partial / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
+        mx.save_safetensors(str(partial / "adapters.safetensors"), flat(model.trainable_parameters()))
         (partial / "adapter_config.json").write_text(json.dumps(_config(model, adapted), indent=2) + "\n")
 
 
@@ -248,7 +275,6 @@ def _last(path: str) -> str:
 
 def fuse(model: Path, adapter: Path, output: Path, dtype: str, dequantize: bool) -> None:
     """`Backend.fuse`."""
-    from mlx_lm.tuner.utils import load_adapters
     from mlx_lm.utils import dequantize_model, save_model
 
     from bnf_mlx.model import DTYPES, cast_weights, load_model, resolve_device
@@ -256,14 +282,7 @@ def fuse(model: Path, adapter: Path, output: Path, dtype: str, dequantize: bool)
     device = resolve_device("auto")
     with mx.stream(device):
         loaded = load_model(model, device, None)
-        try:
-            load_adapters(loaded, str(adapter))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{adapter}: this adapter does not fit the model: {reason}") from error
-        expected = dict(tree_flatten(loaded.trainable_parameters()))
-        if absent := sorted(expected.keys() - set(mx.load(str(adapter / WEIGHTS["mlx"])))):
-            raise UserError(f"{adapter}: {len(absent)} tensors are missing, the first is {absent[0]}")
+        _put_on(loaded, adapter, require_adapter(adapter, "mlx"))
         fused = []
         for name, module in loaded.named_modules():
             if not hasattr(module, "fuse"):

@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from bnf_core.errors import UserError
 from bnf_core.models.model_config import LOCAL_LAYERS, Config, rope_scaling, text_config
+from bnf_core.storage.tensors import weight_files
 
 Correction = Callable[[nn.Module, Config, Path], None]  # of a text model, its config and the checkpoint's folder
 
@@ -214,7 +215,7 @@ def _correction_bias(model: Any, config: Config, folder: Path) -> None:
         y = (y * weights[..., None]).sum(axis=-2).astype(y.dtype)
         return y if self.shared_experts is None else y + self.shared_experts(x)
 
-    files: list[Any] = [mx.load(str(path)) for path in sorted(folder.glob("model*.safetensors"))]
+    files: list[Any] = [mx.load(str(path)) for path in weight_files(folder)]
     stored = {name: value for file in files for name, value in file.items()}
     for i, layer in enumerate(model.layers):
         if "switch_mlp" not in layer.mlp:

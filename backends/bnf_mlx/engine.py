@@ -15,6 +15,7 @@ from bnf_core.config import OptimizerConfig
 from bnf_core.objectives import Objective
 from bnf_core.objectives.bnf import BNF
 from bnf_core.processes import ALONE, Processes
+from bnf_core.steps.scaling import loss_scales
 from bnf_core.storage.files import agreed
 from bnf_core.storage.shards import OPTIMIZER, WEIGHTS, Shard, put_under, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenScores
@@ -92,16 +93,20 @@ class MLXEngine:
         if self.optimizer is None:
             raise RuntimeError("this engine was loaded without anything to train and an optimizer")
         with mx.stream(self.device):
-            loss, scores, gradients = 0.0, [], Gradients()
-            for batch, ref_log_odds in batches:
-                micro_loss, micro_scores, added = self.micro_step(batch, ref_log_odds, baseline)
-                loss += micro_loss
-                scores.append(micro_scores)
-                gradients = {name: gradients[name] + g if gradients else g for name, g in added.items()}
-                mx.eval(gradients)
-            norm = math.nan
-            if math.isfinite(self.processes.sum(np.array([loss]))[0]):  # so on every process, or on none
+            for scale in loss_scales(self.dtype, batches, self.processes):
+                loss, scores, gradients = 0.0, [], Gradients()
+                for batch, ref_log_odds in batches:
+                    micro_loss, micro_scores, added = self.micro_step(batch, ref_log_odds, baseline, scale)
+                    loss += micro_loss
+                    scores.append(micro_scores)
+                    gradients = {name: gradients[name] + g if gradients else g for name, g in added.items()}
+                    mx.eval(gradients)
+                norm = math.nan
+                if not math.isfinite(self.processes.sum(np.array([loss]))[0]):  # on every process, or on none
+                    break
                 norm = self.optimizer.update(sum_over(self.processes, gradients), learning_rate, max_grad_norm)
+                if math.isfinite(norm):
+                    break
             mx.clear_cache()  # shapes vary: what is kept for one is rarely of use to the next
         return scores, norm
 
@@ -140,6 +145,7 @@ class MLXEngine:
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
         from mlx_lm.generate import BatchGenerator
 
+        self.scored.limits.require_prompts(prompts, max_tokens)
         self.model.eval()
         with mx.stream(self.device):
             generator = BatchGenerator(

@@ -14,11 +14,11 @@ from bnf_core.errors import UserError
 from bnf_core.models.model_config import full_config
 from bnf_core.models.model_folder import copy_companions
 from bnf_core.storage.files import replacing
+from bnf_core.storage.tensors import INDEX, weight_files
 from bnf_mlx.attention import Layout
 from bnf_mlx.corrections import correct, without_ignored_scaling
 from bnf_mlx.optimizer import flat
 
-INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
@@ -55,7 +55,7 @@ def load_model(folder: Path, device: mx.Device, dtype: mx.Dtype | None) -> nn.Mo
 
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a model: it has no config.json")
-    if not any(folder.glob("model*.safetensors")):
+    if not weight_files(folder):  # or the two libraries would not read the same ones
         raise UserError(f"{folder} has no model*.safetensors; pickled weights are not loaded: convert them first")
     try:
         with mx.stream(device):
@@ -112,6 +112,11 @@ def head_weight(model: nn.Module) -> mx.array:
         AttributeError: the model keeps its head elsewhere.
     """
     return dense_weight(output_head(model))
+
+
+def head_bias(model: nn.Module) -> mx.array | None:
+    """(V,), where the head has one."""
+    return output_head(model).get("bias")
 
 
 def dense_weight(layer: Any) -> mx.array:
@@ -200,7 +205,7 @@ def _of_float32(config: dict[str, Any]) -> dict[str, Any]:
 def _stored(folder: Path) -> dict[str, mx.array]:
     """A checkpoint's tensors, read when they are used."""
     tensors: dict[str, mx.array] = {}
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in weight_files(folder):
         tensors |= cast(dict[str, mx.array], mx.load(str(path)))
     return tensors
 

@@ -8,6 +8,7 @@ import mlx.nn as nn
 import numpy as np
 
 from bnf_core.errors import UserError
+from bnf_core.models.model_config import HeadTransform, head_transforms
 from bnf_core.steps.probing import heeds_layout, packing_probe, sharing_probe
 from bnf_core.types import Array, Batch
 from bnf_mlx.attention import Layout, PageTable, paged_caches, segments_of
@@ -16,25 +17,32 @@ from bnf_mlx.optimizer import flat
 from bnf_mlx.pages import Pages, pages
 
 
-def head_is_linear(model: nn.Module) -> bool:
-    """Whether the logits are hidden @ head.T and nothing else. Some families scale or cap them or add a bias;
-    comparing is surer than a list of them, in float32, where a mild cap shows."""
+def head_transform(model: nn.Module) -> HeadTransform | None:
+    """What makes the logits of hidden @ head.T + bias; None: something else does. Comparing is surer than a list of
+    families, in float32, where a mild cap shows."""
     ids, text = mx.arange(8)[None], text_model(model)
     try:
         body, head = text.model, output_head(model)
-        if type(head) not in MATRICES or "bias" in head:
-            return False
-        states = body(ids).astype(mx.float32)
+        if type(head) not in MATRICES:
+            return None
+        states = body(ids, cache=None).astype(mx.float32)
         text.model = _Answering(body, states)
         try:
             logits = model(ids)
         finally:
             text.model = body
     except (AttributeError, TypeError, ValueError):  # no such parts: the model's own logits it is
-        return False
+        return None
     linear = cast(Any, getattr(head, "as_linear", head))(states)
-    error = mx.abs(logits - linear).max()
-    return logits.shape == linear.shape and bool(error <= 1e-5 * mx.abs(logits).max())
+    if logits.shape != linear.shape:
+        return None
+    settings = getattr(text, "args", None) or getattr(model, "args", None)
+    for transform in head_transforms(vars(settings) if settings is not None else {}):
+        expected, cap = transform.scale * linear, transform.soft_cap
+        expected = expected if cap is None else cap * mx.tanh(expected / cap)
+        if mx.abs(logits - expected).max() <= 1e-5 * mx.abs(logits).max():
+            return transform
+    return None
 
 
 MATRICES = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)

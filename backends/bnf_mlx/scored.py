@@ -11,19 +11,20 @@ import numpy as np
 from mlx.utils import tree_map
 
 from bnf_core.errors import UserError
+from bnf_core.models.model_config import HeadTransform, position_limit
 from bnf_core.objectives import Objective, Seen, Structure, batch_loss, structure
 from bnf_core.objectives.bnf import BNF
-from bnf_core.steps.batching import require_known_tokens
+from bnf_core.steps.limits import Limits
 from bnf_core.types import Array, Batch, TokenScores
 from bnf_mlx import adapter
 from bnf_mlx.attention import Layout, PageTable, paged_caches, segments_of
 from bnf_mlx.linear import detached_log_odds, linear_bnf_loss, linear_log_odds
 from bnf_mlx.losses import token_log_odds
-from bnf_mlx.model import completion_hidden, completion_logits, head_weight
+from bnf_mlx.model import completion_hidden, completion_logits, head_bias, head_weight
 from bnf_mlx.ops import OPS
 from bnf_mlx.optimizer import flat
 from bnf_mlx.pages import pages
-from bnf_mlx.probes import head_is_linear, packing_head_axes, sharing_head_axes
+from bnf_mlx.probes import head_transform, packing_head_axes, sharing_head_axes
 
 Gradients = dict[str, mx.array]  # by parameter path
 
@@ -71,14 +72,16 @@ class ScoredModel:
         self.gradient_checkpointing = gradient_checkpointing
         self.compiled = compiled
         with mx.stream(device):
-            self.fused = head_is_linear(model)  # the logits are hidden @ head.T and nothing else
-            head = head_weight(model) if self.fused else None
+            self.head = head_transform(model)  # None: the model's own logits are taken
+            head = head_weight(model) if self.head else None
             trainable = flat(model.trainable_parameters())
-            self.trains_head = any(p is head for p in trainable.values())
+            bias = head_bias(model) if self.head else None
+            self.trains_head = any(p is head or p is bias for p in trainable.values() if p is not None)
             kept = head is not None and all(p is not head for p in flat(model.parameters()).values())
             self.dequantised = head if kept else None  # once, not for every batch
             mx.eval(self.dequantised)
-            self.vocabulary = completion_logits(model, mx.arange(2)[None], mx.arange(1)).shape[-1]
+            vocabulary = completion_logits(model, mx.arange(2)[None], mx.arange(1)).shape[-1]
+            self.limits = Limits(vocabulary, position_limit(dict(vars(getattr(model, "args", None) or object))))
 
     def inputs(self, batch: Batch, ref_log_odds: Array, baseline: float = 0.0, *, pad: bool = False) -> Inputs:
         """A batch on the device; with `pad`, of one of few shapes: more columns of padding, and the last token again
@@ -87,7 +90,7 @@ class ScoredModel:
         Raises:
             UserError: a token that the model does not know.
         """
-        require_known_tokens(batch, self.vocabulary)
+        self.limits.require(batch)
         ids, segment_ids, positions, layout = batch.input_ids, batch.segment_ids, batch.positions, None
         if batch.shared:
             if not self.shares_prompts:
@@ -127,28 +130,33 @@ class ScoredModel:
 
     def scores(self, inputs: Inputs) -> TokenScores:
         """What the policy says of each token; without gradients where the head is fused."""
-        if self.fused:
-            hidden = completion_hidden(self.model, inputs.ids, inputs.positions, self.layout(inputs))
-            return TokenScores(*detached_log_odds(hidden, self.head(), inputs.targets))
+        if self.head is not None:
+            hidden, head, options = self._before_head(inputs, self.head)
+            return TokenScores(*detached_log_odds(hidden, head, inputs.targets, **options))
         logits = completion_logits(self.model, inputs.ids, inputs.positions, self.layout(inputs))
         return TokenScores(*token_log_odds(logits, inputs.targets))
 
     def loss(self, inputs: Inputs) -> tuple[mx.array, TokenScores]:
         """The micro-batch's part of the loss, and what the policy says of each token."""
-        if not self.fused:
+        if self.head is None:
             scores = self.scores(inputs)
         else:
-            hidden = completion_hidden(self.model, inputs.ids, inputs.positions, self.layout(inputs))  # (N, D)
-            head = hidden, self.head(), inputs.targets
+            hidden, head, options = self._before_head(inputs, self.head)
             if isinstance(self.objective, BNF):  # which needs no second pass over a trained head
-                rest = inputs.reference, inputs.coefficients
-                loss, stats = linear_bnf_loss(*head, *rest, train_head=self.trains_head)
+                rest = inputs.targets, inputs.reference, inputs.coefficients
+                loss, stats = linear_bnf_loss(hidden, head, *rest, train_head=self.trains_head, **options)
                 return loss, TokenScores(stats.log_odds, stats.other_entropy)
-            scores = TokenScores(*linear_log_odds(*head))
+            scores = TokenScores(*linear_log_odds(hidden, head, inputs.targets, **options))
         return batch_loss(self.objective, OPS, Seen(*scores, inputs.reference, inputs.structure)), scores
 
-    def head(self) -> mx.array:
-        return head_weight(self.model) if self.dequantised is None else self.dequantised
+    def _before_head(self, inputs: Inputs, transform: HeadTransform) -> tuple[mx.array, mx.array, dict[str, Any]]:
+        """Hidden states (N, D), the head (V, D), and its bias and soft cap."""
+        hidden = completion_hidden(self.model, inputs.ids, inputs.positions, self.layout(inputs))
+        head = head_weight(self.model) if self.dequantised is None else self.dequantised
+        bias = head_bias(self.model)
+        if transform.scale != 1.0:
+            hidden, bias = hidden * transform.scale, None if bias is None else bias * transform.scale
+        return hidden, head, {"bias": bias, "soft_cap": transform.soft_cap}
 
     def layout(self, inputs: Inputs) -> Layout | None:
         if inputs.pages is not None:
@@ -189,8 +197,12 @@ class MicroStep:
             self._step = mx.compile(self._gradients, inputs=[scored.model.state])
 
     def __call__(
-        self, batch: Batch, ref_log_odds: Array, baseline: float = 0.0
+        self, batch: Batch, ref_log_odds: Array, baseline: float = 0.0, scale: float = 1.0
     ) -> tuple[float, TokenScores, Gradients]:
+        """
+        Args:
+            scale: what the loss is multiplied by for the backward pass, and the gradients are divided by.
+        """
         model, tokens = self.scored.model, len(batch.targets)
         if tokens == 0:  # where the processes do not have equally much to do
             nothing = np.zeros(0, np.float32)
@@ -198,20 +210,27 @@ class MicroStep:
             return 0.0, TokenScores(nothing, nothing), zeros
         inputs = self.scored.inputs(batch, ref_log_odds, baseline, pad=self.scored.compiled)
         key = mx.random.randint(0, 2**31 - 1, (2,)).astype(mx.uint32) if self._drops else mx.random.key(0)
-        model.train()
-        loss, scores, gradients = self._step(inputs, key)
+        adapter.drop_inputs(model)
+        loss, scores, gradients = self._step(inputs, key, mx.array(scale))
         mx.eval(loss, scores, gradients)
         return float(loss), TokenScores(*(np.array(x)[:tokens] for x in scores)), gradients
 
-    def _gradients(self, inputs: Inputs, key: mx.array) -> tuple[mx.array, tuple[mx.array, ...], Gradients]:
+    def _gradients(
+        self, inputs: Inputs, key: mx.array, scale: mx.array
+    ) -> tuple[mx.array, tuple[mx.array, ...], Gradients]:
         model = self.scored.model
+
+        def scaled(parameters: Gradients, inputs: Inputs) -> tuple[mx.array, tuple[mx.array, ...]]:
+            loss, scores = self._loss(parameters, inputs)
+            return loss * scale, scores
+
         before = flat(model.state)
         try:
             adapter.new_dropout(model, key)
-            (loss, scores), gradients = mx.value_and_grad(self._loss)(flat(model.trainable_parameters()), inputs)
+            (loss, scores), gradients = mx.value_and_grad(scaled)(flat(model.trainable_parameters()), inputs)
         finally:
             model.load_weights(list(before.items()), strict=False)
-        return loss, scores, gradients
+        return loss / scale, scores, {name: g / scale for name, g in gradients.items()}
 
     def _loss(self, parameters: Gradients, inputs: Inputs) -> tuple[mx.array, tuple[mx.array, ...]]:
         """The micro-batch's part of the loss, and its tokens' scores."""

@@ -1,6 +1,8 @@
 """LoRA and DoRA through PEFT: added, switched off for the reference, saved and loaded in PEFT's own layout."""
 
 import json
+import re
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,17 +13,19 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.variants import DoraLinearVariant
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
-from bnf_core.models.adapters import WEIGHTS, require_adapter
+from bnf_core.models.adapters import WEIGHTS, require_adapter, stays_on
 from bnf_core.models.lora import UNADAPTED, initial_lora_a
 from bnf_core.storage.tensors import read_header
-from bnf_torch.model import DTYPES, load_model, save_model
+from bnf_torch.model import DTYPES, completion_logits, head_weight, load_model, save_model
 
 
 class LowRank(nn.Linear):
@@ -84,8 +88,15 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int, *, dora: bool 
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
-    """A fresh adapter of any kind that PEFT has; of LoRA's default kind A is drawn as `add_lora` says."""
-    peft_model = _made_ours(get_peft_model(model, config, autocast_adapter_dtype=True))
+    """A fresh adapter of any kind that PEFT has; of LoRA's default kind A is drawn as `add_lora` says.
+
+    Raises:
+        UserError: it cannot be switched off, or acts outside of the model's layers.
+    """
+    before = _some_logits(model).detach()
+    peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
+    require_removable(peft_model, before)
+    _made_ours(peft_model)
     if getattr(config, "init_lora_weights", None) is not True:
         return peft_model
     for name, module in peft_model.get_base_model().named_modules():
@@ -101,32 +112,113 @@ def adapter_off(model: PeftModel | PreTrainedModel) -> AbstractContextManager[No
     return model.disable_adapter() if isinstance(model, PeftModel) else nullcontext()
 
 
+def drop_inputs(model: PeftModel | PreTrainedModel) -> None:
+    """For training: the adapter drops inputs, if it is to, and nothing else does. With dropout of the model's own p
+    would differ from r before anything is learned, and from one cut into micro-batches to another."""
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.train()
+            module.get_base_layer().eval()
+        elif isinstance(module, GradientCheckpointingLayer):
+            module.training = module.gradient_checkpointing  # which transformers does in training mode alone
+
+
+def require_removable(model: PeftModel, before: Tensor | None = None, name: str = "this adapter") -> None:
+    """Whether the model is the reference with its adapter off, and what its layers compute all that the adapter does.
+    Found out by comparing: PEFT has too many kinds and settings for a list.
+
+    Args:
+        before: `_some_logits` of the model without the adapter, where they are known.
+        name: of the adapter, for messages.
+    Raises:
+        UserError: it is not, in words of the adapter's own settings where they tell.
+    """
+    config = model.peft_config[model.active_adapter]
+    base = cast(PreTrainedModel, model.get_base_model())
+    activated = getattr(config, "alora_invocation_tokens", None)
+    # AdaLoRA adds to the loss there, X-LoRA weighs adapters, Poly and Shadow want inputs of their own.
+    if activated or config.is_prompt_learning or type(model.base_model).forward is not BaseTuner.forward:
+        what = (
+            "alora_invocation_tokens" if activated else f"of PEFT's kind {getattr(config.peft_type, 'value', None)}, it"
+        )
+        raise UserError(f"{name}: {what} acts outside of the model's layers: expected an adapter such as LoRA")
+    with adapter_off(model), torch.enable_grad():
+        trained = {path: p for path, p in model.named_parameters() if p.requires_grad}
+        off = _some_logits(base)
+        used = torch.autograd.grad(off.sum(), list(trained.values()), allow_unused=True) if off.requires_grad else ()
+    still = [path for path, gradient in zip(trained, used, strict=False) if gradient is not None]
+    said = stays_on(config.to_dict())
+    if still or (said if before is None else not torch.equal(off.detach(), before)):
+        reason = said or (f"it trains {still[0]}" if still else "it changes the model's own weights")
+        raise UserError(_stays_on(name, reason))
+
+
+def _stays_on(name: str, reason: str) -> str:
+    return (
+        f"{name} cannot be switched off, and the model without it would be the reference: {reason}. Leave that out; of "
+        "a saved adapter make a model with `bnf fuse`, and train that with an adapter of its own"
+    )
+
+
+def _own_name(name: str) -> str:
+    """A tensor of an adapter's file, as the model without the adapter calls it."""
+    return re.sub(r"\.(base_layer|original_module|token_adapter)(?=\.)", "", name.removeprefix("base_model.model."))
+
+
+def _some_ids(model: PreTrainedModel) -> Tensor:
+    head = head_weight(model)
+    return torch.arange(4, device=head.device).unsqueeze(0) % len(head)
+
+
+def _some_logits(model: PreTrainedModel) -> Tensor:
+    ids = _some_ids(model)
+    return completion_logits(model, ids, torch.arange(ids.numel(), device=ids.device))
+
+
 def load_adapter(
-    model: PreTrainedModel, folder: Path, kind: FineTuneType | None = None, lora: LoraConfig | None = None
+    model: PreTrainedModel,
+    folder: Path,
+    kind: FineTuneType | None = None,
+    lora: LoraConfig | None = None,
+    *,
+    removable: bool = True,
 ) -> PeftModel:
     """A saved PEFT adapter.
 
     Args:
         kind, lora: to train it further: what it must be for the settings given; default: it stays as it is.
+        removable: whether the model without it is to be the reference.
     Raises:
-        UserError: not a PEFT adapter, pickled weights, made for another model, or not of that kind, rank or scale.
+        UserError: not a PEFT adapter, pickled weights, made for another model, not of that kind, rank or scale, or one
+            that cannot be switched off.
     """
     require_adapter(folder, "peft", kind, lora)
+    saved = read_header(folder / WEIGHTS["peft"]).tensors.keys()
+    own = {name: value.clone() for name, value in model.state_dict().items() if name in set(map(_own_name, saved))}
+    before = _some_logits(model).detach() if removable else None
     try:
         peft_model = PeftModel.from_pretrained(model, str(folder), is_trainable=kind is not None, use_safetensors=True)
     except (RuntimeError, ValueError, TypeError, KeyError, OSError) as error:
         base = json.loads((folder / "adapter_config.json").read_text()).get("base_model_name_or_path")
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: this adapter does not fit the model (it was made for {base}): {reason}") from error
-    saved = {name for name in read_header(folder / WEIGHTS["peft"]).tensors if "lora_" in name}
-    expected = {name for name in get_peft_model_state_dict(peft_model, save_embedding_layers=False) if "lora_" in name}
-    if different := sorted(expected ^ saved):  # PEFT goes on without them
+    expected = get_peft_model_state_dict(peft_model, save_embedding_layers=False).keys()
+    beside = {name for name in saved - expected if _own_name(name) in own}  # the model's own, which PEFT has replaced
+    twice = {name for name in saved - expected if ".modules_to_save." in name or ".token_adapter." in name}
+    if different := sorted(expected ^ (saved - beside - twice)):  # PEFT goes on without them
         missing = "missing from it" if different[0] in expected else "not of this model"
         raise UserError(
             f"{folder}: this adapter does not fit the model: {len(different)} tensors do not match, the first, "
             f"{different[0]}, is {missing}"
         )
-    return _made_ours(peft_model)
+    _made_ours(peft_model)
+    if removable:
+        now = peft_model.state_dict()
+        if replaced := sorted(name for name in beside if not torch.equal(now[name], own[_own_name(name)])):
+            raise UserError(_stays_on(str(folder), f"it brings weights of the model's own, {_own_name(replaced[0])}"))
+        require_removable(peft_model, before, str(folder))
+    return peft_model
 
 
 def _made_ours(model: PeftModel) -> PeftModel:
@@ -152,11 +244,31 @@ def save_adapter(model: PeftModel | PreTrainedModel, tensors: Mapping[str, Tenso
     """
     if not isinstance(model, PeftModel):
         raise UserError("there is no adapter to save")
-    model.save_pretrained(str(folder), state_dict=dict(tensors), save_embedding_layers=False)
+    # With what an adapter keeps and does not train, such as random projections. Of the rest PEFT takes nothing.
+    model.save_pretrained(str(folder), state_dict=model.state_dict() | dict(tensors), save_embedding_layers=False)
 
 
 def fuse(model: Path, adapter: Path, output: Path, dtype: str) -> None:
     """`Backend.fuse`: plain weights, always."""
-    adapted: Any = load_adapter(load_model(model, torch.device("cpu"), torch.float32), adapter)
-    fused = adapted.merge_and_unload()
+    base = load_model(model, torch.device("cpu"), torch.float32)
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    tied = head.weight is embedding.weight
+    if tied:  # PEFT would add what is for the one to both
+        head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
+    adapted: Any = load_adapter(base, adapter, removable=False)
+    if getattr(adapted.peft_config[adapted.active_adapter], "layer_replication", None):
+        raise UserError(f"{adapter} has layers of the model twice (layer_replication): such a model cannot be written")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Input and output embeddings are no longer tied")  # that is seen to here
+            fused = adapted.merge_and_unload()
+    except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{adapter}: PEFT cannot make one model of this adapter and the model: {reason}") from error
+    head, embedding = fused.get_output_embeddings(), fused.get_input_embeddings()
+    if tied and torch.equal(head.weight, embedding.weight):
+        head.weight = embedding.weight
+    else:
+        tied = False
+    fused.config.tie_word_embeddings = fused.config.get_text_config().tie_word_embeddings = tied
     save_model(fused, {name: p.detach().to(DTYPES[dtype]) for name, p in fused.named_parameters()}, output, model)

@@ -1,24 +1,29 @@
 """A loaded PyTorch model that scores, trains and generates: bnf_core.protocol.Engine."""
 
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bnf_core.config import OptimizerConfig
 from bnf_core.errors import UserError
+from bnf_core.models.model_config import position_limit
 from bnf_core.objectives import Objective, structure
 from bnf_core.objectives.bnf import BNF
 from bnf_core.processes import ALONE, Processes
-from bnf_core.steps.batching import require_known_tokens
+from bnf_core.steps.limits import Limits
+from bnf_core.steps.scaling import loss_scales
 from bnf_core.storage.files import replacing
 from bnf_core.storage.shards import OPTIMIZER, WEIGHTS, Shard, put_under, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenScores
@@ -74,7 +79,7 @@ class TorchEngine:
         self.scored.eval()
         self.scored.probe()
         self._reshard()
-        self.vocabulary = len(head_weight(self.base))
+        self.limits = Limits(len(head_weight(self.base)), position_limit(self.base.config.to_dict()))
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer: Optimizer | None = None
         if optimizer and self.trainable:
@@ -102,6 +107,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
+        self.limits.require_prompts(prompts, max_tokens)
         self.scored.eval()
         width = max(len(p) for p in prompts)
         ids = torch.zeros(len(prompts), width, dtype=torch.long)  # padded on the left, so that all end together
@@ -113,7 +119,10 @@ class TorchEngine:
             max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(stop_ids) or None, pad_token_id=0
         )
         autocast = self.scored.autocast
-        with torch.autocast(self.device.type, autocast) if autocast else nullcontext():
+        with (
+            _without_settings(self.base),
+            torch.autocast(self.device.type, autocast) if autocast else nullcontext(),
+        ):
             output = self.scored.generate(
                 ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config
             )
@@ -122,7 +131,7 @@ class TorchEngine:
 
     def _inputs(self, batch: Batch, ref_log_odds: Array, baseline: float = 0.0) -> dict[str, Any]:
         """What ScoredModel's forward takes, on its device."""
-        require_known_tokens(batch, self.vocabulary)
+        self.limits.require(batch)
         arrays = {
             "input_ids": batch.input_ids,
             "positions": batch.positions,
@@ -142,6 +151,8 @@ class TorchEngine:
         if batch.shared or batch.packed:
             names = LAYOUT if self.scored.shares else ("position_ids",)
             arrays |= {name: getattr(batch, name) for name in names}
+            if self.limits.positions is not None:  # padding may go on beyond them
+                arrays["position_ids"] = np.minimum(batch.position_ids, self.limits.positions - 1)
         inputs: dict[str, Any] = {name: tensors(array, self.device) for name, array in arrays.items()}
         return inputs | {"structure": tensors(structure(self.objective, batch, baseline), self.device)}
 
@@ -175,17 +186,20 @@ class TorchEngine:
             gradient before clipping. Where either number is not finite the norm is not, and there is no gradient.
         """
         assert self.optimizer is not None
-        self.scored.train()
-        stats, loss = [], 0.0
-        with lost_processes():
-            for i, (batch, ref_log_odds) in enumerate(batches):
-                with nullcontext() if self._syncs(i, len(batches)) else gradients_wait(self.to_train):
-                    micro_loss, micro_stats = self.to_train(**self._inputs(batch, ref_log_odds, baseline))
-                    (micro_loss * self.processes.count).backward()  # of which DDP and FSDP take the mean
-                loss += float(micro_loss.detach())
-                stats.append(_to_numpy(micro_stats))
-            loss = float(self.processes.sum(np.array([loss]))[0])
-            norm = self.optimizer.clip(max_grad_norm)
+        adapter.drop_inputs(self.model)
+        for scale in loss_scales(self.dtype, batches, self.processes):
+            stats, loss = [], 0.0
+            with lost_processes():
+                for i, (batch, ref_log_odds) in enumerate(batches):
+                    with nullcontext() if self._syncs(i, len(batches)) else gradients_wait(self.to_train):
+                        micro_loss, micro_stats = self.to_train(**self._inputs(batch, ref_log_odds, baseline))
+                        (micro_loss * (scale * self.processes.count)).backward()  # of which DDP and FSDP take the mean
+                    loss += float(micro_loss.detach())
+                    stats.append(_to_numpy(micro_stats))
+                loss = float(self.processes.sum(np.array([loss]))[0])
+                norm = self.optimizer.clip(max_grad_norm, scale)
+            if math.isfinite(norm) or not math.isfinite(loss):
+                break
         if not math.isfinite(loss):
             self.optimizer.torch.zero_grad(set_to_none=True)
             norm = math.nan
@@ -267,10 +281,39 @@ class TorchEngine:
             adapter.save_adapter(self.model, gathered, folder)
 
 
+@contextmanager
+def _without_settings(model: PreTrainedModel) -> Iterator[None]:
+    """Within it generation is as it is asked for. transformers would take what is not from the checkpoint's own
+    generation_config, such as a penalty for repetition, which has a say in greedy decoding as well."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
 def checkpoint_activations(model: PreTrainedModel) -> None:
     """Keep only each layer's input for the backward pass and compute the rest again (arXiv 1604.06174)."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            quiet: Any = partial(_checkpoint_quietly, layer)
+            layer._gradient_checkpointing_func = quiet
+
+
+def _checkpoint_quietly(layer: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """A layer that is in training mode so that it is checkpointed, and is to compute as in evaluation mode."""
+
+    def run(*args: Any) -> Any:
+        layer.training = False
+        try:
+            return function(*args)
+        finally:
+            layer.training = True
+
+    return checkpoint(run, *args, use_reentrant=False)
 
 
 def _to_numpy(scores: TokenScores) -> TokenScores:

@@ -18,6 +18,7 @@ from bnf_core.errors import UserError
 from bnf_core.models.model_config import normalised_config
 from bnf_core.models.model_folder import copy_companions
 from bnf_core.models.quantization import Quantization, quantization_of
+from bnf_core.storage.tensors import weight_files
 from bnf_torch.attention import attending
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -64,6 +65,7 @@ def load_model(
     for chatty in ("transformers.modeling_utils", "transformers.distributed"):
         logging.getLogger(chatty).setLevel(logging.ERROR)
     options = _in_4bit(device, dtype) if load_in_4bit else {}
+    weight_files(folder)  # or the two libraries would not read the same ones
     quantization = quantization_of(folder)
     if quantization is not None and load_in_4bit:
         raise UserError(f"{folder} is quantised already: leave out hardware.load_in_4bit")
@@ -93,7 +95,7 @@ def load_model(
 def _dequantized(quantization: Quantization, dtype: torch.dtype) -> dict[str, Tensor]:
     """All tensors of a checkpoint that MLX quantised."""
     tensors: dict[str, Tensor] = {}
-    for path in sorted(quantization.folder.glob("model*.safetensors")):
+    for path in weight_files(quantization.folder):
         tensors |= load_file(path)
     for layer in [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]:
         packed = tensors[f"{layer}.weight"].numpy()
@@ -139,6 +141,9 @@ def save_model(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Pa
     config = normalised_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     for key in ("torch_dtype", *QUANTIZED):  # of the source: these are plain tensors
         config.pop(key, None)
+    for part, own in ((config, model.config), (config.get("text_config"), model.config.get_text_config())):
+        if isinstance(part, dict) and not own.tie_word_embeddings:
+            part["tie_word_embeddings"] = False
     config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
@@ -158,6 +163,11 @@ def _no_progress_bar() -> Iterator[None]:
 def head_weight(model: PreTrainedModel) -> Tensor:
     """(V, D), tied or not."""
     return model.get_output_embeddings().weight
+
+
+def head_bias(model: PreTrainedModel) -> Tensor | None:
+    """(V,), where the head has one."""
+    return getattr(model.get_output_embeddings(), "bias", None)
 
 
 def completion_hidden(model: PreTrainedModel, input_ids: Tensor, positions: Tensor, **layout: Tensor) -> Tensor:

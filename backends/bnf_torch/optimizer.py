@@ -33,9 +33,14 @@ class Optimizer:
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.torch.param_groups for p in group["params"]]
 
-    def clip(self, max_grad_norm: float | None) -> float:
-        """Clip the gradients; returns their norm before. Where it is not finite there are no gradients then, and a
-        step changes neither the parameters nor the optimizer's state."""
+    def clip(self, max_grad_norm: float | None, scale: float = 1.0) -> float:
+        """Clip the gradients, which are `scale` times as large as they should be; returns their norm before. Where it
+        is not finite there are no gradients then, and a step changes neither the parameters nor the optimizer's
+        state."""
+        if scale != 1:
+            for p in self._parameters:
+                if p.grad is not None:
+                    p.grad.mul_(1 / scale)
         limit = math.inf if max_grad_norm is None else max_grad_norm
         norm = float(whole(nn.utils.clip_grad_norm_(self._parameters, limit)))
         if not math.isfinite(norm):

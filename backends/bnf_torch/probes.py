@@ -4,23 +4,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from bnf_core.models.model_config import HeadTransform, head_transforms
 from bnf_core.steps.probing import Probe, heeds_layout, packing_probe, sharing_probe
 from bnf_core.types import Array, Batch
 from bnf_torch.attention import LAYOUT
+from bnf_torch.linear import soft_capped
 from bnf_torch.model import completion_hidden, completion_logits, decoder, head_weight
 
 OWN_WINDOWS = ("gpt_neo",)  # their attention looks so far back in the grid, whatever the mask: no short test shows it
 
 
 @torch.no_grad()
-def head_is_linear(model: PreTrainedModel) -> bool:
-    """Whether the logits are hidden @ head.T and nothing else. Some families scale or cap them or add a bias;
-    comparing is surer than a list of them."""
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:  # may be below half precision's tolerance
-        return False
+def head_transform(model: PreTrainedModel) -> HeadTransform | None:
+    """What makes the logits of hidden @ head.T + bias, and stays so while something is trained; None: something else
+    does. Comparing is surer than a list of families. But an adapter adds nothing before it is trained, so the head has
+    to be a matrix to look at as well."""
+    layer = model.get_output_embeddings()
+    if not _is_plain(layer):
+        return None
     head = head_weight(model)
     positions = torch.arange(8, device=head.device)
     ids = positions.unsqueeze(0) % len(head)
@@ -31,14 +36,32 @@ def head_is_linear(model: PreTrainedModel) -> bool:
 
     hook = decoder(model).register_forward_hook(louder)
     try:
-        logits = completion_logits(model, ids, positions)
-        linear = completion_hidden(model, ids, positions) @ head.T
+        logits = completion_logits(model, ids, positions).float()
+        linear = layer(completion_hidden(model, ids, positions)).float()
     finally:
         hook.remove()
     if linear.shape != logits.shape:
+        return None
+    tolerance = (1e-5 if head.dtype == torch.float32 else 2e-2) * logits.abs().max()
+    for transform in head_transforms(model.config.get_text_config().to_dict()):
+        expected, _ = soft_capped(transform.scale * linear, transform.soft_cap)
+        if (logits - expected).abs().max() <= tolerance:
+            return transform
+    return None
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether a layer is its weight and bias: linear, and nothing adapts, wraps or hooks it."""
+    hooks = [layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks]
+    if any(hooks):
         return False
-    tolerance = 1e-5 if logits.dtype == torch.float32 else 2e-2
-    return bool((logits.float() - linear.float()).abs().max() <= tolerance * linear.float().abs().max())
+    if isinstance(layer, ModulesToSaveWrapper):  # calls the original or a trained copy, and shows the weight of that
+        return all(map(_is_plain, (layer.original_module, *layer.modules_to_save.values())))
+    mover = getattr(layer, "_hf_hook", None)  # accelerate's, in the place of `forward`
+    replaced = "forward" in vars(layer) and not (
+        type(mover).__name__ == "AlignDevicesHook" and not getattr(mover, "offload", True)
+    )
+    return type(layer) is nn.Linear and not replaced
 
 
 @torch.no_grad()

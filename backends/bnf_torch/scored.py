@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from bnf_core.models.model_config import HeadTransform
 from bnf_core.objectives import Objective, Seen, Structure, batch_loss
 from bnf_core.objectives.bnf import BNF
 from bnf_core.types import TokenScores
 from bnf_torch.linear import linear_bnf_loss, linear_log_odds
 from bnf_torch.losses import token_log_odds
-from bnf_torch.model import completion_hidden, completion_logits, head_weight
+from bnf_torch.model import completion_hidden, completion_logits, head_bias, head_weight
 from bnf_torch.ops import OPS
-from bnf_torch.probes import head_is_linear, keeps_packed_apart, shares_prompts
+from bnf_torch.probes import head_transform, keeps_packed_apart, shares_prompts
 
 
 class ScoredModel(nn.Module):
@@ -32,11 +33,12 @@ class ScoredModel(nn.Module):
         self.model = model
         self.objective = objective
         self.autocast = autocast
-        self.fused = self.packs = self.shares = False
+        self.head: HeadTransform | None = None  # None: the model's own logits are taken
+        self.packs = self.shares = False
 
     def probe(self) -> None:
         """Find out what the model's code does. To be called once, before everything else."""
-        self.fused = head_is_linear(self.model)
+        self.head = head_transform(self.model)
         self.packs = keeps_packed_apart(self.model)
         self.shares = shares_prompts(self.model)
 
@@ -62,19 +64,24 @@ class ScoredModel(nn.Module):
             layout: (B, T) int64 each: `position_ids` of a packed grid, all of LAYOUT of a shared one.
         """
         with torch.autocast(input_ids.device.type, self.autocast) if self.autocast else nullcontext():
-            if self.fused:
+            if self.head is not None:
                 hidden = completion_hidden(self.model, input_ids, positions, **layout)  # (N, D)
             else:
                 logits = completion_logits(self.model, input_ids, positions, **layout)  # (N, V)
-        if not self.fused:
+        if self.head is None:
             log_odds, entropy = token_log_odds(logits, targets)
         else:
+            scale, soft_cap = self.head
             dtype = self.autocast or hidden.dtype
-            head = hidden.to(dtype), head_weight(self.model).to(dtype), targets
+            head, bias = head_weight(self.model).to(dtype), head_bias(self.model)
+            hidden = hidden.to(dtype)
+            if scale != 1.0:
+                hidden, bias = hidden * scale, None if bias is None else bias * scale
             if isinstance(self.objective, BNF):  # which needs no second pass over a trained head
-                loss, stats = linear_bnf_loss(*head, ref_log_odds, coefficients)
+                rest = ref_log_odds, coefficients
+                loss, stats = linear_bnf_loss(hidden, head, targets, *rest, bias=bias, soft_cap=soft_cap)
                 return loss, TokenScores(stats.log_odds, stats.other_entropy)
-            log_odds, entropy = linear_log_odds(*head)
+            log_odds, entropy = linear_log_odds(hidden, head, targets, bias=bias, soft_cap=soft_cap)
         loss = batch_loss(self.objective, OPS, Seen(log_odds, entropy, ref_log_odds, structure))
         return loss, TokenScores(log_odds.detach(), entropy)
 

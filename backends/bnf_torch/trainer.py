@@ -369,7 +369,7 @@ class BNFTrainer(Trainer):
         found, refused = Checkpoints(Path(checkpoint) / STATE, keep=1).newest(self.engine.processes)
         if found is None:
             reason = "; ".join(refused) or f"it has no {STATE} (save_only_model, or another trainer's)"
-            raise UserError(f"training cannot go on from {checkpoint}: {reason}")
+            raise UserError(f"training cannot resume from {checkpoint}: {reason}")
         self.resumed = checkpoint, found
         return found
 
@@ -454,6 +454,8 @@ class _Tokens:
         loaded = load_feedback(data, split, self.args.skip_bad_rows)
         for message in loaded.skipped:
             logger.warning("skipped: %s", message)
+        if loaded.unused:
+            logger.warning("columns that are not used: %s", ", ".join(sorted(loaded.unused)))
         tokens = self.feedback(loaded.rows)
         self._report(tokens)
         require_units(tokens.examples, self.unit)
@@ -490,12 +492,11 @@ def _engine(
     if peft_config is not None:
         if isinstance(model, PeftModel):
             raise UserError("the model has an adapter already: leave out peft_config to train it on")
-        if peft_config.is_prompt_learning:
-            raise UserError(
-                f"peft_config is {type(peft_config).__name__}: expected one that adapts layers, such as LoRA"
-            )
+        model.eval()
         model.requires_grad_(False)
         model = adapter.add_adapter(model, peft_config, args.seed)
+    elif isinstance(model, PeftModel):
+        adapter.require_removable(model.eval())
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()

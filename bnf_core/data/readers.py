@@ -8,7 +8,7 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from bnf_core.data.messages import RowError
 from bnf_core.data.records import Feedback, parse_row
 from bnf_core.errors import UserError
 
+CSV_FIELD = 2**31 - 1  # characters; Python's own limit of 131,072 is less than a long document
 PARQUET_ROWS = 256  # decoded at a time: pyarrow's own 65,536 can be gigabytes of conversations
 PARQUET_BYTES = 1 << 20  # read ahead in each column, instead of the column's whole part of a row group
 
@@ -55,10 +56,39 @@ def number_rows(rows: Iterable[Any], name: str) -> Iterator[RawRow]:
         yield RawRow(f"{name}:{number}", row)
 
 
-# JSON lines
+# JSON, told from JSON lines by what is there: files of either kind are called .json and .jsonl
 
 
-def _read_jsonl(path: Path) -> Iterator[RawRow]:
+def _read_json(path: Path) -> Iterator[RawRow]:
+    return _read_json_lines(path) if _is_lines(path) else _read_json_list(path)
+
+
+def _is_lines(path: Path) -> bool:
+    """Whether the first line that is not blank is an object of its own, and either not the only one or a row; or, where
+    it is broken, whether the file is called so."""
+    called = path.suffix.lower() == ".jsonl"
+    with path.open("rb") as file:
+        for line in file:
+            line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
+            try:
+                first = json.loads(line)
+            except (ValueError, RecursionError):
+                # A list, or an object, over several lines; or a line that is broken.
+                return called and line.strip() not in (b"[", b"{") and not line.lstrip().startswith((b"[{", b"[ {"))
+            alone = not any(rest.strip() for rest in file)
+            return not (alone and (isinstance(first, list) or _rows_within(first) is not None))
+    return True
+
+
+def _rows_within(content: Any) -> str | None:
+    """The key under which an object holds the rows of a file; None: it is no such object."""
+    lists = [key for key, value in content.items() if isinstance(value, list)] if isinstance(content, Mapping) else []
+    return lists[0] if lists in (["data"], ["rows"], ["train"]) and "prompt" not in content else None
+
+
+def _read_json_lines(path: Path) -> Iterator[RawRow]:
     # Read as bytes, because only a newline ends a line: text may hold U+2028 and its like.
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -77,22 +107,24 @@ def _decode_json(line: bytes, source: str) -> Any:
         raise _not_json(source, error, "Write one JSON object on each line") from error
 
 
-# JSON
-
-
-def _read_json(path: Path) -> Iterator[RawRow]:
+def _read_json_list(path: Path) -> Iterator[RawRow]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _not_utf8_in(path, error) from error
     try:
-        rows = json.loads(text) if text.strip() else []
+        rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _not_json(f"{path}:{getattr(error, 'lineno', 1)}", error, "Mend the file there") from error
-    if not isinstance(rows, list):
+    key = _rows_within(rows)
+    if not isinstance(rows, list) and key is None:
         raise UserError(
-            f"{path}: expected a list of objects, found one {type(rows).__name__}. Write [{{...}}, {{...}}]."
+            f"{path}: expected a list of objects, found one {type(rows).__name__}. Write [{{...}}, {{...}}], or one "
+            "object on each line."
         )
+    if key is not None:
+        yield from number_rows(rows[key], f"{path}[{key}]")
+        return
     # The file is sound: walk it once more, element by element, for the line where each begins.
     decoder, between = json.JSONDecoder(), re.compile(r"[\s,]*")
     at, line = text.find("[") + 1, 1 + text.count("\n", 0, text.find("[") + 1)
@@ -108,6 +140,7 @@ def _read_json(path: Path) -> Iterator[RawRow]:
 
 
 def _read_csv(path: Path) -> Iterator[RawRow]:
+    csv.field_size_limit(CSV_FIELD)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
         columns: list[str] = []
@@ -169,7 +202,7 @@ def _read_parquet(path: Path) -> Iterator[RawRow]:
 
 
 READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {
-    ".jsonl": _read_jsonl,
+    ".jsonl": _read_json,
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,

@@ -25,6 +25,7 @@ from bnf_core.data.messages import (
 UNPAIRED = ("prompt", "completion", "label")
 PAIRED = ("prompt", "chosen", "rejected")
 IMPLICIT = ("chosen", "rejected")
+USED = {*UNPAIRED, *PAIRED, "tools", "chat_template_kwargs"}
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,11 @@ def parse_row(row: Any, source: str) -> list[Feedback]:
     return [Feedback(for_template(prompt), text, label, source, True, tools, kwargs) for text, label in both]
 
 
+def unused_columns(row: Any) -> set[str]:
+    """Names of columns that hold something, and that `parse_row` passes over."""
+    return {str(k) for k, v in row.items() if k not in USED and v is not None} if isinstance(row, Mapping) else set()
+
+
 def _column_set(row: Mapping[str, Any], source: str) -> tuple[str, ...]:
     # Tables fill the columns that a row lacks with nulls, so nulls are passed over first; a row that has a
     # column set only with its nulls is told about the null.
@@ -140,9 +146,9 @@ def _label(value: Any, source: str) -> bool:
     if isinstance(value, bool):
         return value
     if isinstance(value, str):
-        remedy = "Write true (preferred) or false (dispreferred) without quotes"
+        remedy = "Write true (chosen) or false (rejected) without quotes"
     else:
-        remedy = "Write true for a preferred completion and false for a dispreferred one, as in 1 -> true, 0 -> false"
+        remedy = "Write true for a chosen completion and false for a rejected one, as in 1 -> true, 0 -> false"
     raise RowError(source, "label", f"is {named(value)}, expected true or false", remedy)
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 
 from bnf_core.data.messages import RowError, Text
 from bnf_core.data.readers import READERS, RawRow, number_rows
-from bnf_core.data.records import Feedback
+from bnf_core.data.records import Feedback, parse_row, unused_columns
 from bnf_core.errors import UserError
 from bnf_core.storage.digests import files_digest
 
@@ -38,6 +38,7 @@ class Source:
 class LoadedFeedback:
     rows: list[Feedback]
     skipped: list[str]  # the message of every bad row, when they are to be skipped
+    unused: set[str] = field(default_factory=set)  # columns that are passed over
 
 
 def load_feedback(
@@ -58,7 +59,9 @@ def load_feedback(
     loaded = LoadedFeedback([], [])
     for row in source.read():
         try:
-            loaded.rows.extend(row.feedback())
+            columns = row.columns()
+            loaded.rows.extend(parse_row(columns, row.source))
+            loaded.unused.update(unused_columns(columns))
         except RowError as error:
             if not skip_bad_rows:
                 raise
@@ -241,7 +244,7 @@ def _check_unchanged(path: Path, stamp: tuple[int, int]) -> None:
     if _stamp(path) != stamp:
         raise UserError(
             f"{path}: has changed since it was first read. Start again with data that stays as it is; a run that is "
-            "to go on needs the file as it was."
+            "resuming needs the file as it was."
         )
 
 

@@ -13,7 +13,7 @@ from numpy.random import PCG64
 
 from bnf_core.data.messages import RowError
 from bnf_core.data.readers import RawRow
-from bnf_core.data.records import Feedback
+from bnf_core.data.records import Feedback, parse_row, unused_columns
 from bnf_core.data.sources import find_source, no_rows, source_of
 from bnf_core.errors import UserError
 from bnf_core.types import Example, Position, Unit
@@ -66,6 +66,7 @@ class FeedbackStream:
         self.skip_bad_rows = skip_bad_rows
         self.unit = unit
         self.skipped: list[str] = []  # the first messages of bad rows, each once
+        self.unused: set[str] = set()  # columns that are passed over
         self.skipped_count = 0  # bad rows met so far; what is met in two epochs counts twice
 
     def batches(self, batch_size: int, position: Position | None = None) -> Iterator[tuple[list[Example], Position]]:
@@ -73,7 +74,7 @@ class FeedbackStream:
 
         Args:
             batch_size: examples in a batch. The last batch of an epoch may be short; none spans two epochs.
-            position: where to go on, as it came with a batch; by default the beginning.
+            position: where to resume, as it came with a batch; by default the beginning.
         Returns:
             The batches, each with the position after it: `epoch`, `rows` of it used up in shuffled order, and
             `examples` used of the row after those, of which a pair has two.
@@ -129,7 +130,9 @@ class FeedbackStream:
         parsed: list[list[Feedback]] = []
         for row in part:
             try:
-                parsed.append(row.feedback())
+                columns = row.columns()
+                parsed.append(parse_row(columns, row.source))
+                self.unused |= unused_columns(columns)
             except RowError as error:
                 parsed.append(self._skip(error))
         flat = [feedback for several in parsed for feedback in several]

@@ -17,7 +17,7 @@ PEFT can hold far more than mlx-lm; what only one of them can hold is refused wi
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
 from bnf_core.models.quantization import quantization_of
-from bnf_core.storage.tensors import float_tensors, model_tensors
+from bnf_core.storage.tensors import float_tensors, model_tensors, read_header
 from bnf_core.types import Array
 
 Layout = Literal["peft", "mlx"]
@@ -62,6 +62,14 @@ ONLY_PEFT = {
 }
 # The others take something away from the model's own weights when they begin.
 KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+
+# What PEFT changes in the model itself, where switching the adapter off does not reach: by the key that says so,
+# whether a value does, and what it means.
+STAYS_ON: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "bias": (lambda value: value not in (None, "none"), "it trains the model's own biases"),
+    "layer_replication": (bool, "it has layers of the model twice"),
+    "init_lora_weights": (lambda value: value not in KEEPS_BASE, "it began by changing the model's own weights"),
+}
 
 
 @dataclass(frozen=True)
@@ -132,12 +140,14 @@ def adapter_layout(folder: Path) -> Layout:
 
 def require_adapter(
     folder: Path, layout: Layout, kind: FineTuneType | None = None, lora: LoraConfig | None = None
-) -> None:
+) -> Config:
     """What a backend asks before it loads an adapter.
 
     Args:
         layout: of the backend.
         kind, lora: what the adapter must be for training to go on with the settings given; default: anything.
+    Returns:
+        Its adapter_config.json; of an older mlx-lm, as the present one would write it.
     Raises:
         UserError: it is no adapter, of the other layout, or not of that kind, rank or scale.
     """
@@ -149,7 +159,7 @@ def require_adapter(
     if layout == "mlx":
         scale, _ = _mlx_settings(folder, config)
     if kind is None or lora is None:
-        return
+        return config
     if layout == "mlx":
         was, rank = config.get("fine_tune_type", "lora"), config["lora_parameters"].get("rank")
     else:
@@ -162,6 +172,15 @@ def require_adapter(
             f"{folder} has rank {rank} and alpha {scale * rank:g}, and this run has lora.rank {lora.rank} and "
             f"lora.alpha {lora.alpha:g}: set both to the adapter's"
         )
+    return config
+
+
+def stays_on(config: Config) -> str | None:
+    """What of a PEFT adapter stays in the model when it is switched off, by its config and in words; None: nothing."""
+    for key, (does, meaning) in STAYS_ON.items():
+        if does(config.get(key)):
+            return f"{meaning} ({key}: {config[key]})"
+    return None
 
 
 def write_adapter(adapter: Adapter, folder: Path, layout: Layout, model: str, shapes: Shapes) -> None:
@@ -242,7 +261,40 @@ def _config(folder: Path) -> tuple[Config, Layout]:
         raise UserError(f"{folder / CONFIG} is neither PEFT's (peft_type) nor mlx-lm's (lora_parameters)")
     if not (folder / WEIGHTS[layout]).is_file():
         raise UserError(f"{folder} has no {WEIGHTS[layout]}; pickled weights are not loaded")
-    return config, layout
+    return config if layout == "peft" else _present_mlx(folder, config), layout
+
+
+def _present_mlx(folder: Path, config: Config) -> Config:
+    """An mlx-lm config as mlx-lm writes it today. Up to 0.18 `num_layers` was `lora_layers` and DoRA `use_dora`, and
+    without `keys` other modules were meant: then the tensors say which.
+
+    Raises:
+        UserError: the scale is not there, or may be either of two.
+    """
+    kind = config.get("fine_tune_type", "dora" if config.get("use_dora") else "lora")
+    if kind not in ("lora", "dora"):
+        return config
+    parameters, old = config.get("lora_parameters"), "lora_layers" in config
+    if not isinstance(parameters, dict):
+        raise UserError(f"{folder / CONFIG} has no lora_parameters: expected rank, scale, dropout and keys there")
+    if absent := [key for key in ("rank", "scale") if key not in parameters]:
+        hint = ". It has alpha, which mlx-lm multiplied by a scale" if "alpha" in parameters else ""
+        raise UserError(
+            f"{folder / CONFIG}: lora_parameters has no {' and no '.join(absent)}{hint}: add it (scale is what B A is "
+            "multiplied by)"
+        )
+    if old and parameters.get("alpha", parameters["rank"]) != parameters["rank"]:
+        raise UserError(
+            f"{folder / CONFIG}: lora_parameters has scale {parameters['scale']} and alpha {parameters['alpha']}, and "
+            "mlx-lm 0.9 multiplied B A by scale · alpha / rank, 0.14 by scale alone: set scale to the product that it "
+            "was trained with, and leave alpha out"
+        )
+    keys, num_layers = parameters.get("keys"), config.get("num_layers", config.get("lora_layers"))
+    if num_layers is None or (old and keys is None):
+        names = read_header(folder / WEIGHTS["mlx"]).tensors
+        keys, num_layers = sorted({match[1] for name in names if (match := NAMES["mlx"].fullmatch(name))}), -1
+    parameters = {"dropout": 0.0} | parameters | ({} if keys is None else {"keys": keys})
+    return config | {"fine_tune_type": kind, "num_layers": num_layers, "lora_parameters": parameters}
 
 
 def _peft_settings(folder: Path, config: Config) -> tuple[float, float]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Config = dict[str, Any]
 
@@ -46,6 +46,16 @@ DERIVED: Mapping[str, Mapping[str, Callable[[Config], Any]]] = {
     },
 }
 
+# Families that look positions up in a table, learned or of sines: rows of more tokens have none. Found by giving one
+# token too many to every causal language model of transformers.
+TABLED_POSITIONS = frozenset(
+    "bart bert bert-generation big_bird bigbird_pegasus biogpt blenderbot blenderbot-small codegen ctrl electra ernie "
+    "git gpt2 gpt_bigcode gpt_neo gptj marian mbart megatron-bert mpt mvp openai-gpt opt pegasus plbart rembert "
+    "roc_bert roformer trocr xlm".split()
+)
+# And those whose table begins with a row for padding, and rows before it.
+AFTER_PADDING = frozenset("camembert data2vec-text roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl".split())
+
 # What stands before the decoder's own modules, and what its list of layers is called.
 DECODER = re.compile(r"^(?:language_model\.)?(?:model|transformer|gpt_neox|backbone)\.")
 LAYERS = re.compile(r"^\w+\.(?=\d)")
@@ -55,6 +65,30 @@ def module_path(name: str) -> str:
     """A module's name within the decoder, the same in transformers and mlx-lm: `model.layers.0.mlp` and
     `gpt_neox.h.0.mlp` are both `layers.0.mlp`."""
     return LAYERS.sub("layers.", DECODER.sub("", name))
+
+
+class HeadTransform(NamedTuple):
+    """What a model does to hidden @ head.T + bias: soft_cap · tanh(scale · … / soft_cap)."""
+
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+
+def head_transforms(config: Mapping[str, Any]) -> list[HeadTransform]:
+    """Those that a config's keys may mean, the likeliest first. Which of them it is, if any, comparing shows: a family
+    may have a key and not heed it."""
+
+    def number(name: str) -> float | None:
+        value = config.get(name)
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and value > 0 else None
+
+    scale = number("logit_scale") or number("lm_head_multiplier")  # cohere; falcon_h1
+    if divisor := number("logits_scaling"):  # granite
+        scale = 1.0 / divisor
+    if (base := number("dim_model_base")) and (width := number("hidden_size")):  # minicpm
+        scale = base / width
+    soft_cap = number("final_logit_softcapping") or number("logits_soft_cap")  # gemma2; recurrent_gemma
+    return list(dict.fromkeys([HeadTransform(scale or 1.0, soft_cap), HeadTransform()]))
 
 
 def full_config(folder: Path) -> Config:
@@ -163,6 +197,16 @@ def text_config(config: Config) -> Config:
     """What of a config describes the language model, where it describes others as well."""
     text = config.get("text_config")
     return text if isinstance(text, dict) else config
+
+
+def position_limit(config: Config) -> int | None:
+    """How many tokens a row can have at most, of a config with its defaults; None: positions are computed."""
+    family = config.get("model_type")
+    names = ("max_position_embeddings", "n_positions", "max_seq_len")
+    found: int | None = next((config[name] for name in names if config.get(name)), None)
+    if found is not None and family in AFTER_PADDING:
+        return found - int(config.get("pad_token_id") or 0) - 1
+    return found if family in TABLED_POSITIONS else None
 
 
 def rope_scaling(config: Config) -> str | None:

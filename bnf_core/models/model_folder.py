@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bnf_core.errors import UserError
-from bnf_core.storage.tensors import require_whole
+from bnf_core.storage.tensors import require_whole, weight_files
 
 # What is fetched from the Hub: never pickles, never code.
 ALLOWED = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -29,7 +29,8 @@ def resolve_model(name: str, *, weights: bool = True) -> Path:
         A folder whose configuration can be read and whose weight files are all there and whole.
     Raises:
         UserError: no such folder or Hub model, the Hub out of reach, no configuration, no weights, weights in
-            pickles only, a missing or damaged weight file.
+            pickles only, a missing or damaged weight file, or files of which it cannot be told whether they belong to
+            the model.
     """
     folder = Path(name).expanduser()
     if folder.is_file():
@@ -60,17 +61,9 @@ def _check(folder: Path, with_weights: bool) -> None:
     _read_json(folder / "config.json", _without_config(folder))
     if not with_weights:
         return
-    weights = sorted(folder.glob("model*.safetensors"))
-    if not weights:
+    if not any(folder.glob("model*.safetensors")):
         raise UserError(_without_weights(folder))
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        shards = _read_json(index, "").get("weight_map", {}).values()
-        if absent := sorted(set(shards) - {path.name for path in weights}):
-            raise UserError(
-                f"model {folder}: {index.name} names {', '.join(absent)}, which is not there: copy it again"
-            )
-    for path in weights:
+    for path in weight_files(folder):
         require_whole(path)
 
 

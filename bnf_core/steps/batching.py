@@ -6,6 +6,7 @@ into micro-batches, packed, or dealt to processes.
 """
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -95,21 +96,6 @@ def _pairs(examples: Sequence[Example]) -> Array:
     rejected = {e.pair: i for i, e in enumerate(examples) if e.pair and not e.label}
     found = [(i, rejected[e.pair]) for i, e in enumerate(examples) if e.pair in rejected and e.label]
     return np.asarray(found, np.int32).reshape(-1, 2)
-
-
-def require_known_tokens(batch: Batch, vocabulary: int) -> None:
-    """
-    Args:
-        vocabulary: how many token ids the model knows.
-    Raises:
-        UserError: the batch holds an id beyond them.
-    """
-    largest = max((int(ids.max()) for ids in (batch.input_ids, batch.targets) if ids.size), default=0)
-    if largest >= vocabulary:
-        raise UserError(
-            f"the data holds token id {largest}, and the model knows ids below {vocabulary}: the tokenizer is that of "
-            "another model, or has tokens that were added to it and not to the model. Give the model's own tokenizer"
-        )
 
 
 def _units(examples: Sequence[Example], row: Sequence[int], share_prompts: bool) -> list[list[int]]:
@@ -285,9 +271,10 @@ class Rows:
         self.examples = examples
         self.seed = seed
         self.unit = unit
+        self._largest = 1 if unit == "row" else max(Counter(map(_unit_key(unit), examples)).values(), default=1)
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        return -(-len(self.examples) // batch_size)
+        return -(-len(self.examples) // max(batch_size, self._largest))
 
     def batches(self, batch_size: int, position: Position | None = None) -> Iterator[tuple[list[Example], Position]]:
         """Epoch after epoch without end; the last batch of an epoch may be short and is never dropped.
@@ -296,6 +283,7 @@ class Rows:
             the examples of a batch, and the position to resume from after it
         """
         epoch, at = (position["epoch"], position["rows"]) if position else (0, 0)
+        batch_size = max(batch_size, self._largest)
         while True:
             order = epoch_order(len(self.examples), epoch, self.seed)
             units = self._units(order, batch_size)

@@ -22,7 +22,7 @@ class Step:
     learning_rate: float
     batches: list[tuple[Batch, Array]]  # this process's micro-batches, each with its ref_log_odds (N,)
     examples: list[Example]  # of the global batch
-    position: Position  # where the data go on after this step
+    position: Position  # where the data resume after this step
     baseline: float = 0.0  # what the objective's rewards are compared with
 
 

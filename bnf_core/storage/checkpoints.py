@@ -1,4 +1,4 @@
-"""Checkpoints: all it takes to go on with a run as if it had never stopped.
+"""Checkpoints: all it takes to resume a run as if it had never stopped.
 
     <run>/checkpoints/step-000040/
       state-00001-of-00002.safetensors   each process's part of the trainable weights, optimizer, random numbers,
@@ -57,7 +57,7 @@ class Checkpoint:
     folder: Path
     step: int  # optimizer steps taken
     facts: Facts
-    position: dict[str, int] | None  # where the data go on, if that does not follow from the step
+    position: dict[str, int] | None  # where the data resume, if that does not follow from the step
     arrays: Mapping[str, Array]  # whole; each is read when it is asked for, and then not kept
 
 

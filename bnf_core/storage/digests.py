@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from bnf_core.storage.tensors import read_header
+from bnf_core.storage.tensors import read_header, weight_files
 from bnf_core.types import Example
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def model_digest(folder: Path) -> str:
     """Of the configuration, and of every tensor's name, shape and some blocks of its bytes: reading whole
     checkpoints of many gigabytes would delay the start of every run, and training changes every block."""
     digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("model*.safetensors")):
+    for path in weight_files(folder):
         header = read_header(path)
         digest.update(header.raw)
         with path.open("rb") as file:

@@ -6,6 +6,7 @@ the rest    the tensors' bytes, row-major, little-endian
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from bnf_core.types import Array
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # of weights, by safetensors' names
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)  # which NumPy itself does not have
+INDEX = "model.safetensors.index.json"  # says which file holds which tensor of a checkpoint
+SERIES = re.compile(r"model-\d+-of-(\d+)\.safetensors")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
 
 
@@ -94,10 +97,49 @@ def float_tensors(file: Path) -> Mapping[str, StoredTensor]:
     return tensors
 
 
-def model_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a checkpoint folder's weight files, by name; only the headers are read."""
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold a checkpoint folder's weights: those that its index names, or without an index the only one,
+    or a whole series. All `model*.safetensors` belong to it, because mlx-lm reads all, and transformers does not.
+
+    Raises:
+        UserError: one is missing, or there are others, such as those of an older save: it cannot be told which are the
+            model.
+    """
     files = sorted(folder.glob("model*.safetensors"))
-    return {name: tensor for file in files for name, tensor in read_header(file).tensors.items()}
+    there = {path.name for path in files}
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index} is no index of weights: expected JSON with a weight_map: {error}") from error
+        if absent := sorted(named - there):
+            raise UserError(f"model {folder}: {INDEX} names {', '.join(absent)}, which is not there: copy it again")
+        said = f"{INDEX} names {', '.join(sorted(named))}"
+    else:
+        series = [SERIES.fullmatch(name) for name in there]
+        whole = {f"model-{i:05}-of-{len(there):05}.safetensors" for i in range(1, len(there) + 1)}
+        named = there if len(there) < 2 or there == whole else set()
+        said = f"there is no {INDEX}"
+        if not named and all(series) and len({match[1] for match in series if match}) == 1:
+            raise UserError(
+                f"model {folder}: files of the series {', '.join(sorted(there))} are missing: copy it again"
+            )
+    if others := sorted(there - named):
+        raise UserError(
+            f"model {folder}: which files are the model cannot be told: {said}, and {', '.join(others)} are there. "
+            "Files of an older save, or of another precision, have to go"
+        )
+    return files
+
+
+def model_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a checkpoint folder's weight files, by name; only the headers are read.
+
+    Raises:
+        UserError: as `weight_files`.
+    """
+    return {name: tensor for file in weight_files(folder) for name, tensor in read_header(file).tensors.items()}
 
 
 def rounded(x: Array, dtype: str) -> Array:

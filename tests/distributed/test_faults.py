@@ -165,7 +165,7 @@ def test_two_processes(runs: Runs, way: str, tmp_path: Path) -> None:
         assert "the processes of this run see different training rows" in said[2] and "21 rows, SHA-256" in said[2]
         assert f"another run is writing to {taken_run}" in said[3]
         if output is outputs[0]:
-            assert "going on after step 4" in said[1]
+            assert "resuming after step 4" in said[1]
             assert "another process of this run has ended" in said[4] and "--resume" in said[4]
 
     assert not (differ_run / "metrics.jsonl").exists() and contents(taken_run).keys() == {".lock"}

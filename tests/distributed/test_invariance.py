@@ -129,6 +129,73 @@ def test_a_bug_of_two_processes_is_caught(runs: Runs, pair: Pair, way: str, bug:
     assert runs.complaints(WAYS[way][0], "lora", pair(way)["lora", SEVERAL, bug])
 
 
+# Other objectives: on pairs, and compared with a number of the whole step
+
+OBJECTIVES = {
+    "dpo": "--objective dpo --objective.beta 1",
+    "kto": "--objective kto --objective.beta 1",
+    "bco": "--objective bco --objective.beta 1",
+    "simpo": "--objective simpo",
+}
+CUTS = ["--micro-batch-size 1", UNSORTED, f"--micro-batch-size 2 {UNSHARED}", f"--micro-batch-size 8 {PACKED}"]
+
+
+@pytest.fixture(scope="module")
+def objective_runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Runs]:
+    known: dict[str, Runs] = {}
+
+    def runs(name: str) -> Runs:
+        if name not in known:
+            known[name] = Runs(tiny_model, tmp_path_factory.mktemp(name), OBJECTIVES[name])
+        return known[name]
+
+    return runs
+
+
+@pytest.mark.parametrize("flags", CUTS)
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_other_objectives_take_one_trajectory(
+    objective_runs: Callable[[str], Runs], backend_name: str, name: str, flags: str
+) -> None:
+    runs = objective_runs(name)
+    assert runs.complaints(backend_name, "lora", runs.train(backend_name, "lora", flags)) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", CUTS)
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_other_objectives_take_one_trajectory_in_every_cut(
+    objective_runs: Callable[[str], Runs], backend_name: str, name: str, kind: str, flags: str
+) -> None:
+    runs = objective_runs(name)
+    assert runs.complaints(backend_name, kind, runs.train(backend_name, kind, flags)) == []
+
+
+@pytest.mark.parametrize("bug", ["mean of means", "pairs parted", "dropped tail"])
+def test_a_bug_of_other_objectives_is_caught(
+    objective_runs: Callable[[str], Runs], backend_name: str, bug: str
+) -> None:
+    runs = objective_runs("dpo")
+    uneven = "--micro-batch-size 4 --group-by-length false"  # three pairs as one and two
+    assert runs.complaints(backend_name, "lora", runs.train(backend_name, "lora", uneven, bug))
+
+
+@pytest.mark.parametrize("way", PAIRS)
+def test_two_processes_take_the_same_road_with_other_objectives(
+    objective_runs: Callable[[str], Runs], way: str
+) -> None:
+    backend = WAYS[way][0]
+    lines, outputs = zip(
+        *(objective_runs(name).words(backend, "lora", SEVERAL) for name in ("dpo", "kto")), strict=True
+    )
+    folder = objective_runs("dpo").folder
+    results = launch(way, [("", line) for line in lines], [folder] * 2)
+    assert [code for code, _ in results] == [0, 0], results
+    for name, output in zip(("dpo", "kto"), outputs, strict=True):
+        assert objective_runs(name).complaints(backend, "lora", Trajectory.read(output)) == []
+
+
 # The judge
 
 

@@ -24,6 +24,7 @@ from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from safetensors.numpy import load_file, save_file
 
 from bnf_align import cli
+from bnf_core.errors import UserError
 from bnf_core.models.adapters import matrix_shapes, mlx_keys, read_adapter
 from bnf_mlx import adapter as mlx_adapter
 from bnf_mlx import model as mlx_model
@@ -428,3 +429,79 @@ def test_training_goes_on_on_the_other_side(
         )
         said = refusal(capsys, *command.split(), "--rank", 4, "--alpha", 12, "--fine-tune-type", "dora")
         assert "was made with fine_tune_type lora, and this run has dora" in said
+
+
+# Folders of older versions of mlx-lm
+
+OLD: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what is put in the place of num_layers, of lora_parameters
+    "0.14": ({"lora_layers": 2}, {"rank": 4, "dropout": 0.0, "scale": SCALE}),
+    "0.9": ({"lora_layers": 2}, {"rank": 4, "alpha": 4, "dropout": 0.0, "scale": SCALE}),
+    "0.18, DoRA": ({"lora_layers": 2, "use_dora": True}, {"rank": 4, "dropout": 0.0, "scale": SCALE}),
+    "without the number": ({}, {"rank": 4, "scale": SCALE}),
+}
+
+
+@pytest.mark.parametrize("version", OLD)
+def test_a_folder_of_an_older_mlx_lm_is_read(tiny_model: Path, tmp_path: Path, version: str) -> None:
+    """Without `keys` it means the modules of its time, which the tensors name: here two of seven."""
+    top, parameters = OLD[version]
+    dora = "use_dora" in top
+    folder = mlx_lm_adapter(tiny_model, tmp_path / "old", dora=dora, keys=["self_attn.q_proj", "self_attn.v_proj"])
+    expected = mlx_logits(tiny_model, folder)
+    (folder / "adapter_config.json").write_text(json.dumps(top | {"lora_parameters": parameters}))
+    model = mlx_adapter.load_adapter(mlx_base(tiny_model), folder)
+    assert_same(np.array(model(mx.array(IDS))), expected)
+    assert_same(torch_logits(tiny_model, converted(tiny_model, folder, tmp_path / "peft")), expected)
+    fuse = ["fuse", "--model", str(tiny_model), "--adapter", str(folder), "--output", str(tmp_path / "fused")]
+    assert cli.run(fuse) == 0
+    assert_same(mlx_logits(tmp_path / "fused"), expected)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"rank": 4, "alpha": 16.0}, "lora_parameters has no scale. It has alpha"),
+        ({"alpha": 16.0}, "lora_parameters has no rank and no scale"),
+        ({"rank": 4, "alpha": 16.0, "scale": 10.0}, "has scale 10.0 and alpha 16.0"),
+        (None, "has no lora_parameters"),
+    ],
+)
+def test_what_an_old_folder_does_not_say_is_asked_for(
+    tiny_model: Path, tmp_path: Path, parameters: Any, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = mlx_lm_adapter(tiny_model, tmp_path / "old", keys=["self_attn.q_proj"])
+    config = {"lora_layers": 2, "fine_tune_type": "lora"} | (
+        {} if parameters is None else {"lora_parameters": parameters}
+    )
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    model = ["--model", tiny_model, "--adapter", folder]
+    assert message in refusal(capsys, "generate", *model, "--prompt", "x", "--backend", "mlx")
+    assert message in refusal(capsys, "convert-adapter", *model, "--output", tmp_path / "peft")
+    assert message in refusal(capsys, "fuse", *model, "--output", tmp_path / "fused")
+
+
+def test_an_mlx_adapter_that_brings_weights_of_the_model_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """They would stay when it is switched off."""
+    folder = mlx_lm_adapter(tiny_model, tmp_path / "mlx", keys=["self_attn.q_proj"])
+    file = folder / "adapters.safetensors"
+    whole = mx.zeros((304, 32))
+    mx.save_safetensors(str(file), dict(mx.load(str(file))) | {"model.embed_tokens.weight": whole})
+    with pytest.raises(UserError, match=r"model\.embed_tokens\.weight is not of an adapter"):
+        mlx_adapter.load_adapter(mlx_base(tiny_model), folder)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ["q_proj", "embed_tokens"]])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_fused_model_with_an_adapted_head_or_embedding(tmp_path: Path, tied: bool, targets: list[str]) -> None:
+    """Adding what is for the one to both, as tied weights would have it, is another model."""
+    base = tiny.make_model(tmp_path / "model", tie_word_embeddings=tied)
+    both = {"peft": peft_adapter(base, tmp_path / "peft", target_modules=targets)}
+    if not (tied and "lm_head" in targets):  # which mlx-lm does not have
+        keys = ["self_attn.q_proj", "lm_head" if "lm_head" in targets else "model.embed_tokens"]
+        both["mlx"] = mlx_lm_adapter(base, tmp_path / "mlx", keys=keys)
+    for layout, adapter in both.items():
+        expected = torch_logits(base, adapter) if layout == "peft" else mlx_logits(base, adapter)
+        output = tmp_path / f"fused-{layout}"
+        assert cli.run(["fuse", "--model", str(base), "--adapter", str(adapter), "--output", str(output)]) == 0
+        assert_same(torch_logits(output), expected)
+        assert_same(mlx_logits(output), expected)

@@ -24,6 +24,7 @@ on_both = pytest.mark.parametrize(
     "backend", [pytest.param("torch", marks=needs_torch), pytest.param("mlx", marks=needs_mlx)]
 )
 on_cuda = pytest.mark.skipif(not INTERPRETED, reason="runs under Triton's interpreter")
+long_interpreted = [pytest.mark.slow] if INTERPRETED else []  # which takes seconds for what a CPU does in milliseconds
 
 Arrays = dict[str, np.ndarray]
 
@@ -141,7 +142,7 @@ def wide_blocks(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @on_both
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("chunk_tokens", [None, 1, 8])
+@pytest.mark.parametrize("chunk_tokens", [None, pytest.param(1, marks=long_interpreted), 8])
 @pytest.mark.parametrize("soft_cap", [None, 4.0], ids=["uncapped", "capped"])
 def test_bias_and_soft_cap(backend: str, dtype: str, chunk_tokens: int | None, soft_cap: float | None) -> None:
     check(backend, drawn(bias=True), dtype, soft_cap, chunk_tokens=chunk_tokens)
@@ -303,23 +304,12 @@ def test_what_is_done_to_the_loss_is_not_rounded_to_the_gradient_s_dtype() -> No
 @needs_torch
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="runs the others")
-def test_all_of_it_as_on_cuda_under_the_interpreter() -> None:
+@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_all_of_it_as_on_cuda_under_the_interpreter(which: str) -> None:
     """Everything above, and what follows, in another process: Triton decides when it is imported."""
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", which, "-k", "not mlx"]
     result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-x",
-            "-p",
-            "no:cacheprovider",
-            "-W",
-            "ignore",
-            "-k",
-            "not mlx",
-            __file__,
-        ],
+        [sys.executable, "-m", "pytest", *options, __file__],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
@@ -330,7 +320,9 @@ def test_all_of_it_as_on_cuda_under_the_interpreter() -> None:
 
 @on_cuda
 @pytest.mark.usefixtures("wide_blocks")
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", [*(pytest.param(d, marks=pytest.mark.slow) for d in ("float32", "float16")), "bfloat16"]
+)
 def test_the_fused_levels_conform(dtype: str) -> None:
     subject = Subject(registry.get("torch").losses("cpu"), dtype)
     for case in vectors.load():

@@ -31,7 +31,7 @@ from bnf_mlx.linear import detached_log_odds, linear_bnf_loss, linear_log_odds
 from bnf_mlx.losses import accurate_sum, token_log_odds
 from bnf_mlx.model import head_weight, load_model
 from bnf_mlx.optimizer import Optimizer
-from bnf_mlx.probes import head_is_linear
+from bnf_mlx.probes import head_transform
 from bnf_mlx.scored import MicroStep
 
 CPU = mx.Device(mx.cpu)
@@ -133,9 +133,10 @@ def test_a_checkpoint_saved_by_transformers_gives_the_same_logits(checkpoint, fa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_only_a_head_that_is_a_matrix_is_fused(checkpoint, family):
+def test_every_head_is_fused_with_what_it_does_to_logits(checkpoint, family):
     for dtype in (mx.float32, mx.bfloat16):
-        assert head_is_linear(load_model(checkpoint(family), CPU, dtype)) == LINEAR_HEADS[family]
+        transform = head_transform(load_model(checkpoint(family), CPU, dtype))
+        assert transform is not None and (transform == (1.0, None)) == LINEAR_HEADS[family]
 
 
 def test_what_a_config_leaves_out_is_what_transformers_takes_it_to_be(checkpoint, tmp_path):
@@ -160,20 +161,14 @@ def test_a_quantised_head_is_a_matrix_in_any_precision(tied):
     nn.quantize(model, 64, 4)
     for dtype in (mx.float32, mx.bfloat16):
         model.set_dtype(dtype)
-        assert head_is_linear(model)
+        assert head_transform(model) == (1.0, None)
 
 
 def test_a_mild_cap_is_not_lost_in_half_precision(checkpoint):
     model = load_model(checkpoint("gemma2"), CPU, mx.bfloat16)
     logits = mx.abs(model(mx.arange(8)[None])).max().item()
     model.final_logit_softcapping = 5 * logits  # changes the largest by about one part in 75
-    assert not head_is_linear(model)
-
-
-def test_a_small_head_bias_is_not_lost_in_half_precision(checkpoint):
-    model = load_model(checkpoint("llama"), CPU, mx.bfloat16)
-    model.lm_head.bias = mx.full((64,), 1e-3, mx.bfloat16)
-    assert not head_is_linear(model)
+    assert head_transform(model) is None  # and not the one of the config
 
 
 def test_loading_errors_say_what_to_do(checkpoint, tmp_path):
@@ -462,8 +457,8 @@ def test_micro_batches_add_up(checkpoint):
 def test_the_dense_path_computes_what_the_fused_one_does(checkpoint):
     batch = collate(EXAMPLES, 3)
     fused, dense = engine_of(checkpoint("llama-theta")), engine_of(checkpoint("llama-theta"))
-    assert fused.scored.fused
-    dense.scored.fused = False
+    assert fused.scored.head == (1.0, None)
+    dense.scored.head = None
     assert_close(gradients_of(dense, [batch]), gradients_of(fused, [batch]))
     reference = fused.reference_log_odds(batch)
     for got, want in zip(dense.evaluate(batch, reference), fused.evaluate(batch, reference), strict=True):
@@ -496,7 +491,7 @@ def test_training_moves_the_policy_and_not_the_reference(checkpoint):
 def test_a_quantised_head_is_scored_with_the_weights_it_stands_for(llama):
     nn.quantize(llama, group_size=32, bits=8)
     llama.freeze()
-    assert head_is_linear(llama) and head_weight(llama).shape == (64, 32)
+    assert head_transform(llama) and head_weight(llama).shape == (64, 32)
     engine, batch = MLXEngine(add_adapter(llama, LoraConfig(rank=2), 0), CPU), collate(EXAMPLES[:1], 1)
     expected, _ = token_log_odds(
         llama(mx.array(batch.input_ids))[0][mx.array(batch.positions)], mx.array(batch.targets)

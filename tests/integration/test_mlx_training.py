@@ -338,7 +338,7 @@ def test_an_error_within_a_step_leaves_the_model_whole(monkeypatch):
 def test_the_gradient_of_all_weights_is_that_of_the_literal_loss(tied):
     engine = engine_of(model_of("llama", tie_word_embeddings=tied), "full")
     batch = collate(ROWS, 7)
-    assert engine.scored.fused and engine.scored.trains_head
+    assert engine.scored.head and engine.scored.trains_head
     ids, positions, targets = (mx.array(x) for x in (batch.input_ids, batch.positions, batch.targets))
     reference, coefficients = mx.array(reference_of(batch)), mx.array(batch.coefficients)
 
@@ -581,7 +581,7 @@ def test_adapters_of_quantised_layers_learn_as_those_of_the_weights_they_stand_f
     folder = quantised(bits, group_size)
     engine, batch = loaded(folder, kind), collate(ROWS, 7)
     assert isinstance(engine.model.model.layers[0].mlp.up_proj.linear, nn.QuantizedLinear)
-    assert engine.scored.fused and engine.scored.dequantised.shape == (304, 64)
+    assert engine.scored.head and engine.scored.dequantised.shape == (304, 64)
     plain = dequantize_model(load_model(folder, CPU, mx.float32))
     plain.freeze()
     add_adapter(plain, LoraConfig(rank=4), 0, kind)

@@ -638,7 +638,7 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | BaseExcept
 @pytest.mark.parametrize(
     ("failure", "message"),
     [
-        (KeyboardInterrupt(), "interrupted; 5 rows are stored. The same command goes on"),
+        (KeyboardInterrupt(), "interrupted; 5 rows are stored. The same command resumes"),
         (OSError(28, "No space left on device"), "No space left on device; 5 rows are stored"),
         (float("nan"), r"log-odds of .*feedback\.jsonl:\d+ are not a number under this model in float32: try"),
     ],

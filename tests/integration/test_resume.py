@@ -140,7 +140,7 @@ def test_a_run_stopped_after_every_step_ends_as_one_that_was_not(
         logged = metrics(tmp_path / "run")
         assert logged == metrics(expected)[: len(logged)] and logged[-1]["step"] == step
     stop_after(0)
-    assert f"going on after step {STEPS - 1}" in resumed(run)
+    assert f"resuming after step {STEPS - 1}" in resumed(run)
     assert_same(tmp_path / "run", expected)
 
 
@@ -340,7 +340,7 @@ def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(
         assert found is not None and found.step == 3 and "step-000004 is refused" in message, name
     _cut(Path(run.output) / "checkpoints" / "step-000004")
     printed = resumed(run)
-    assert f"step-000004 is refused: {STATE} (" in printed and "going on after step 3" in printed
+    assert f"step-000004 is refused: {STATE} (" in printed and "resuming after step 3" in printed
     assert_same(Path(run.output), whole("torch"))
 
 
@@ -401,7 +401,7 @@ def test_changed_settings_are_listed_and_refused_unless_told(
     assert [line.strip() for line in str(refusal.value).splitlines()[1:-1]] == [message]
     assert metrics(Path(run.output)) == kept
     printed = resumed(run, resume_anyway=True, **change)
-    assert "going on after step 4" in printed and f"changed: {message}" in printed
+    assert "resuming after step 4" in printed and f"changed: {message}" in printed
     assert metrics(Path(run.output))[: len(kept)] == kept
 
 
@@ -475,7 +475,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
         with pytest.raises(TrainingStopped, match=r"No space left.*from step 2: bnf train --config .* --resume"):
             train(run, QUIET)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
-    assert "going on after step 2" in resumed(run)
+    assert "resuming after step 2" in resumed(run)
     assert_same(tmp_path / "run", whole("torch"))
 
 

@@ -3,6 +3,7 @@ anew, with fewer tokens."""
 
 import importlib
 import itertools
+from dataclasses import replace
 from typing import Any, ClassVar
 from unittest import mock
 
@@ -35,7 +36,14 @@ def feedback(shape: list[tuple[int, list[int]]], vocabulary: int = 64, seed: int
 PAIRS = feedback([(7, [5, 2]), (3, [1, 6]), (12, [4, 9])])
 GROUP = feedback([(9, [3, 11, 1, 8, 2, 5, 7, 4])])
 MIXED = feedback([(7, [5, 2, 9]), (3, [6]), (15, [4, 1]), (1, [3, 3, 12]), (5, [8])])
-ROWS = {"pairs": PAIRS, "eight": GROUP, "mixed": MIXED}
+# Turns of others in the midst of every second completion that has room for them, and one at the beginning.
+TURNS = [
+    replace(e, trained=tuple(i % 3 != row % 2 for i in range(len(e.completion_ids))))
+    if len(e.completion_ids) > 2
+    else e
+    for row, e in enumerate(MIXED)
+]
+ROWS = {"pairs": PAIRS, "eight": GROUP, "mixed": MIXED, "turns": TURNS}
 APART = MicroBatching(1, group_by_length=False)
 # Unpacked, in parts that split groups, packed, and packed so tightly that groups are split.
 CUTS = [

@@ -31,7 +31,7 @@ from bnf_core.types import Example, TokenStats
 from bnf_torch.backend import TorchBackend
 from bnf_torch.engine import TorchEngine
 from bnf_torch.optimizer import Optimizer, adamw
-from bnf_torch.probes import head_is_linear
+from bnf_torch.probes import head_transform
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant")
 LORA = LoraConfig(rank=4, alpha=8)
@@ -231,11 +231,11 @@ def test_a_mild_cap_is_not_lost_in_half_precision(dtype):
         CONFIG_MAPPING["gemma2"](num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, **sizes)
     )
     model = model.to(dtype).eval()
-    for cap, linear in ((None, True), (5.0, False)):
+    for cap in (None, 5.0):
         model.config.final_logit_softcapping = None
         largest = model(torch.arange(8)[None]).logits.abs().max().item()
         model.config.final_logit_softcapping = cap and cap * largest
-        assert head_is_linear(model) == linear
+        assert head_transform(model) == (1.0, model.config.final_logit_softcapping)
 
 
 @pytest.mark.parametrize("what", ["loss and gradient", "loss elsewhere", "norm"])

@@ -70,6 +70,19 @@ def test_coefficients_sum_to_the_mean_label(examples: list[Example]) -> None:
     np.testing.assert_allclose(per_row, np.asarray(labels) / len(examples), rtol=1e-6)
 
 
+def test_only_what_is_trained_is_listed_and_counts_in_the_length() -> None:
+    """Rejects a length that counts all tokens of the completion, and targets that slip to where the mask begins."""
+    rows = [Example((1, 2), (3, 4, 5, 6), True, trained=(False, True, False, True)), Example((7,), (8, 9), False)]
+    for share_prompts in (False, True):
+        batch = collate(rows, 2, bins=[[0, 1]], share_prompts=share_prompts)
+        assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 6, 7, 8, 9]]  # what is not trained is still read
+        assert batch.positions.tolist() == [2, 4, 6, 7]
+        assert batch.targets.tolist() == [4, 6, 8, 9]
+        assert batch.sequence_ids.tolist() == [0, 0, 1, 1]
+        np.testing.assert_array_equal(batch.coefficients, np.float32([1 / 4, 1 / 4, -1 / 4, -1 / 4]))
+        assert batch.lengths.tolist() == [6, 3]
+
+
 def test_the_end_of_turn_counts_in_the_length() -> None:
     with_eos = Example((1, 2), (3, 4, 5, 0), True)  # three tokens of text and the end of turn
     batch = collate([with_eos], 1)

@@ -9,6 +9,8 @@ from safetensors.numpy import save_file
 
 from bnf_core.errors import UserError
 from bnf_core.models.model_folder import copy_companions, resolve_model
+from bnf_core.storage.digests import model_digest
+from bnf_core.storage.tensors import INDEX, model_tensors, weight_files
 
 
 @pytest.fixture
@@ -73,6 +75,49 @@ def test_refuses_a_missing_shard(folder: Path) -> None:
     assert "names model-00002-of-00002.safetensors" in refused(folder)
     save_file({"b": np.ones(1, np.float32)}, folder / "model-00002-of-00002.safetensors")
     assert resolve_model(str(folder)) == folder
+
+
+SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("files", "index", "message"),
+    [
+        (["model.safetensors", *SHARDS], None, "which files are the model cannot be told"),
+        (["model.safetensors", *SHARDS], SHARDS, "and model.safetensors are there"),
+        (["model.safetensors", *SHARDS], ["model.safetensors"], f"and {', '.join(SHARDS)} are there"),
+        ([*SHARDS, "model-00001-of-00003.safetensors"], SHARDS, "and model-00001-of-00003.safetensors are there"),
+        (["model.safetensors", "model.fp16.safetensors"], None, "which files are the model cannot be told"),
+        ([SHARDS[0], "model-00003-of-00003.safetensors"], None, "which files are the model cannot be told"),
+        (["model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"], None, "are missing"),
+        (SHARDS, None, None),
+        (SHARDS, SHARDS, None),
+        (["model.safetensors"], ["model.safetensors"], None),
+    ],
+)
+def test_which_files_are_the_model(
+    folder: Path, files: list[str], index: list[str] | None, message: str | None
+) -> None:
+    """transformers reads model.safetensors first and mlx-lm all there are, so that files of an older save would make
+    them different models. Rejects either's own choice."""
+    (folder / "model.safetensors").unlink()
+    for i, name in enumerate(files):
+        save_file({f"weight{i}": np.ones(2, np.float32)}, folder / name)
+    if index is not None:
+        (folder / INDEX).write_text(json.dumps({"weight_map": dict(enumerate(index))}))
+    if message is None:
+        assert resolve_model(str(folder)) == folder
+        assert [path.name for path in weight_files(folder)] == sorted(files)
+        return
+    assert message in refused(folder)
+    for read in (model_tensors, model_digest):
+        with pytest.raises(UserError):
+            read(folder)
+
+
+def test_an_index_that_is_none_is_refused(folder: Path) -> None:
+    (folder / INDEX).write_text('["model.safetensors"]')
+    assert "is no index of weights" in refused(folder)
 
 
 def test_refuses_files(folder: Path) -> None:

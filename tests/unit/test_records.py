@@ -1,5 +1,6 @@
 """Rows of feedback: the three column sets, and what is said about each kind of bad row."""
 
+import json
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ def test_unpaired_text_and_messages_and_other_columns_are_ignored() -> None:
     ]
 
 
-def test_a_pair_is_a_preferred_and_a_dispreferred_row() -> None:
+def test_a_pair_is_a_chosen_and_a_rejected_row() -> None:
     assert parse_row({"prompt": "2+2=", "chosen": "4", "rejected": "5"}, AT) == [
         Feedback("2+2=", "4", True, AT, True),
         Feedback("2+2=", "5", False, AT, True),
@@ -86,6 +87,40 @@ def test_nulls_that_a_table_filled_in_are_absent() -> None:
     ]
 
 
+def test_a_text_prompt_repeated_in_both_texts_is_taken_from_them() -> None:
+    row = {"prompt": "Name a fruit.", "chosen": "Name a fruit. A pear.", "rejected": "Name a fruit. Iron."}
+    assert [(r.prompt, r.completion) for r in parse_row(row, AT)] == [
+        ("Name a fruit.", " A pear."),
+        ("Name a fruit.", " Iron."),
+    ]
+    row = {"prompt": "1", "chosen": "12", "rejected": "13"}  # no word of its own
+    assert [(r.prompt, r.completion) for r in parse_row(row, AT)] == [("1", "12"), ("1", "13")]
+    row = {"prompt": "Yes", "chosen": "Yes it is", "rejected": "No"}  # in one of them only
+    assert [(r.prompt, r.completion) for r in parse_row(row, AT)] == [("Yes", "Yes it is"), ("Yes", "No")]
+
+
+LOOK = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_tools_calls_and_turns() -> None:
+    call = {"name": "look", "arguments": '{"town": "Ulm", "unit": null}'}  # JSON text keeps its nulls
+    completion = [
+        {"role": "assistant", "tool_calls": [{"id": "1", "function": call}], "weight": 0},
+        {"role": "tool", "content": [{"type": "text", "text": "21 "}, {"type": "text", "text": "degrees"}]},
+        assistant("Warm.") | {"train": True},
+    ]
+    row = {"prompt": QUESTION, "completion": completion, "label": True}
+    (found,) = parse_row(row | {"tools": json.dumps([LOOK]), "chat_template_kwargs": '{"thinking": false}'}, AT)
+    arguments = {"town": "Ulm", "unit": None}
+    calls = [{"type": "function", "id": "1", "function": {"name": "look", "arguments": arguments}}]
+    assert found.completion == [
+        {"role": "assistant", "content": "", "tool_calls": calls, "train": False},
+        {"role": "tool", "content": "21 degrees"},
+        assistant("Warm."),
+    ]
+    assert (found.tools, found.template_kwargs) == ([LOOK], {"thinking": False})
+
+
 TEXT = {"prompt": "q", "completion": "a", "label": True}
 CHAT = {"prompt": QUESTION, "completion": [assistant("Paris")], "label": True}
 
@@ -123,6 +158,25 @@ CHAT = {"prompt": QUESTION, "completion": [assistant("Paris")], "label": True}
             "completion",
             "begins with a message of the role 'user'",
         ),
+        (CHAT | {"completion": [assistant("a"), user("b")]}, "completion", "ends with a message of the role 'user'"),
+        (
+            CHAT | {"completion": [assistant("a") | {"train": False}]},
+            "completion",
+            "none of its turns is to be trained",
+        ),
+        (CHAT | {"completion": [assistant("a") | {"train": "no"}]}, "completion[0].train", 'is the text "no"'),
+        (CHAT | {"completion": [assistant("a") | {"weight": 0.5}]}, "completion[0].weight", "is 0.5, expected 0 or 1"),
+        (CHAT | {"completion": [assistant("") | {"tool_calls": [{}]}]}, "completion[0].tool_calls[0]", "is an object"),
+        (
+            CHAT | {"completion": [assistant("") | {"tool_calls": [{"name": "f", "arguments": "{"}]}]},
+            "completion[0].tool_calls[0].function.arguments",
+            "which is not JSON",
+        ),
+        (CHAT | {"tools": "f"}, "tools", 'is the text "f", which is not JSON'),
+        (CHAT | {"tools": {"name": "f"}}, "tools", "is an object, expected a list of functions"),
+        (CHAT | {"tools": [{"type": "function"}]}, "tools[0]", "expected a function with a name"),
+        (CHAT | {"tools": [{"name": "f", "parameters": ["a"]}]}, "tools[0].parameters", "expected a JSON Schema"),
+        (CHAT | {"chat_template_kwargs": [1]}, "chat_template_kwargs", "is a list, expected an object"),
         ({"prompt": "q", "completion": "a", "lable": True}, "label", "no such column: .* Rename 'lable' to 'label'"),
         ({"prompt": "q", "choosen": "a", "rejected": "b"}, "chosen", "Rename 'choosen' to 'chosen'"),
         ({"promt": "q", "chosen": "a"}, "prompt", "no such column: found promt, chosen, .* Rename 'promt' to 'prompt'"),

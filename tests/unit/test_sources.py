@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bnf_core.data.messages import RowError
@@ -92,9 +93,76 @@ def test_json_names_the_line_where_each_element_begins(tmp_path: Path) -> None:
     assert lines(write(tmp_path / "g.json", f"\n[{ROW}, {ROW}\n,\n\n{ROW}]")) == [":2", ":2", ":5"]
 
 
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        (f"{ROW}\n\n{ROW}\n", [":1", ":3"]),
+        (ROW, [":1"]),
+        (f"[{ROW},\n{ROW}]", [":1", ":2"]),
+        (f"[\n{ROW}\n,{ROW}]", [":2", ":3"]),
+        (f'{{"data": [{ROW}, {ROW}]}}', ["[data]:1", "[data]:2"]),
+        (json.dumps({"rows": [json.loads(ROW)]}, indent=1), ["[rows]:1"]),
+    ],
+)
+def test_kinds_of_json_are_told_apart_by_what_is_there(
+    ending: str, text: str, places: list[str], tmp_path: Path
+) -> None:
+    path = write(tmp_path / f"f.{ending}", "\ufeff" + text)
+    assert [row.source.removeprefix(path) for row in load_feedback(path).rows] == places
+
+
+def test_a_csv_field_may_be_a_long_document(tmp_path: Path) -> None:
+    """Rejects Python's own limit of 131,072 characters."""
+    long = "word " * 30_000
+    path = write(tmp_path / "f.csv", f'prompt,completion,label\nq,a,true\n"{long}",b,false\nr,c,true\n')
+    assert [row.prompt for row in load_feedback(path).rows] == ["q", long, "r"]
+
+
+def test_columns_that_are_not_used_are_named(tmp_path: Path) -> None:
+    more = [{"id": 1, "tools": None, "score": None}, {"id": 2, "tools": [], "chat_template_kwargs": {}}]
+    path = write(tmp_path / "f.jsonl", "\n".join(json.dumps(json.loads(ROW) | columns) for columns in more))
+    assert load_feedback(path).unused == {"id"}
+
+
+def test_rows_from_python_may_hold_what_tables_do() -> None:
+    """NumPy's scalars and arrays, tuples, and NaN for what is absent."""
+    call = {"type": "function", "function": {"name": "look", "arguments": {"town": "Ulm", "a": None, "n": np.int64(2)}}}
+    rows = [
+        {"prompt": "q", "completion": "a", "label": np.bool_(False), "tools": float("nan")},
+        {
+            "prompt": np.array([{"role": "user", "content": "q"}], object),
+            "completion": ({"role": "assistant", "content": None, "tool_calls": np.array([call], object)},),
+            "label": np.bool_(True),
+        },
+    ]
+    text, messages = load_feedback(rows).rows
+    assert (text.label, text.tools, messages.label) == (False, None, True)
+    assert messages.prompt == [{"role": "user", "content": "q"}]
+    (answer,) = messages.completion
+    assert answer["tool_calls"][0]["function"]["arguments"] == {"town": "Ulm", "n": 2}  # type: ignore[index]
+
+
+def test_parquet_rows_are_those_of_json_lines(tmp_path: Path) -> None:
+    """Rejects the nulls that a table gives to keys which other rows have."""
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = []
+    for arguments in ({"town": "Ulm"}, {"a": 1, "b": {"c": 2}}):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        prompt = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        answer = [{"role": "assistant", "content": "a"}]
+        rows.append({"prompt": prompt, "completion": answer, "label": True})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "f.parquet")
+    lines = write(tmp_path / "f.jsonl", "\n".join(map(json.dumps, rows)))
+    kept = [[(row.prompt, row.completion) for row in load_feedback(p).rows] for p in (lines, f"{tmp_path}/f.parquet")]
+    assert kept[0] == kept[1]
+
+
 def test_json_must_be_a_sound_list(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"f\.json: expected a list of objects, found one dict"):
-        load_feedback(write(tmp_path / "f.json", ROW))
+        load_feedback(write(tmp_path / "f.json", json.dumps(json.loads(ROW), indent=1)))
     with pytest.raises(RowError, match=r"g\.json:2: column 1: not JSON"):
         load_feedback(write(tmp_path / "g.json", f"[{ROW},\n]"))
     with pytest.raises(RowError, match=r"h\.json:2: byte 3 of the line is not UTF-8"):

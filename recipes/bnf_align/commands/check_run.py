@@ -24,7 +24,7 @@ from bnf_core.errors import UserError
 from bnf_core.models.adapters import Adapter, LowRank, read_adapter
 from bnf_core.steps.metrics import with_present_names
 from bnf_core.storage.checkpoints import FREE
-from bnf_core.storage.tensors import StoredTensor, float_tensors
+from bnf_core.storage.tensors import StoredTensor, float_tensors, weight_files
 from bnf_core.types import Array
 
 # Over 20 steps on a tiny model PyTorch and MLX come within 2e-5 of the loss, 3e-6 of an adapter's update and 2e-7 of a
@@ -233,7 +233,7 @@ def _trained_errors(a: Adapter | Tensors, b: Adapter | Tensors) -> list[Comparis
 def _trained(folder: Path) -> Adapter | Tensors:
     if (folder / "adapter").is_dir():
         return read_adapter(folder / "adapter")
-    files = sorted((folder / "model").glob("model*.safetensors"))
+    files = weight_files(folder / "model")
     if not files:
         raise UserError(f"{folder} is not a finished run: it has neither an adapter nor a model")
     return {name: tensor for file in files for name, tensor in float_tensors(file).items()}

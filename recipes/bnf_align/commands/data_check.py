@@ -24,11 +24,13 @@ from bnf_align.run.progress import bar
 from bnf_core.config import DataCheckConfig, DataConfig
 from bnf_core.data import sources
 from bnf_core.data.messages import RowError, Text
-from bnf_core.data.records import Feedback, parse_row
+from bnf_core.data.records import Feedback, parse_row, unused_columns
 from bnf_core.data.rendering import chat_of
 from bnf_core.data.tokenization import load_tokenizer, tokenize
 from bnf_core.errors import UserError
+from bnf_core.models.model_config import position_limit, resolved_config
 from bnf_core.models.model_folder import ALLOWED, HUB_ID
+from bnf_core.steps.limits import too_long
 
 CHUNK = 500  # rows tokenised in one call
 EXAMPLES = 3  # how many rows of each finding are printed; the report has them all
@@ -65,7 +67,8 @@ class CheckedFile:
     sizes: list[Size]  # of every usable completion: a pair has two
     prompts: int  # different ones
     prompts_with_both: int  # with a completion labelled true and one labelled false
-    reopened: int = 0  # completions whose turn the chat template opens otherwise than it writes a finished one
+    reopened: int  # completions whose turn the chat template opens otherwise than it writes a finished one
+    unused: set[str]  # columns that are passed over
 
 
 @dataclass
@@ -147,10 +150,12 @@ def data_check(config: DataCheckConfig, console: Console) -> DataReport:
         UserError: no such data, model or split, no rows at all, a tokenizer without what the rows need, or a
             report or picture that cannot be written.
     """
-    tokenizer = None if config.model is None else _tokenizer(config.model)
+    folder = None if config.model is None else _folder(config.model)
+    tokenizer = None if folder is None else load_tokenizer(folder)
+    positions = None if folder is None else position_limit(resolved_config(folder))
     repeats, files = Repeats(), {}
     for name, rows in _read(config.data.path, config.split).items():
-        files[name] = _check(name, rows, config.data, tokenizer, repeats, console)
+        files[name] = _check(name, rows, config.data, tokenizer, positions, repeats, console)
     report = DataReport(
         files,
         repeats,
@@ -193,8 +198,8 @@ def _rows(path: str, split: str) -> Iterator[RawRow]:
         yield error.source, error
 
 
-def _tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or a Hub model; weights are neither fetched nor needed."""
+def _folder(model: str) -> Path:
+    """Of a model in a folder or on the Hub, with its tokenizer; weights are neither fetched nor needed."""
     folder = Path(model).expanduser()
     if not folder.exists() and HUB_ID.fullmatch(model):
         from huggingface_hub import snapshot_download
@@ -206,7 +211,7 @@ def _tokenizer(model: str) -> PreTrainedTokenizerBase:
                 f"model {model!r}: no such folder here, and its tokenizer cannot be fetched from the Hub: "
                 f"{' '.join(str(error).split())}"
             ) from error
-    return load_tokenizer(folder)
+    return folder
 
 
 # Checking
@@ -217,12 +222,14 @@ def _check(
     rows: Sequence[RawRow],
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase | None,
+    positions: int | None,
     repeats: Repeats,
     console: Console,
 ) -> CheckedFile:
     bad_rows: list[str] = []
     feedback: list[Feedback] = []
     sizes: list[Size] = []
+    unused: set[str] = set()
     reopened = 0
     with bar(f"check {Path(name).name}", len(rows), console) as progress:
         for at in range(0, len(rows), CHUNK):
@@ -232,10 +239,15 @@ def _check(
                     if isinstance(row, RowError):
                         raise row
                     parsed.extend(parse_row(row, source))
+                    unused |= unused_columns(row)
                 except RowError as error:
                     bad_rows.append(str(error))
                 progress.advance()
             measured, refused, differ = _measure(parsed, config, tokenizer)
+            if positions is not None:
+                lengths = [(size.source, min(size.whole, config.max_length)) for size in measured]
+                too_many = [too_long(source, length, positions) for source, length in lengths if length > positions]
+                bad_rows += dict.fromkeys(too_many)  # a pair has two completions
             sizes += measured
             reopened += differ
             bad_rows += refused
@@ -246,7 +258,7 @@ def _check(
     for item in feedback:
         labels.setdefault(sources.prompt_group(item.prompt, item.tools, item.template_kwargs), set()).add(item.label)
     both = sum(len(found) == 2 for found in labels.values())
-    return CheckedFile(len(rows), bad_rows, sizes, len(labels), both, reopened)
+    return CheckedFile(len(rows), bad_rows, sizes, len(labels), both, reopened, unused)
 
 
 def _measure(
@@ -279,8 +291,8 @@ def _measure(
                 found, reopened = found + measured, reopened + differ
             except RowError as error:
                 refused.append(str(error))
-    refused = list(dict.fromkeys(refused))  # both halves of a pair are refused for the same prompt
-    return found, refused, reopened
+    by_row = {message.partition(": ")[0]: message for message in reversed(refused)}  # both halves of a pair are one row
+    return found, [message for message in dict.fromkeys(refused) if message in by_row.values()], reopened
 
 
 def _characters(text: Text) -> int:
@@ -354,6 +366,8 @@ def _print(report: DataReport, config: DataConfig, console: Console) -> None:
             line(f"  {place}")
         if len(places) > EXAMPLES:
             line(f"  and {len(places) - EXAMPLES:,} more", "dim")
+    if unused := set().union(*(file.unused for file in report.files.values())):
+        line(f"columns that are not used: {', '.join(sorted(unused))}", "yellow")
     if differ := sum(file.reopened for file in report.files.values()):
         line(
             f"completions that follow the turn as generation opens it, otherwise than finished ones: {differ:,}",

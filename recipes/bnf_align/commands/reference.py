@@ -67,7 +67,7 @@ def reference(config: ReferenceConfig, console: Console) -> StoredReference:
     except (OSError, KeyboardInterrupt) as error:
         reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"{folder} could not be written: {error}"
         raise TrainingStopped(
-            f"{reason}; {len(writer.keys):,} rows are stored. The same command goes on from there"
+            f"{reason}; {len(writer.keys):,} rows are stored. The same command resumes from there"
         ) from error
     stored = StoredReference(folder)
     tokens = sum(shard["tokens"] for shard in stored.shards)

@@ -168,13 +168,14 @@ class _Training:
         return RunResult(self.folder.path, self.folder.trained, picture, self.evaluations.get(0), after, self.first)
 
     def _try(self) -> None:
-        """Score the row with the highest token id, beside padding: what the model refuses it refuses now, before
-        anything that is there is touched."""
+        """Score the row with the highest token id, beside padding, and the longest: what the model refuses it refuses
+        now, before anything that is there is touched."""
         if rows := self.data.in_memory:
             highest = max(rows, key=lambda e: max(e.prompt_ids + e.completion_ids))
             tried = [highest, highest, min(rows, key=len)]
-            batch = collate(tried, len(tried), self.pad, bins=[[0, 1], [2]] if self.config.packing else None)
-            self.engine.evaluate(batch, np.zeros(len(batch.targets), np.float32))
+            beside = collate(tried, len(tried), self.pad, bins=[[0, 1], [2]] if self.config.packing else None)
+            for batch in (beside, collate([max(rows, key=len)], 1, self.pad)):
+                self.engine.evaluate(batch, np.zeros(len(batch.targets), np.float32))
 
     def _steps(self, start: int) -> Iterator[Step]:
         return steps.steps(
@@ -288,7 +289,7 @@ class _Training:
         self._save(step)
         raise TrainingStopped(
             f"interrupted after step {step}; what is trained so far is in {self.folder.trained}. "
-            f"To go on: {self.folder.how_to_resume}"
+            f"To resume: {self.folder.how_to_resume}"
         )
 
     def _not_finite(self, step: Step, metrics: Metrics) -> NoReturn:
@@ -343,7 +344,7 @@ class _Training:
             raise UserError(
                 f"{found.folder} is of another run than this:\n  "
                 + "\n  ".join(map(_in_words, changed))
-                + "\nChange it back, or pass --resume-anyway to go on all the same"
+                + "\nChange it back, or pass --resume-anyway to resume all the same"
             )
         self.engine.load_state(found.arrays)
         self.position = found.position
@@ -351,7 +352,7 @@ class _Training:
         # The reference is known by the rows' tokens, and holds as long as the weights it was computed with.
         if not any(change.name == MODEL_WEIGHTS for change in changed):
             self.reference.load_state(under(REFERENCE, found.arrays))
-        self.console.print(f"going on after step {found.step}, from {found.folder}", highlight=False)
+        self.console.print(f"resuming after step {found.step}, from {found.folder}", highlight=False)
         for change in changed:
             self.console.print(
                 f"[yellow]  changed: {escape(_in_words(change))}[/yellow]", highlight=False, soft_wrap=True

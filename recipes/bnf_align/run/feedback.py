@@ -1,10 +1,11 @@
 """Loading feedback as tokens: the first step of every job that reads data."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 
 from rich.console import Console
+from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from bnf_core.config import DataConfig, TrainConfig
@@ -42,6 +43,7 @@ def read_once(
     rows, tally = _stream(split, config, tokenizer)
     yield from rows.examples()
     _list_skipped(rows.skipped, rows.source.name, console, rows.skipped_count)
+    _list_unused(rows.unused, console)
     tell(tally, console)
 
 
@@ -182,6 +184,7 @@ def _of_units(examples: list[Example], name: str, unit: Unit, config: DataConfig
 def _rows(path: str, split: str, config: DataConfig, console: Console) -> list[Feedback]:
     loaded = sources.load_feedback(path, split, skip_bad_rows=config.skip_bad_rows)
     _list_skipped(loaded.skipped, path, console)
+    _list_unused(loaded.unused, console)
     return loaded.rows
 
 
@@ -204,6 +207,11 @@ def _tokenized(
             "[dim]  plain strings are used as they are; --template chat wraps them in the chat template[/dim]"
         )
     return examples
+
+
+def _list_unused(columns: Collection[str], console: Console) -> None:
+    if columns:
+        console.print(f"[dim]  columns that are not used: {escape(', '.join(sorted(columns)))}[/dim]", highlight=False)
 
 
 def _list_skipped(messages: Sequence[str], name: str, console: Console, count: int | None = None) -> None:

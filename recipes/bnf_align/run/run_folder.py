@@ -28,7 +28,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # of fi
 
 class RunFolder:
     """Everything is done while the folder is `held`. Nothing that is in it is touched before `start` or `go_on`; once a
-    run is on its way, whatever cannot be written raises TrainingStopped, which names the checkpoint to go on from.
+    run is on its way, whatever cannot be written raises TrainingStopped, which names the checkpoint to resume from.
     Every process calls the same methods; the first one writes."""
 
     def __init__(self, config: TrainConfig, processes: Processes = ALONE, stops: Sequence[int] = ()):
@@ -95,7 +95,7 @@ class RunFolder:
             if not self._config.resume and not self._config.overwrite:
                 raise UserError(
                     f"{self.path} already holds a run: choose another --output, or pass --overwrite, or --resume "
-                    "to go on with it"
+                    "to resume it"
                 )
         try:
             if held:  # the metrics go last: as long as they are there, the folder counts as holding a run
@@ -163,12 +163,12 @@ class RunFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Turns whatever a writer raises into TrainingStopped, which says how to go on."""
+        """Turns whatever a writer raises into TrainingStopped, which says how to resume."""
         try:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:  # each library that writes has its own
             steps = self.checkpoints.steps()
-            hint = f"when there is room, go on from step {steps[-1]}: {self.how_to_resume}" if steps else "start anew"
+            hint = f"when there is room, resume from step {steps[-1]}: {self.how_to_resume}" if steps else "start anew"
             raise TrainingStopped(f"{self.path} could not be written: {error}; {hint}") from error
 
 

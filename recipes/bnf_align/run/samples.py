@@ -107,7 +107,7 @@ def _read(run_folder: Path) -> list[Sample]:
         samples = [_with_present_names(dict(json.loads(line))) for line in lines if line]
         return sorted(samples, key=lambda sample: int(sample["step"]))
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not the samples of a run ({error!r}). Move it away to go on") from error
+        raise UserError(f"{path}: not the samples of a run ({error!r}). Move it away to continue") from error
 
 
 def _with_present_names(sample: Sample) -> Sample:

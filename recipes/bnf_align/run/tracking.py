@@ -78,7 +78,7 @@ class Trackers:
             call()
         except Exception as error:  # each client raises its own; none is worth a run
             if name not in self._failed:
-                message = f"{name} failed, and the run goes on; metrics.jsonl holds everything: {error}"
+                message = f"{name} failed, and the run continues; metrics.jsonl holds everything: {error}"
                 self._console.print(f"[yellow]{escape(message)}[/yellow]", highlight=False, soft_wrap=True)
             self._failed.add(name)
 
