@@ -23,7 +23,7 @@ from bnf_core.errors import UserError
 from bnf_core.storage.files import replace_file
 
 FLOOR = "bare matrix products"
-PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "mlx-lm", "mlx-lm-lora")
+PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "mlx-lm", "mlx-lm-lora", "mlx-tune", "unsloth-zoo")
 
 
 @dataclass
@@ -34,6 +34,9 @@ class MeasureConfig:
     """How often each contender is timed, after it has been warmed up."""
     minutes: float = 9.0
     """Begin nothing more after so long; the same command then goes on."""
+    cpu: bool = False
+    """Count processor seconds, for a machine that does other work as well; with OMP_NUM_THREADS=1, or threads that wait
+    for each other count too."""
     output: str = ""
     """The .json file of the figures; default: under runs/bench. A table (.md) and a picture (.png) lie beside it."""
     overwrite: bool = False
@@ -55,6 +58,7 @@ class Case:
         memory: bytes at the peak, of the contender of that name.
         ours: whom the others are compared with; None: nobody.
         times: how many jobs a contender's piece of work is.
+        beside: whom else of ours a contender is compared with.
     """
 
     title: str
@@ -62,6 +66,7 @@ class Case:
     memory: Callable[[str], float]
     ours: str | None = None
     times: int = 1
+    beside: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,6 +77,7 @@ class Figures:
     memory: dict[str, float | None] = field(default_factory=dict)  # bytes
     notes: dict[str, str] = field(default_factory=dict)  # why a contender has no figures
     rounds: list[dict[str, float]] = field(default_factory=list)  # seconds by contender
+    beside: dict[str, str] = field(default_factory=dict)  # instead of `ours`, for a contender
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,7 @@ def lines(figures: Figures) -> list[Line]:
     found = []
     for name in figures.rounds[0] if figures.rounds else ():
         seconds = [taken[name] for taken in figures.rounds]
-        ours = None if figures.ours in (None, name) or name == FLOOR else figures.ours
+        ours = None if figures.ours in (None, name) or name == FLOOR else figures.beside.get(name, figures.ours)
         ratios = [taken[ours] / taken[name] for taken in figures.rounds] if ours else []
         floors = [taken[name] / taken[FLOOR] for taken in figures.rounds if FLOOR in taken]
         memory, our_memory = figures.memory.get(name), figures.memory.get(ours or "")
@@ -124,7 +130,7 @@ class Measurement:
     def __init__(self, config: MeasureConfig, name: str, facts: Mapping[str, str], console: Console):
         self.config, self.console = config, console
         self.path = Path(config.output or f"runs/bench/{name}.json")
-        self.facts = here() | dict(facts)
+        self.facts = here() | dict(facts) | ({"seconds": "of the processor"} if config.cpu else {})
         self.cases: dict[str, Figures] = {}
         self.until = time.monotonic() + 60 * config.minutes
         if self.path.exists() and not config.overwrite:
@@ -133,7 +139,7 @@ class Measurement:
     def run(self, case: Case) -> bool:
         """Measure what is still missing of a case; whether it is then whole."""
         self.console.print(f"[bold]{case.title}[/bold]", highlight=False)
-        figures = self.cases.setdefault(case.title, Figures(case.ours))
+        figures = self.cases.setdefault(case.title, Figures(case.ours, beside=dict(case.beside)))
         taken = 0.0
         for name, work in case.contenders.items():
             if name in figures.memory or name in figures.notes:
@@ -177,7 +183,7 @@ class Measurement:
         if not able:
             raise UserError(f"{case.title}: no contender can run: {'; '.join(figures.notes.values())}")
         self.console.print(f"warming up {len(able)} contenders", highlight=False)
-        for taken in rounds(able):
+        for taken in rounds(able, cpu=self.config.cpu):
             figures.rounds.append({name: seconds / case.times for name, seconds in taken.items()})
             self._write()
             self.console.print(f"round {len(figures.rounds)}/{self.config.rounds}", highlight=False)

@@ -34,17 +34,19 @@ class ContenderFailed(Exception):
         self.name, self.reason = name, reason
 
 
-def rounds(contenders: Mapping[str, Work]) -> Iterator[dict[str, float]]:
+def rounds(contenders: Mapping[str, Work], *, cpu: bool = False) -> Iterator[dict[str, float]]:
     """Warm up, then round after round, without end, the seconds that each contender took for a piece of work. The
     order is drawn anew for each, so that nobody always follows the same other. Leaving the iterator ends the work.
 
+    Args:
+        cpu: count the processor seconds of this process instead.
     Raises:
         ContenderFailed: at its first piece of work or a later one.
     """
     _share_memory()
     with ExitStack() as stack:
         stack.callback(gc.collect)  # trainers hold themselves in cycles; on a GPU the next ones would want for memory
-        turns = {name: _Turns(name, work) for name, work in contenders.items()}
+        turns = {name: _Turns(name, work, cpu) for name, work in contenders.items()}
         for one in turns.values():
             stack.callback(one.end)
         for one in turns.values():
@@ -120,8 +122,8 @@ class _Ended(BaseException):
 class _Turns:
     """One contender and its thread."""
 
-    def __init__(self, name: str, work: Work):
-        self.name = name
+    def __init__(self, name: str, work: Work, cpu: bool):
+        self.name, self._cpu = name, cpu
         self._go, self._back = threading.Semaphore(0), threading.Semaphore(0)
         self._work, self._reason, self._ended = work, "", False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
@@ -131,10 +133,11 @@ class _Turns:
         if not self._thread.is_alive() and not self._ended:
             self._thread.start()
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            started = time.perf_counter()
+            clock = time.process_time if self._cpu else time.perf_counter
+            started = clock()
             self._go.release()
             self._back.acquire()
-            seconds = time.perf_counter() - started
+            seconds = clock() - started
         if self._reason:
             raise ContenderFailed(self.name, self._reason)
         return seconds

@@ -3,7 +3,7 @@
 import importlib
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from bnf_core.models.architecture import Architecture
 from bnf_core.models.model_folder import resolve_model
 from bnf_core.steps import loop
 from bnf_core.steps import steps as plan
+from bnf_core.steps.baseline import Baseline
 from bnf_core.steps.batching import Rows
 from bnf_core.steps.reference import ReferenceCache
 from bnf_core.types import Example
 
 OURS, FIRST_EPOCH = "bnf", "bnf, reference computed in the step"
+OBJECTIVES = ("dpo", "kto", "apo_zero_unpaired")  # beside BNF: those that peers have as well
 
 
 @dataclass
@@ -83,6 +85,7 @@ def bench_step(config: BenchStepConfig, console: Console) -> Measurement:
         {FLOOR: repeated(floor), **names},
         lambda name: measures.extra_memory(floor) if name == FLOOR else peak_memory(settings, rows, name),
         OURS,
+        beside={name: ours_like(name) for name in names},
     )
     measurement = Measurement(config.measure, f"step-{config.hardware.backend}", facts, console)
     whole = measurement.run(case)
@@ -98,6 +101,12 @@ def bench_step(config: BenchStepConfig, console: Console) -> Measurement:
         page(measurement.facts, measurement.cases, command, memory),
     )
     return measurement
+
+
+def ours_like(contender: str) -> str:
+    """Ours with the objective of a contender, which its name holds."""
+    fitting = [name for name in OBJECTIVES if name in contender.lower()]
+    return f"{OURS} --objective {fitting[-1]}" if fitting and not contender.startswith(OURS) else OURS
 
 
 def train_config(config: BenchStepConfig, folder: Path) -> TrainConfig:
@@ -123,7 +132,7 @@ def choose(rows: Sequence[Example], count: int, seed: int) -> list[Example]:
             f"{len(both)}: choose fewer --rows or other --data"
         )
     chosen = random.Random(seed).sample(both, count // 2)
-    return [group[label] for group in chosen for label in (True, False)]
+    return [replace(group[label], pair=i) for i, group in enumerate(chosen, 1) for label in (True, False)]
 
 
 def benchmark(hardware: HardwareConfig) -> Any:
@@ -141,13 +150,17 @@ def contenders(config: TrainConfig, rows: Sequence[Example], steps: int) -> dict
     peers = _module(hardware.backend, "peers").peers(
         Path(config.model), rows, device=hardware.device, dtype=hardware.dtype, lora=config.lora, steps=steps
     )
-    return {OURS: ours(config, rows, steps), FIRST_EPOCH: ours(config, rows, steps, forget=True), **peers}
+    others = {
+        f"{OURS} --objective {name}": ours(replace(config, objective={"name": name}), rows, steps)
+        for name in OBJECTIVES
+    }
+    return {OURS: ours(config, rows, steps), FIRST_EPOCH: ours(config, rows, steps, forget=True), **others, **peers}
 
 
 def ours(config: TrainConfig, rows: Sequence[Example], steps: int, *, forget: bool = False) -> Work:
     """The steps of `bnf train`; with `forget` the reference is computed in each, as in a first epoch."""
 
-    measures = benchmark(config.hardware)
+    measures, objective = benchmark(config.hardware), config.make_objective()
 
     def work(pause: Callable[[], None]) -> None:
         engine = registry.get(config.hardware.backend).load(
@@ -155,6 +168,7 @@ def ours(config: TrainConfig, rows: Sequence[Example], steps: int, *, forget: bo
             device=config.hardware.device,
             dtype=config.hardware.dtype,
             load_in_4bit=config.hardware.load_in_4bit,
+            objective=objective,
             fine_tune_type=config.fine_tune_type,
             lora=config.lora,
             optimizer=config.optimizer,
@@ -162,6 +176,7 @@ def ours(config: TrainConfig, rows: Sequence[Example], steps: int, *, forget: bo
             seed=config.seed,
         )
         reference = ReferenceCache(engine.reference_log_odds)
+        batching = plan.micro_batching_of(config, engine)
 
         def done(*_: Any) -> None:
             if forget:
@@ -170,13 +185,14 @@ def ours(config: TrainConfig, rows: Sequence[Example], steps: int, *, forget: bo
             pause()
 
         taken = plan.steps(
-            Rows(rows, config.seed),
+            Rows(rows, config.seed, objective.unit),
             batch_size=config.batch_size,
             num_steps=steps,
             optimizer=config.optimizer,
-            batching=plan.micro_batching_of(config, engine),
+            batching=batching,
             reference=reference,
             processes=engine.processes,
+            baseline=Baseline(objective, engine, reference, batching),
         )
         loop.train(engine, taken, done, config.optimizer.max_grad_norm)
 

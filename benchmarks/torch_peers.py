@@ -22,7 +22,7 @@ from bnf_torch.model import resolve_device, resolve_dtype
 
 Train = Callable[[Callable[[], None]], None]  # trains, and calls what it is given after every step
 
-SFT, DPO, KTO = "TRL SFT", "TRL DPO", "TRL KTO"
+SFT, DPO, KTO, APO = "TRL SFT", "TRL DPO", "TRL KTO", "TRL KTO, apo_zero_unpaired"
 STORED = ", reference precomputed"
 
 
@@ -35,7 +35,7 @@ def peers(
         rows: of one optimizer step, the same in every step; a good and a bad one of each prompt.
         steps: how many will be taken.
     """
-    kinds = [SFT, DPO, DPO + STORED, KTO, KTO + STORED]
+    kinds = [SFT, DPO, DPO + STORED, KTO, KTO + STORED, APO + STORED]
     if importlib.util.find_spec("trl") is None:
         return dict.fromkeys(kinds, "not installed: pip install 'bnf-align[bench]'")
 
@@ -99,10 +99,13 @@ def _trainer(
             for a, b in pairs(rows)
         ]
     else:
-        options |= {"precompute_ref_log_probs": kind.endswith(STORED), "loss_type": "apo_zero_unpaired"}
+        loss = "apo_zero_unpaired" if kind.startswith(APO) else "kto"
+        options |= {"precompute_ref_log_probs": kind.endswith(STORED), "loss_type": loss}
         base, config = trl.KTOTrainer, trl.KTOConfig(**options)
         columns = [
-            {"prompt_ids": row.prompt_ids, "completion_ids": row.completion_ids, "label": row.label} for row in rows
+            {"prompt_ids": row.prompt_ids, "completion_ids": row.completion_ids, "label": row.label}
+            | ({"KL_completion_ids": before.completion_ids} if loss == "kto" else {})
+            for before, row in zip([*rows[-1:], *rows], rows, strict=False)
         ]
 
     class SameTokens(base):

@@ -13,7 +13,7 @@ class ASFT(Objective):
     are each divided by their own number."""
 
     beta: float = 0.1
-    """Weight of the odds beside fine-tuning on chosen rows; the paper has no scale of its own, this is ORPO's."""
+    """Weight of the odds beside fine-tuning on chosen rows. No default is published: this is ORPO's."""
 
     name = "asft"
     source = "arXiv 2409.10571"

@@ -16,7 +16,7 @@ class BCO(Objective):
     """How far the policy may leave the reference: less is farther."""
 
     name = "bco"
-    source = "arXiv 2404.04656, equation 13"
+    source = "arXiv 2404.04656"
     wants = "tells chosen from rejected rows by their rewards, whatever is usual"
     formula = "−log σ(±(β log p/r − δ))"
     normaliser = "labels"

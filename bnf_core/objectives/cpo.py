@@ -9,7 +9,8 @@ from bnf_core.objectives.dpo import smoothed
 
 @dataclass(frozen=True)
 class CPO(Objective):
-    """DPO without its reference, and fine-tuning on the chosen row, here a mean over its tokens."""
+    """DPO without its reference, and fine-tuning on the chosen row, here a mean over its tokens: the authors'
+    code averages over the tokens of the whole batch."""
 
     beta: float = 0.1
     """Scale of the log-likelihoods."""
@@ -19,7 +20,7 @@ class CPO(Objective):
     """Share of pairs that are thought to be labelled the wrong way round, below 0.5."""
 
     name = "cpo"
-    source = "arXiv 2401.08417, equations 4 and 5"
+    source = "arXiv 2401.08417; the authors' ALMA"
     wants = "puts the chosen row's likelihood above the rejected one's, and raises it"
     formula = "−log σ(β (log p of chosen − log p of rejected)) − λ mean log p of chosen"
     unit = "pair"

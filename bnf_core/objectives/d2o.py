@@ -12,12 +12,12 @@ class D2O(Objective):
     model itself; here they are what the data hold, and both of its references are the one reference."""
 
     beta: float = 0.1
-    """Scale of the chosen rows' mean reward."""
+    """Scale of the chosen rows' mean reward. For it and alpha no published default was found: these are DPO's."""
     alpha: float = 0.1
     """Scale of the rejected row's reward."""
 
     name = "d2o"
-    source = "arXiv 2403.03419, equation 5"
+    source = "arXiv 2403.03419"
     wants = "lowers a rejected row below what the prompt's other completions are on the whole"
     formula = "−log σ(β mean over chosen of log p/r − α log p/r of rejected)"
     unit = "prompt"

@@ -18,7 +18,8 @@ class FDPO(Objective):
     divergence: Divergence = "forward_kl"
     """reverse_kl, forward_kl, js or alpha."""
     alpha: float = 0.5
-    """Of the α-divergence, between forward (0) and reverse (1) KL, both excluded."""
+    """Of the α-divergence, between forward (0) and reverse (1) KL, both excluded, as in TRL. The paper counts from the
+    other end: its α is 1 less this one; it tries 0.3, 0.5 and 0.7."""
 
     name = "f_dpo"
     source = "arXiv 2309.16240, table 1"

@@ -19,7 +19,7 @@ class KTO(Objective):
     """Of rejected rows."""
 
     name = "kto"
-    source = "arXiv 2402.01306, equation 8"
+    source = "arXiv 2402.01306"
     wants = "raises chosen and lowers rejected rows where their reward is near what is usual, and lets go elsewhere"
     formula = "λ (1 − σ(±β (log p/r − z₀)))"
     baseline_from = "mismatched"

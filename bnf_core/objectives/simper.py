@@ -12,7 +12,7 @@ class SimPER(Objective):
     pairs is the paper's."""
 
     name = "simper"
-    source = "arXiv 2502.00883, equation 4"
+    source = "arXiv 2502.00883"
     wants = "raises chosen and lowers rejected rows the harder the likelier they are"
     formula = "∓ exp(mean log p)"
     normaliser = "labels"

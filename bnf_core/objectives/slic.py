@@ -14,10 +14,10 @@ class SLiC(Objective):
     delta: float = 1.0
     """Margin of log-likelihood to reach, in nats."""
     nll_weight: float = 0.5
-    """λ: weight of the chosen row's negative log-likelihood."""
+    """λ: weight of the chosen row's negative log-likelihood. Implementations differ: HALOs takes 0.1."""
 
     name = "slic"
-    source = "arXiv 2305.10425, equation 4"
+    source = "arXiv 2305.10425"
     wants = "puts the chosen row's likelihood above the rejected one's by a margin, and no more, and raises it"
     formula = "max(0, δ − log p of chosen + log p of rejected) − λ log p of chosen"
     unit = "pair"

@@ -14,7 +14,7 @@ class Unlikelihood(Objective):
     """Weight of rejected rows."""
 
     name = "unlikelihood"
-    source = "arXiv 1908.04319, equation 5"
+    source = "arXiv 1908.04319"
     wants = "raises chosen tokens, and lowers rejected ones the harder the likelier they are"
     formula = "−mean log p of a chosen row, −α mean log(1 − p) of a rejected one"
     needs_reference = False

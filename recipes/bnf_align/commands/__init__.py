@@ -12,6 +12,7 @@ COMMANDS = {
     "evaluate": "score labelled completions under a model",
     "reference": "compute the reference of feedback once, for any number of runs",
     "generate": "complete a prompt",
+    "objectives": "list what training can minimise, and what each objective needs",
     "data-check": "check every row of feedback before it is trained on",
     "demo": "align a small model on word problems, show before and after",
     "import-gguf": "turn a GGUF file into safetensors",
