@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import tracemalloc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -416,7 +416,7 @@ def test_no_checkpoint_is_none_everywhere(tmp_path: Path, together: Callable[...
 # Real processes
 
 
-def _save_and_die(folder: Path, gathered: Path, rank: int, barrier: Any, step: int, dying: int) -> None:
+def _save_and_die(folder: Path, gathered: Path, rank: int, barrier: Any, step: int, dying: int | None) -> None:
     """The process `dying` is killed in the middle of its file; the others are told, as a launcher would."""
 
     def die(path: Path, arrays: State) -> None:
@@ -431,10 +431,10 @@ def _save_and_die(folder: Path, gathered: Path, rank: int, barrier: Any, step: i
 
 
 @pytest.fixture(scope="module")
-def run_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, int, int], list[int]]:
+def run_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path, int, int | None], list[int]]]:
     context = multiprocessing.get_context("spawn")  # of the fork server there is one, which others want with frameworks
 
-    def run(folder: Path, step: int, dying: int) -> list[int]:
+    def run(folder: Path, step: int, dying: int | None = None) -> list[int]:
         barrier, gathered = context.Barrier(2), tmp_path_factory.mktemp("gathered")
         started = [
             context.Process(target=_save_and_die, args=(folder, gathered, rank, barrier, step, dying))
@@ -442,26 +442,27 @@ def run_processes(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path, i
         ]
         for process in started:
             process.start()
-        started[dying].join(60)
-        barrier.abort()
+        if dying is not None:
+            started[dying].join(60)
+            barrier.abort()
         for process in started:
             process.join(60)
         return [process.exitcode for process in started]  # type: ignore[misc]
 
-    return run
+    yield run
 
 
 @pytest.mark.parametrize("dying", [0, 1])
 def test_a_process_killed_in_the_middle_leaves_the_last_checkpoint(
-    tmp_path: Path, run_processes: Callable[..., list[int]], together: Callable[..., list[Any]], dying: int
+    tmp_path: Path, run_processes: Callable[..., list[int]], dying: int
 ) -> None:
-    together(2, lambda processes: save(tmp_path, 1, processes))
+    assert run_processes(tmp_path, 1) == [0, 0]
     codes = run_processes(tmp_path, 2, dying)
     assert codes[dying] == -signal.SIGKILL and codes[1 - dying] == 1
     assert Checkpoints(tmp_path, 2).steps() == [1]
     assert_same(newest(tmp_path).arrays, state(1))
     assert ((tmp_path / ".step-000002.partial").exists()) == (dying == 0)  # for nobody was left to remove it
-    together(2, lambda processes: save(tmp_path, 3, processes))
+    assert run_processes(tmp_path, 3) == [0, 0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000003"]
     assert_same(newest(tmp_path).arrays, state(3))
 
