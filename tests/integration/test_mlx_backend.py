@@ -342,7 +342,7 @@ def test_adapters_that_do_not_fit_are_refused(checkpoint, llama, tmp_path):
     weights = dict(mx.load(str(folder / "adapters.safetensors")))
     removed = sorted(weights)[0]
     mx.save_safetensors(str(folder / "adapters.safetensors"), {k: v for k, v in weights.items() if k != removed})
-    refused(f"1 of 28 tensors are missing, the first is {removed}")
+    refused(f"{removed} is missing from it")
     (folder / "adapters.safetensors").write_bytes(b"not safetensors")
     refused("does not fit the model")
     (folder / "adapters.safetensors").unlink()
