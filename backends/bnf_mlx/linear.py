@@ -10,10 +10,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import mlx.core as mx
 
+from bnf_core.objectives.bnf import loss_and_slope
 from bnf_core.shapes import require_linear, require_one_for_each
 from bnf_core.types import TokenStats
 from bnf_mlx.kernels import exponentials
-from bnf_mlx.losses import accurate_sum, check_targets, custom_function, loss_and_slope
+from bnf_mlx.losses import accurate_sum, check_targets, custom_function
+from bnf_mlx.ops import OPS
 
 CHUNK_BYTES = 128 * 2**20  # of one chunk: four float32 buffers as large as its logits, measured
 UPCAST_BYTES = 8 * 2**20  # of one vocabulary block of a half-precision head; MLX runs some ten of them ahead
@@ -74,7 +76,7 @@ def linear_bnf_loss(
         losses = []
 
         def weigh(part: slice, log_odds: mx.array, entropy: mx.array) -> mx.array:
-            token_loss, slope = loss_and_slope(log_odds, entropy, ref_log_odds[part])
+            token_loss, slope = loss_and_slope(OPS, log_odds, entropy, ref_log_odds[part])
             losses.append(token_loss)
             return coefficients[part] * slope
 

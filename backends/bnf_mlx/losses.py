@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
+from bnf_core.objectives.bnf import loss_and_slope
 from bnf_core.shapes import require_logits, require_one_shape
+from bnf_mlx.ops import OPS
 
 custom_function: Any = mx.custom_function  # typed as returning object
 NEVER = -200.0  # exp of it is exactly 0 in float32, and so is 0 times it
@@ -78,19 +80,6 @@ def check_targets(targets: mx.array, vocab: int) -> None:
         raise ValueError(f"targets must lie in [0, {vocab}), got {least} to {most}")
 
 
-def loss_and_slope(log_odds: mx.array, other_entropy: mx.array, ref_log_odds: mx.array) -> tuple[mx.array, mx.array]:
-    """ℓ and ∂ℓ/∂o of each token, float32 in and out, without autograd."""
-    banned = log_odds == -mx.inf  # p = 0: t = 0, and nothing can be learned
-    log_p, log_not_p = -_softplus(-log_odds), -_softplus(log_odds)
-    log_t = mx.where(banned, -mx.inf, mx.minimum(0.0, log_p + _softplus(-ref_log_odds)))
-    t, not_t = mx.exp(log_t), -mx.expm1(log_t)
-    # 0 · ∞ is 0 here: a part without weight does not count.
-    loss = -(_times(t, log_p) + _times(not_t, log_not_p - other_entropy))
-    ratio = mx.where(log_odds >= ref_log_odds, 1.0, mx.exp(log_odds - ref_log_odds))
-    # exp(log(1 − p)) and not mx.sigmoid, which subtracts from 1.
-    return loss, mx.where(banned, 0.0, -(mx.exp(log_not_p) * ratio))
-
-
 class Others(NamedTuple):
     """What is known of every token but the observed one, float32."""
 
@@ -129,14 +118,6 @@ def accurate_sum(x: mx.array) -> mx.array:
     return mx.sum(x, axis=-1, keepdims=True)
 
 
-def _softplus(x: mx.array) -> mx.array:
-    return mx.logaddexp(x, 0.0)
-
-
-def _times(weight: mx.array, value: mx.array) -> mx.array:
-    return mx.where(weight == 0, 0.0, weight * value)
-
-
 @custom_function
 def _token_log_odds(logits: mx.array, targets: mx.array) -> tuple[mx.array, ...]:
     others = statistics(logits.astype(mx.float32), targets)
@@ -155,7 +136,7 @@ def _(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
 
 @custom_function
 def _token_loss(log_odds: mx.array, other_entropy: mx.array, ref_log_odds: mx.array) -> tuple[mx.array, mx.array]:
-    return loss_and_slope(log_odds, other_entropy, ref_log_odds)
+    return loss_and_slope(OPS, log_odds, other_entropy, ref_log_odds)
 
 
 @_token_loss.vjp

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
 
 from bnf_core.objectives import Objective, Seen, batch_loss, structure
+from bnf_core.objectives.base import mapped
 from bnf_core.protocol import BatchResult, DenseResult, FusedResult, LogOddsResult
 from bnf_core.types import Array, Batch
 from bnf_mlx.linear import linear_bnf_loss, linear_log_odds
@@ -98,7 +98,7 @@ class MLXLosses:
         baseline: float,
     ) -> tuple[float, Array]:
         def total(o: mx.array) -> mx.array:
-            rows = tree_map(mx.array, structure(objective, batch, baseline))
+            rows = mapped(mx.array, structure(objective, batch, baseline))
             return batch_loss(objective, OPS, Seen(o, _floats(other_entropy), _floats(ref_log_odds), rows))
 
         with mx.stream(self.device):

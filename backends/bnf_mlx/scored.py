@@ -13,6 +13,7 @@ from mlx.utils import tree_map
 from bnf_core.errors import UserError
 from bnf_core.models.model_config import HeadTransform, position_limit
 from bnf_core.objectives import Objective, Seen, Structure, batch_loss, structure
+from bnf_core.objectives.base import mapped
 from bnf_core.objectives.bnf import BNF
 from bnf_core.steps.limits import Limits
 from bnf_core.types import Array, Batch, TokenScores
@@ -44,7 +45,7 @@ class Inputs(NamedTuple):
     targets: mx.array  # (N,)
     reference: mx.array  # (N,) log-odds
     coefficients: mx.array  # (N,), for BNF
-    structure: Structure  # how tokens make up rows and pairs, for all other objectives
+    structure: Structure | None  # how tokens make up rows and pairs; None for `one_pass`
 
 
 class ScoredModel:
@@ -83,6 +84,12 @@ class ScoredModel:
             vocabulary = completion_logits(model, mx.arange(2)[None], mx.arange(1)).shape[-1]
             self.limits = Limits(vocabulary, position_limit(dict(vars(getattr(model, "args", None) or object))))
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether the head and BNF are one function, which needs no second pass over a trained head, and no
+        structure."""
+        return self.head is not None and isinstance(self.objective, BNF)
+
     def inputs(self, batch: Batch, ref_log_odds: Array, baseline: float = 0.0, *, pad: bool = False) -> Inputs:
         """A batch on the device; with `pad`, of one of few shapes: more columns of padding, and the last token again
         and again with a coefficient of zero.
@@ -114,8 +121,11 @@ class ScoredModel:
             tokens = [np.pad(x, again, "edge") for x in tokens[:2]] + [np.pad(tokens[2], again)]
         segments = mx.array(segment_ids) if batch.packed and layout is None else None
         table = None if layout is None else PageTable(*map(mx.array, layout))
-        rows = structure(self.objective, batch, baseline, PAD_ROW if pad else 1)
-        rows = rows._replace(grid=np.where(rows.grid == len(batch.targets), len(positions), rows.grid))
+        rows = None
+        if not self.one_pass:
+            rows = structure(self.objective, batch, baseline, PAD_ROW if pad else 1)
+            rows = rows._replace(grid=np.where(rows.grid == len(batch.targets), len(positions), rows.grid))
+            rows = mapped(mx.array, rows)
         targets, reference, coefficients = map(mx.array, tokens)
         return Inputs(
             ids=mx.array(ids),
@@ -125,7 +135,7 @@ class ScoredModel:
             targets=targets,
             reference=reference,
             coefficients=coefficients,
-            structure=tree_map(mx.array, rows),
+            structure=rows,
         )
 
     def scores(self, inputs: Inputs) -> TokenScores:
@@ -142,11 +152,12 @@ class ScoredModel:
             scores = self.scores(inputs)
         else:
             hidden, head, options = self._before_head(inputs, self.head)
-            if isinstance(self.objective, BNF):  # which needs no second pass over a trained head
+            if self.one_pass:
                 rest = inputs.targets, inputs.reference, inputs.coefficients
                 loss, stats = linear_bnf_loss(hidden, head, *rest, train_head=self.trains_head, **options)
                 return loss, TokenScores(stats.log_odds, stats.other_entropy)
             scores = TokenScores(*linear_log_odds(hidden, head, inputs.targets, **options))
+        assert inputs.structure is not None
         return batch_loss(self.objective, OPS, Seen(*scores, inputs.reference, inputs.structure)), scores
 
     def _before_head(self, inputs: Inputs, transform: HeadTransform) -> tuple[mx.array, mx.array, dict[str, Any]]:

@@ -154,7 +154,9 @@ class TorchEngine:
             if self.limits.positions is not None:  # padding may go on beyond them
                 arrays["position_ids"] = np.minimum(batch.position_ids, self.limits.positions - 1)
         inputs: dict[str, Any] = {name: tensors(array, self.device) for name, array in arrays.items()}
-        return inputs | {"structure": tensors(structure(self.objective, batch, baseline), self.device)}
+        if not self.scored.one_pass:
+            inputs["structure"] = tensors(structure(self.objective, batch, baseline), self.device)
+        return inputs
 
     def _reshard(self) -> None:
         """FSDP keeps embeddings and head gathered after a forward pass, and would not see new weights in the shards."""

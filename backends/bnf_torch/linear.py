@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bnf_core.objectives.bnf import loss_and_slope
 from bnf_core.shapes import require_linear, require_one_for_each
 from bnf_core.types import TokenStats
-from bnf_torch.losses import check_targets, loss_and_slope
+from bnf_torch.losses import check_targets
+from bnf_torch.ops import OPS
 
 CHUNK_BYTES = 48 * 2**20  # of one chunk's exponentials where there is no CUDA
 UPCAST_BYTES = 16 * 2**20  # of one block of a half-precision head, upcast where there is no CUDA
@@ -169,7 +171,7 @@ def _linear_loss(
     stats = hidden.new_empty(3, len(hidden), dtype=torch.float32)
 
     def weigh(part: slice, log_odds: Tensor, entropy: Tensor) -> Tensor:
-        stats[2, part], slope = loss_and_slope(log_odds, entropy, ref_log_odds[part])
+        stats[2, part], slope = loss_and_slope(OPS, log_odds, entropy, ref_log_odds[part])
         return coefficients[part] / unit * slope
 
     wanted = train_hidden, train_head, train_bias

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from bnf_core.objectives.bnf import loss_and_slope
 from bnf_core.shapes import require_logits, require_one_shape
+from bnf_torch.ops import OPS
 
 
 def token_log_odds(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,18 +76,6 @@ def check_targets(targets: Tensor, vocab: int) -> None:
         raise ValueError(f"targets must lie in [0, {vocab}), got {targets.min()} to {targets.max()}")
 
 
-def loss_and_slope(log_odds: Tensor, other_entropy: Tensor, ref_log_odds: Tensor) -> tuple[Tensor, Tensor]:
-    """ℓ and ∂ℓ/∂o of each token, float32 in and out, without autograd."""
-    banned = torch.isneginf(log_odds)  # p = 0: t = 0, and nothing can be learned
-    log_p, log_not_p = -F.softplus(-log_odds), -F.softplus(log_odds)
-    log_t = (log_p + F.softplus(-ref_log_odds)).clamp(max=0.0).masked_fill(banned, -torch.inf)
-    t, not_t = log_t.exp(), -torch.expm1(log_t)
-    # 0 · ∞ is 0 here: a part without weight does not count.
-    loss = -(_times(t, log_p) + _times(not_t, log_not_p - other_entropy))
-    ratio = torch.where(log_odds >= ref_log_odds, 1.0, (log_odds - ref_log_odds).exp())
-    return loss, -(torch.sigmoid(-log_odds) * ratio).masked_fill(banned, 0.0)
-
-
 def _times(weight: Tensor, value: Tensor) -> Tensor:
     return torch.where(weight == 0, 0.0, weight * value)
 
@@ -120,7 +109,7 @@ class _TokenLogOdds(torch.autograd.Function):
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, log_odds: Tensor, other_entropy: Tensor, ref_log_odds: Tensor) -> Tensor:
-        loss, slope = loss_and_slope(log_odds, other_entropy, ref_log_odds)
+        loss, slope = loss_and_slope(OPS, log_odds, other_entropy, ref_log_odds)
         ctx.save_for_backward(slope)
         return loss
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bnf_core.objectives.base import mapped
+
 
 class TorchOps:
     exp = staticmethod(torch.exp)
@@ -41,8 +43,9 @@ OPS = TorchOps()
 
 def tensors(tree: Any, device: torch.device) -> Any:
     """An array, or a tuple of arrays and tuples, as tensors; int32 as int64, which indexing takes."""
-    if isinstance(tree, tuple):
-        parts = [tensors(x, device) for x in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    tensor = torch.from_numpy(np.asarray(tree))
-    return (tensor.long() if tensor.dtype == torch.int32 else tensor).to(device)
+
+    def one(array: Any) -> Tensor:
+        tensor = torch.from_numpy(np.asarray(array))
+        return (tensor.long() if tensor.dtype == torch.int32 else tensor).to(device)
+
+    return mapped(one, tree)

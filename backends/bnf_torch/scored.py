@@ -42,6 +42,12 @@ class ScoredModel(nn.Module):
         self.packs = keeps_packed_apart(self.model)
         self.shares = shares_prompts(self.model)
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether the head and BNF are one function, which needs no second pass over a trained head, and no
+        structure."""
+        return self.head is not None and isinstance(self.objective, BNF)
+
     def forward(
         self,
         input_ids: Tensor,
@@ -49,7 +55,7 @@ class ScoredModel(nn.Module):
         targets: Tensor,
         ref_log_odds: Tensor,
         coefficients: Tensor,
-        structure: Structure,
+        structure: Structure | None = None,
         **layout: Tensor,
     ) -> tuple[Tensor, TokenScores]:
         """The micro-batch's part of the loss, and what the policy says of each token.
@@ -60,7 +66,7 @@ class ScoredModel(nn.Module):
             targets: (N,) int64.
             ref_log_odds: (N,) float32.
             coefficients: (N,) float32, for BNF.
-            structure: how tokens make up rows and pairs, for all others.
+            structure: how tokens make up rows and pairs; not needed for `one_pass`.
             layout: (B, T) int64 each: `position_ids` of a packed grid, all of LAYOUT of a shared one.
         """
         with torch.autocast(input_ids.device.type, self.autocast) if self.autocast else nullcontext():
@@ -77,11 +83,12 @@ class ScoredModel(nn.Module):
             hidden = hidden.to(dtype)
             if scale != 1.0:
                 hidden, bias = hidden * scale, None if bias is None else bias * scale
-            if isinstance(self.objective, BNF):  # which needs no second pass over a trained head
+            if self.one_pass:
                 rest = ref_log_odds, coefficients
                 loss, stats = linear_bnf_loss(hidden, head, targets, *rest, bias=bias, soft_cap=soft_cap)
                 return loss, TokenScores(stats.log_odds, stats.other_entropy)
             log_odds, entropy = linear_log_odds(hidden, head, targets, bias=bias, soft_cap=soft_cap)
+        assert structure is not None
         loss = batch_loss(self.objective, OPS, Seen(log_odds, entropy, ref_log_odds, structure))
         return loss, TokenScores(log_odds.detach(), entropy)
 

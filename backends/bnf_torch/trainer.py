@@ -281,12 +281,11 @@ class BNFTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Metrics by the names of `bnf_core.steps.metrics.Meter`, over all rows and processes; no predictions."""
         meter = Meter(self.objective)
-        scored = [(batch, self.engine.evaluate(batch, reference), reference) for batch, reference in dataloader]
+        scores = [self.engine.evaluate(batch, ref_log_odds) for batch, ref_log_odds in dataloader]
         baseline = Baseline(self.objective, self.engine, self.reference, self.batching, self.tokens.pad)
-        held_out = self.evaluated_rows
-        against = baseline(held_out, dataloader)
-        for batch, scores, ref_log_odds in scored:
-            meter.add(batch, scores, ref_log_odds, against)
+        against = baseline(self.evaluated_rows, dataloader, scores)
+        for (batch, ref_log_odds), said in zip(dataloader, scores, strict=True):
+            meter.add(batch, said, ref_log_odds, against)
         rows = sum(self.engine.processes.sum(torch.tensor([len(batch.labels) for batch, _ in dataloader]).numpy()))
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in _gathered(meter, self.engine.processes).items()}
         return EvalLoopOutput(predictions=cast(Any, None), label_ids=None, metrics=metrics, num_samples=int(rows))

@@ -23,7 +23,6 @@ class AlphaPO(Objective):
     wants = "as simpo, and pulls more or less at unlikely rows"
     formula = "−log σ(β (1 − p̄⁻ᵅ)/α of chosen − the same of rejected − γ)"
     unit = "pair"
-    normaliser = "pairs"
     needs_reference = False
 
     def __post_init__(self) -> None:

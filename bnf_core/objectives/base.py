@@ -6,6 +6,7 @@ row, a pair, or a prompt with all its completions. What a unit weighs is known b
 of the parts add up to that of the whole.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
@@ -14,9 +15,10 @@ import numpy as np
 from bnf_core.errors import UserError
 from bnf_core.types import Array, Batch, Unit
 
-# What the losses of an objective are divided by: the rows of the global batch, its chosen or its rejected rows, both
-# each by its own number, its pairs, or the rejected rows of prompts that have chosen ones as well.
-Normaliser = Literal["rows", "chosen", "rejected", "labels", "pairs"]
+# What the losses of an objective on rows are divided by: all of the global batch, its chosen or its rejected ones, or
+# both each by its own number. Those on pairs and prompts are divided by how many there are to compare.
+Normaliser = Literal["rows", "chosen", "rejected", "labels"]
+BaselineFrom = Literal["", "mismatched", "running"]  # see bnf_core.steps.baseline
 
 
 class Ops(Protocol):
@@ -105,7 +107,7 @@ class Objective:
     unit: ClassVar[Unit] = "row"
     normaliser: ClassVar[Normaliser] = "rows"
     needs_reference: ClassVar[bool] = True
-    baseline_from: ClassVar[Literal["", "mismatched", "running"]] = ""  # see bnf_core.steps.baseline
+    baseline_from: ClassVar[BaselineFrom] = ""
 
     def losses(self, ops: Ops, seen: Seen, units: Units) -> Any:
         """The loss of each unit, (U,), differentiable in `seen.log_odds`."""
@@ -163,7 +165,7 @@ class Sum(Objective):
         return any(part.needs_reference for _, part in self.parts)
 
     @property
-    def baseline_from(self) -> Literal["", "mismatched", "running"]:  # type: ignore[override]
+    def baseline_from(self) -> BaselineFrom:  # type: ignore[override]
         return next((part.baseline_from for _, part in self.parts if part.baseline_from), "")
 
     def rewards(self, rows: Rows) -> Any:
@@ -178,12 +180,17 @@ class Sum(Objective):
         return " + ".join(f"{weight}*{part}" if weight != 1.0 else str(part) for weight, part in self.parts)
 
 
-def batch_loss(objective: Objective, ops: Ops, seen: Seen) -> Any:
-    """A micro-batch's part of the loss of its global batch, a scalar differentiable in `seen.log_odds`."""
-    parts = [
-        weight * (units.weights * ops.where(units.weights == 0, 0.0, term.losses(ops, seen, units))).sum()
+def weighted_losses(objective: Objective, ops: Ops, seen: Seen) -> list[tuple[Units, Any]]:
+    """Of each term its units, and the part (U,) that each unit has in the loss of the global batch."""
+    return [
+        (units, weight * (units.weights * ops.where(units.weights == 0, 0.0, term.losses(ops, seen, units))))
         for (weight, term), units in zip(objective.terms, seen.structure.units, strict=True)
     ]
+
+
+def batch_loss(objective: Objective, ops: Ops, seen: Seen) -> Any:
+    """A micro-batch's part of the loss of its global batch, a scalar differentiable in `seen.log_odds`."""
+    parts = [losses.sum() for _, losses in weighted_losses(objective, ops, seen)]
     return sum(parts[1:], start=parts[0])
 
 
@@ -238,6 +245,14 @@ def _units(term: Objective, batch: Batch) -> Units:
 
 def _float32(x: Any) -> Any:
     return np.asarray(x, np.float32)
+
+
+def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
+    """A structure, or anything made of tuples and arrays, with each array as the function gives it."""
+    if not isinstance(tree, tuple):
+        return function(tree)
+    parts = [mapped(function, x) for x in tree]
+    return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
 
 
 # What objectives are made of

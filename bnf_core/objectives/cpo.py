@@ -24,7 +24,6 @@ class CPO(Objective):
     wants = "puts the chosen row's likelihood above the rejected one's, and raises it"
     formula = "−log σ(β (log p of chosen − log p of rejected)) − λ mean log p of chosen"
     unit = "pair"
-    normaliser = "pairs"
     needs_reference = False
 
     def __post_init__(self) -> None:

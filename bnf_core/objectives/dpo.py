@@ -22,7 +22,6 @@ class DPO(Objective):
     wants = "puts the chosen row above the rejected one, by any margin and at any likelihood"
     formula = "−log σ(β (log p/r of chosen − log p/r of rejected))"
     unit = "pair"
-    normaliser = "pairs"
 
     def __post_init__(self) -> None:
         self._require(self.beta > 0, "beta", "a number above 0")

@@ -26,7 +26,6 @@ class FDPO(Objective):
     wants = "as dpo, with a pull back to the reference of another shape"
     formula = "−log σ(β (f'(p/r) of chosen − f'(p/r) of rejected))"
     unit = "pair"
-    normaliser = "pairs"
 
     def __post_init__(self) -> None:
         self._require(self.beta > 0, "beta", "a number above 0")

@@ -18,7 +18,6 @@ class IPO(Objective):
     wants = "puts the chosen row above the rejected one by a fixed margin, and no more"
     formula = "(mean log p/r of chosen − mean log p/r of rejected − 1/(2β))²"
     unit = "pair"
-    normaliser = "pairs"
 
     def __post_init__(self) -> None:
         self._require(self.beta > 0, "beta", "a number above 0")

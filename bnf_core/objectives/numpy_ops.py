@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from bnf_core.objectives.base import mapped
 from bnf_core.types import Array
 
 
@@ -40,9 +41,10 @@ class NumPyOps:
 
 
 def float64(tree: Any) -> Any:
-    """The arrays of a layout, or of anything made of tuples, with their floats as float64."""
-    if isinstance(tree, tuple):
-        parts = [float64(x) for x in tree]
-        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
-    array = np.asarray(tree)
-    return array.astype(np.float64) if array.dtype.kind == "f" else array
+    """The arrays of a structure, or of anything made of tuples, with their floats as float64."""
+
+    def one(x: Any) -> Array:
+        array = np.asarray(x)
+        return array.astype(np.float64) if array.dtype.kind == "f" else array
+
+    return mapped(one, tree)

@@ -19,7 +19,6 @@ class ORPO(Objective):
     wants = "raises the chosen row, and its odds above those of the rejected one"
     formula = "−mean log p of chosen − β log σ(log odds of chosen − log odds of rejected)"
     unit = "pair"
-    normaliser = "pairs"
     needs_reference = False
 
     def __post_init__(self) -> None:

@@ -20,7 +20,6 @@ class SimPO(Objective):
     wants = "puts the chosen row's mean likelihood above the rejected one's by a margin"
     formula = "−log σ(β (mean log p of chosen − mean log p of rejected) − γ)"
     unit = "pair"
-    normaliser = "pairs"
     needs_reference = False
 
     def __post_init__(self) -> None:

@@ -21,7 +21,6 @@ class SLiC(Objective):
     wants = "puts the chosen row's likelihood above the rejected one's by a margin, and no more, and raises it"
     formula = "max(0, δ − log p of chosen + log p of rejected) − λ log p of chosen"
     unit = "pair"
-    normaliser = "pairs"
     needs_reference = False
 
     def __post_init__(self) -> None:

@@ -5,6 +5,7 @@ KTO's z₀ is the mean reward of prompts with completions of other prompts, and 
 lies between the mean rewards of chosen and of rejected rows, over all steps so far.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from bnf_core.objectives.numpy_ops import NumPyOps
 from bnf_core.protocol import Engine
 from bnf_core.steps.batching import MicroBatching, micro_batches
 from bnf_core.steps.reference import Reference, ReferenceCache, with_reference
-from bnf_core.types import Array, Batch, Example
+from bnf_core.types import Array, Batch, Example, TokenScores
 
 
 class Baseline:
@@ -35,19 +36,30 @@ class Baseline:
         self.batching = replace(batching, unit="row")
         self._sums = np.zeros((2, 2))  # of chosen and of rejected rows: their log-ratios, and how many
 
-    def __call__(self, examples: Sequence[Example], batches: Sequence[tuple[Batch, Array]]) -> float:
+    def __call__(
+        self,
+        examples: Sequence[Example],
+        batches: Sequence[tuple[Batch, Array]],
+        scores: Sequence[TokenScores] | None = None,
+    ) -> float:
         """Of a step, to be asked by every process in step.
 
         Args:
             examples: of the global batch.
             batches: this process's micro-batches of it, with their ref_log_odds.
+            scores: what the policy says of these, where that is known already.
         """
         if self.kind == "mismatched":
             rows = mismatched(examples)
-            ratios, _ = self._log_ratios(self._with_reference(rows)) if rows else (np.zeros(1), None)
-            return max(0.0, float(ratios.mean()))
+            if not rows:
+                return 0.0
+            # The rows of a pair have one mismatched completion: scored once, and counted as often as it is there.
+            once = {row.key: row for row in rows}
+            ratios, _ = self._log_ratios(self._with_reference(list(once.values())))
+            counts = Counter(row.key for row in rows)
+            return max(0.0, float(np.average(ratios, weights=[counts[key] for key in sorted(counts)])))
         if self.kind == "running":
-            ratios, labels = self._log_ratios(batches)
+            ratios, labels = self._log_ratios(batches, scores)
             for i, of in enumerate((labels > 0, labels < 0)):
                 self._sums[i] += ratios[of].sum(), of.sum()
             means = [total / count for total, count in self._sums if count]
@@ -70,11 +82,14 @@ class Baseline:
             reference = reference.passing()
         return with_reference(batches[processes.share(batches)], reference, processes)
 
-    def _log_ratios(self, batches: Sequence[tuple[Batch, Array]]) -> tuple[Array, Array]:
-        """Σ log(p / r) of each row of all processes, and its label, in an order that the rows decide: (S,) float64."""
+    def _log_ratios(
+        self, batches: Sequence[tuple[Batch, Array]], scores: Sequence[TokenScores] | None = None
+    ) -> tuple[Array, Array]:
+        """Σ log(p / r) of each row of all processes, and its label, in the order of the rows' keys: (S,) float64."""
         found: list[list[Array]] = [[], [], []]
-        for batch, ref_log_odds in batches:
-            policy = self.engine.evaluate(batch, ref_log_odds).log_odds
+        if scores is None:
+            scores = [self.engine.evaluate(batch, ref_log_odds) for batch, ref_log_odds in batches]
+        for (batch, ref_log_odds), (policy, _) in zip(batches, scores, strict=True):
             with np.errstate(all="ignore"):
                 ratio = log_ratio(NumPyOps(), policy.astype(np.float64), ref_log_odds.astype(np.float64))
             found[0].append(np.bincount(batch.sequence_ids, weights=ratio, minlength=len(batch.labels)))

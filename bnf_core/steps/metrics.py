@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from bnf_core.objectives import Objective, Rows, Seen, structure
-from bnf_core.objectives.base import log_ratio
+from bnf_core.objectives.base import log_ratio, weighted_losses
 from bnf_core.objectives.bnf import BNF
 from bnf_core.objectives.numpy_ops import NumPyOps, float64
 from bnf_core.processes import Processes
@@ -69,9 +69,8 @@ class Meter:
             ratio = summed(log_ratio(ops, policy, reference))
             tokens = summed(np.ones_like(policy))
             loss = np.zeros(len(batch.labels))
-            for (weight, term), units in zip(self.objective.terms, seen.structure.units, strict=True):
-                parts = units.weights * np.where(units.weights == 0, 0.0, term.losses(ops, seen, units))
-                np.add.at(loss, units.rejected, weight * parts)
+            for units, parts in weighted_losses(self.objective, ops, seen):
+                np.add.at(loss, units.rejected, parts)
             reward = self.objective.rewards(Rows(log_p, ratio, tokens, seen.structure.labels))
             own = [summed(value) for value in self.objective.metrics(policy, reference).values()]
         self._tables.append(np.stack([batch.labels, tokens, loss, reward, log_p, shift, *own], axis=1))

@@ -30,16 +30,15 @@ def score(
     objective = objective or BNF()
     meter = Meter(objective)
     mine = plan.my_share(examples, batching, engine.processes, pad)
-    scored = []
+    batches, scores = [], []
     with bar("evaluate", len(mine), console) as progress:
         for batch in mine:
-            [(_, ref_log_odds)] = plan.with_reference([batch], reference, engine.processes)
-            scored.append((batch, engine.evaluate(batch, ref_log_odds), ref_log_odds))
+            batches += plan.with_reference([batch], reference, engine.processes)
+            scores.append(engine.evaluate(*batches[-1]))
             progress.advance()
-    pairs = [(batch, ref_log_odds) for batch, _, ref_log_odds in scored]
-    baseline = Baseline(objective, engine, reference, batching, pad)(examples, pairs)
-    for batch, scores, ref_log_odds in scored:
-        meter.add(batch, scores, ref_log_odds, baseline)
+    baseline = Baseline(objective, engine, reference, batching, pad)(examples, batches, scores)
+    for (batch, ref_log_odds), said in zip(batches, scores, strict=True):
+        meter.add(batch, said, ref_log_odds, baseline)
     meter.gather(engine.processes)
     return meter.result()
 
