@@ -20,7 +20,9 @@ LISTS = (list[str], list[int])
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # Flags that mean a setting of another name.
-ALIASES = {"data": "data.path", "r": "lora.rank", "lr": "optimizer.learning_rate", "objective": "objective.name"}
+ALIASES = {"data": "data.path", "r": "lora.rank", "lr": "optimizer.learning_rate"}
+# Settings with a name and more, of which the name alone may be given.
+NAMED = ("objective",)
 
 
 def make_parser(settings: type, command: str) -> ArgumentParser:
@@ -65,8 +67,8 @@ def _spell_out(argv: Sequence[str], keys: Sequence[str], parser: ArgumentParser)
             result.append(_bracketed(word) if types.get(name) in LISTS else word)
             continue
         name, value = match[1].replace("-", "_"), match[2] or ""
-        alias = ALIASES.get(name, name)
-        name = alias if alias in keys or alias.partition(".")[0] in keys else name
+        name = ALIASES.get(name, name) if ALIASES.get(name) in keys else name
+        name = f"{name}.name" if name in NAMED and name in keys else name
         if name not in keys:
             endings = [key for key in keys if key.endswith("." + name)]
             name = endings[0] if len(endings) == 1 else name

@@ -29,14 +29,16 @@ from bnf_core.steps.reference import ReferenceCache
 from bnf_core.steps.steps import Step, my_share, steps
 from bnf_core.storage.checkpoints import Checkpoints
 from bnf_core.storage.shards import Shard
-from bnf_core.types import Example, TokenStats
+from bnf_core.types import Example, TokenScores
 from bnf_mlx import processes as module
 from bnf_mlx.backend import MLXBackend
 from invariance import BASE, Runs, free_ports
 
 NUM_STEPS, RATE = 6, 1e-3
 KINDS = ["lora", "full"]
-QUICK = {"MLX_DISABLE_COMPILE": "1"}  # or each process would call a C++ compiler for mlx-lm's fused activations
+# Without compiling, or each process would call a C++ compiler for mlx-lm's fused activations; with what pytest puts on
+# the path of this process.
+QUICK = {"MLX_DISABLE_COMPILE": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 LAUNCHER = Path(sys.executable).with_name("mlx.launch")
 
 
@@ -70,7 +72,7 @@ def run(model: Path, kind: Any, output: Path, die_at: int = -1) -> None:
     )
     norms, tokens = [], []
 
-    def done(step: Step, stats: list[TokenStats], norm: float) -> None:
+    def done(step: Step, stats: list[TokenScores], norm: float) -> None:
         norms.append(norm)
         tokens.append(sum(len(s.log_odds) for s in stats))
         if die_at == step.number and us.rank == 1:
