@@ -132,7 +132,7 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def bnf(*words: object) -> None:
     """A command in a process of its own, which MLX starts anew where it finds OpenBLAS."""
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD" or value}
     command = [sys.executable, "-m", "bnf_align", *map(str, words)]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
 
