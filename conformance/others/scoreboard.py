@@ -51,7 +51,7 @@ def page(reports: Reports) -> str:
         f" {framework}: ours | {' | '.join(form.name for form in FORMS)} | cross-entropy |" for framework in FRAMEWORKS
     )
     columns = 3 + len(FRAMEWORKS) * (len(FORMS) + 2)
-    parts = [INTRODUCTION, "".join(f"- **{form.name}**: {form.source}.\n" for form in FORMS), READING]
+    parts = [INTRODUCTION, "".join(f"- **{form.name}**: {form.source}.\n" for form in FORMS) + READING]
     for title, dtypes in (("float32", ("float32",)), ("bfloat16 and float16", HALF)):
         parts.append(f"## {title}\n\n{head}\n|{'---|' * columns}\n" + "".join(_rows(judged, dtypes)))
     parts.append(_by_log_odds())
@@ -153,9 +153,10 @@ through the [conformance suite](conformance.md) as backends of PyTorch and of ML
 writes this page again.
 """
 READING = """
-Errors are relative, as `conformance/bnf_conformance/tolerances.toml` says; **bold** ones are over what is allowed, and
-"not finite" is a NaN or a wrong infinity. Beside them stand our own backend and the framework's own cross-entropy on
-the same inputs. The worst of all cases is shown. Clauses are those of [SPEC.md](../conformance/SPEC.md):
+Errors are relative, as `conformance/bnf_conformance/tolerances.toml` says. What is over the limit is **bold**; "not
+finite" is a NaN or a wrong infinity. Beside them stand our own backend and the framework's own cross-entropy on the
+same inputs. The worst of all cases is shown, so that an error of 1e25 is a gradient where there should be almost none.
+Clauses are those of [SPEC.md](../conformance/SPEC.md):
 
 - T1 and T2 are what a form's log p and its other tokens' term amount to, for neither has log-odds.
 - Several micro-batches are averaged, which S1 and S3 forbid; S2 shows the division by lengths alone.

@@ -88,6 +88,11 @@ def test_the_page_tells_what_fails(backend_name: str, form: Form) -> None:
     assert failed and failed <= told
 
 
+def test_the_page_says_what_the_command_says_of_it() -> None:
+    forms = "".join(f"- **{form.name}**: {form.source}.\n" for form in scoreboard.FORMS)
+    assert PAGE.read_text("utf-8").startswith(f"{scoreboard.INTRODUCTION}\n{forms}{scoreboard.READING}")
+
+
 @pytest.mark.slow
 def test_the_page_is_what_the_command_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = bold()
