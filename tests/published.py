@@ -173,7 +173,7 @@ PUBLISHED: tuple[Published, ...] = (
         "helium",
         "kyutai/helium-1-preview-2b",
         CANDLE.format("helium"),
-        _heads(2560, 20, 20) | {"rms_norm_eps": 1e-8} | _rope(100_000.0),
+        _heads(2560, 20, 20) | {"head_dim": 128, "rms_norm_eps": 1e-8} | _rope(100_000.0),
     ),
     Published(
         "jamba",

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
@@ -18,6 +18,7 @@ from bnf_core.models.model_config import normalised_config
 from bnf_core.models.model_folder import copy_companions
 from bnf_core.storage.files import replacing
 from bnf_mlx.model import dense_weight
+from bnf_mlx.optimizer import flat
 
 
 class Dropout(nn.Dropout):
@@ -168,8 +169,8 @@ def load_adapter(
         UserError: not an mlx-lm adapter, made for another model, or not of that kind, rank or scale.
     """
     _put_on(model, folder, require_adapter(folder, "mlx", kind, config))
-    adapted = tree_flatten(model.trainable_parameters())
-    model.update(tree_unflatten([(name, x.astype(mx.float32)) for name, x in adapted]))
+    adapted = flat(model.trainable_parameters())
+    model.update(tree_unflatten([(name, x.astype(mx.float32)) for name, x in adapted.items()]))
     return _made_ours(model)
 
 
@@ -190,7 +191,7 @@ def _put_on(model: nn.Module, folder: Path, config: dict[str, Any]) -> None:
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"{folder}: this adapter does not fit the model: {reason}") from error
-    here = {name: x.shape for name, x in tree_flatten(model.trainable_parameters())}
+    here = {name: x.shape for name, x in flat(model.trainable_parameters()).items()}
     for name in sorted(here.keys() | saved.keys()):
         there = saved[name].shape if name in saved else None
         if there != here.get(name):
@@ -210,7 +211,7 @@ def save_adapter(model: nn.Module, folder: Path) -> None:
     if not adapted:
         raise UserError("there is no adapter to save")
     with replacing(folder) as partial:
-        mx.save_safetensors(str(partial / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
+        mx.save_safetensors(str(partial / "adapters.safetensors"), flat(model.trainable_parameters()))
         (partial / "adapter_config.json").write_text(json.dumps(_config(model, adapted), indent=2) + "\n")
 
 

@@ -25,7 +25,7 @@ def head_transform(model: nn.Module) -> HeadTransform | None:
         body, head = text.model, output_head(model)
         if type(head) not in MATRICES:
             return None
-        states = body(ids).astype(mx.float32)
+        states = body(ids, cache=None).astype(mx.float32)
         text.model = _Answering(body, states)
         try:
             logits = model(ids)

@@ -81,7 +81,7 @@ class ScoredModel:
             self.dequantised = head if kept else None  # once, not for every batch
             mx.eval(self.dequantised)
             vocabulary = completion_logits(model, mx.arange(2)[None], mx.arange(1)).shape[-1]
-            self.limits = Limits(vocabulary, position_limit(vars(getattr(model, "args", None) or object)))
+            self.limits = Limits(vocabulary, position_limit(dict(vars(getattr(model, "args", None) or object))))
 
     def inputs(self, batch: Batch, ref_log_odds: Array, baseline: float = 0.0, *, pad: bool = False) -> Inputs:
         """A batch on the device; with `pad`, of one of few shapes: more columns of padding, and the last token again

@@ -218,6 +218,8 @@ def load_adapter(
         if replaced := sorted(name for name in beside if not torch.equal(now[name], own[_own_name(name)])):
             raise UserError(_stays_on(str(folder), f"it brings weights of the model's own, {_own_name(replaced[0])}"))
         require_removable(peft_model, before, str(folder))
+    if kind is None:  # switched on again, PEFT lets it be trained
+        peft_model.requires_grad_(False)
     return peft_model
 
 

@@ -73,7 +73,7 @@ def _is_lines(path: Path) -> bool:
             if not line.strip():
                 continue
             try:
-                first = json.loads(line)
+                first = json.loads(line.decode())
             except (ValueError, RecursionError):
                 # A list, or an object, over several lines; or a line that is broken.
                 return called and line.strip() not in (b"[", b"{") and not line.lstrip().startswith((b"[{", b"[ {"))

@@ -233,6 +233,19 @@ def expected(
     Args:
         changed: what the formula sees instead of the rows: how wrong backends are made, to test the suite with.
     """
+    with np.errstate(all="ignore"):  # a formula as it stands may overflow, and then shows it
+        return _expected(objective, log_odds, other_entropy, ref_log_odds, batch, baseline, changed)
+
+
+def _expected(
+    objective: Objective,
+    log_odds: Array,
+    other_entropy: Array,
+    ref_log_odds: Array,
+    batch: Batch,
+    baseline: float,
+    changed: Callable[[Rows], Rows],
+) -> tuple[float, Array]:
     o, r = log_odds.astype(np.float64), ref_log_odds.astype(np.float64)
     total, grad = 0.0, np.zeros(len(o))
     for weight, term in objective.terms:

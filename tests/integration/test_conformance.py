@@ -10,8 +10,10 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,20 +134,64 @@ MISTAKES = [
 ]
 
 
+def small(check: checks.Check) -> checks.Check:
+    """Without large vocabularies, with some of the tokens and chunks: a mistake shows on few."""
+    if check.name == SATURATION:
+        return check._replace(cases=[replace(c, arrays={k: a[::8] for k, a in c.arrays.items()}) for c in check.cases])
+    cases = [c for c in check.cases if max(a.size for a in c.arrays.values()) < 20_000]
+    return check._replace(cases=[replace(c, fields=c.fields | few_chunks(c.fields)) for c in cases])
+
+
+def few_chunks(fields: dict[str, Any]) -> dict[str, Any]:
+    return {"chunk_tokens": fields["chunk_tokens"][::2]} if "chunk_tokens" in fields else {}
+
+
+@cache
+def small_suite() -> list[checks.Check]:
+    return [small(check) for check in checks.suite()]
+
+
 @pytest.fixture
 def small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The suite without large vocabularies: a mistake shows on small ones."""
-    small = [
-        check
-        if check.name == SATURATION
-        else check._replace(cases=[c for c in check.cases if max(a.size for a in c.arrays.values()) < 20_000])
-        for check in checks.suite()
-    ]
-    monkeypatch.setattr(runner, "suite", lambda: small)
+    monkeypatch.setattr(runner, "suite", small_suite)
 
 
-def test_the_oracle_passes() -> None:
-    report = run(NumpyBackend())
+@pytest.fixture
+def batches_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what takes no time: for what is the same whatever is checked."""
+    monkeypatch.setattr(runner, "suite", lambda: [c for c in small_suite() if c.name in (L1, *MALFORMED)])
+
+
+@cache
+def small_report(losses: type[OracleLosses] = OracleLosses) -> Report:
+    """Computed once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "suite", small_suite)
+        return run(NumpyBackend(losses))
+
+
+@pytest.fixture(scope="module")
+def looked_up() -> set[tuple[str, str]]:
+    """Levels and quantities whose tolerance `whole_report` needed."""
+    return set()
+
+
+@pytest.fixture(scope="module")
+def whole_report(looked_up: set[tuple[str, str]]) -> Report:
+    """The oracle's, on every case."""
+    original = Tolerances.__call__
+
+    def spy(self: Tolerances, level: str, quantity: str, dtype: str) -> tuple[float, float]:
+        looked_up.add((level, quantity))
+        return original(self, level, quantity, dtype)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tolerances, "__call__", spy)
+        return run(NumpyBackend())
+
+
+def test_the_oracle_passes(whole_report: Report) -> None:
+    report = whole_report
     assert report.ok, report.failures
     assert set(report.counts()) == {"pass"}
     # Float64 must be far inside every tolerance, or the checks measure something else than the backend; gradients
@@ -156,22 +202,20 @@ def test_the_oracle_passes() -> None:
             assert r.error <= 1e-7, r
 
 
-@pytest.mark.usefixtures("small_cases")
 @pytest.mark.parametrize(("losses", "caught", "may_fail"), MISTAKES, ids=lambda x: getattr(x, "__name__", ""))
 def test_a_wrong_backend_is_rejected(
     losses: type[OracleLosses], caught: set[tuple[str, str, str]], may_fail: set[str]
 ) -> None:
-    report = run(NumpyBackend(losses))
+    report = small_report(losses)
     assert not report.ok
     failed = {(r.check, r.case, r.quantity) for r in report.failures}
     assert caught <= failed, f"not caught: {caught - failed}"
     assert {check for check, _, _ in failed} <= may_fail
 
 
-@pytest.mark.usefixtures("small_cases")
 def test_mistakes_are_told_apart() -> None:
     def failed(losses: type[OracleLosses]) -> set[tuple[str, str]]:
-        return {(r.case, r.quantity) for r in run(NumpyBackend(losses)).failures}
+        return {(r.case, r.quantity) for r in small_report(losses).failures}
 
     # Values are right without the stop-gradient, sequences are right with a mean of means, and one micro-batch
     # is its own mean; the literal form is right for ordinary tokens, so that the epsilon alone is to blame.
@@ -195,9 +239,8 @@ def test_a_dtype_that_is_missing_is_not_a_pass() -> None:
     assert not run(NumpyBackend(Nothing)).ok
 
 
-@pytest.mark.usefixtures("small_cases")
 def test_what_a_backend_raises_is_reported_and_the_rest_goes_on() -> None:
-    report = run(NumpyBackend(wrong.Raises))
+    report = small_report(wrong.Raises)
     assert {r.message for r in report.failures} == {"NotImplementedError: no batches here"}
     assert {r.check for r in report.results if r.status == "pass"} == CHECKS - {L1}
 
@@ -238,7 +281,7 @@ def test_shapes_must_fit() -> None:
     assert any("expected shape" in r.message for r in run(NumpyBackend(Transposed)).failures)
 
 
-@pytest.mark.usefixtures("small_cases")
+@pytest.mark.usefixtures("batches_alone")
 def test_known_failures_are_strict(tmp_path: Path) -> None:
     def known(case: str, check: str = L1) -> Path:
         entry = {"backend": "numpy", "check": check, "case": case, "dtype": "*", "quantity": "*", "reason": "for now"}
@@ -258,9 +301,8 @@ def test_known_failures_are_strict(tmp_path: Path) -> None:
 # Reports ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("small_cases")
 def test_the_json_report_holds_every_result() -> None:
-    reports = [run(NumpyBackend(wrong.NotANumber)), run(NumpyBackend())]
+    reports = [small_report(wrong.NotANumber), small_report()]
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
@@ -347,7 +389,7 @@ def test_the_html_report_shows_what_failed_and_what_is_missing_and_needs_no_netw
         def batch(self, *args: object, **kwargs: object) -> BatchResult:
             raise RuntimeError("<script>alert('&')</script>")
 
-    good, bad = run(NumpyBackend()), run(NumpyBackend(Hostile), tier="metal")
+    good, bad = small_report(), run(NumpyBackend(Hostile), tier="metal")
     text = to_html([good, bad], {"mlx on cuda": "it offers cpu"})
     page = Page(text)
     assert page.open == [] and page.links == [] and "<script" not in text and "url(" not in text
@@ -365,7 +407,7 @@ def test_the_html_report_shows_what_failed_and_what_is_missing_and_needs_no_netw
     assert len(page.rows["Every result"]) == 2 + len(good.results) + len(bad.results)
 
 
-@pytest.mark.usefixtures("small_cases")
+@pytest.mark.usefixtures("batches_alone")
 def test_all_checks_every_installed_backend_and_says_what_it_left_out(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -413,19 +455,11 @@ def test_all_checks_every_installed_backend_and_says_what_it_left_out(
 # Tolerances ---------------------------------------------------------------------------------------------------
 
 
-def test_every_tolerance_has_its_reason_and_every_reason_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    used = set()
-    original = Tolerances.__call__
-
-    def spy(self: Tolerances, level: str, quantity: str, dtype: str) -> tuple[float, float]:
-        used.add((level, quantity))
-        return original(self, level, quantity, dtype)
-
-    monkeypatch.setattr(Tolerances, "__call__", spy)
-    run(NumpyBackend())
+@pytest.mark.usefixtures("whole_report")
+def test_every_tolerance_has_its_reason_and_every_reason_is_used(looked_up: set[tuple[str, str]]) -> None:
     levels = tomllib.loads(tolerances.FILE.read_text())
     tiers = levels.pop("tier")
-    assert used == {(level, quantity) for level, quantities in levels.items() for quantity in quantities}
+    assert looked_up == {(level, quantity) for level, quantities in levels.items() for quantity in quantities}
     for quantities in levels.values():
         for quantity in quantities.values():
             assert quantity.pop("scale")
@@ -471,7 +505,7 @@ def test_the_tf32_tier_has_room_for_tf32_and_not_for_less() -> None:
 # The contract -------------------------------------------------------------------------------------------------
 
 
-def test_every_clause_names_its_checks_and_every_check_its_clause() -> None:
+def test_every_clause_names_its_checks_and_every_check_its_clause(whole_report: Report) -> None:
     text = (ROOT / "conformance" / "SPEC.md").read_text()
     clauses = re.findall(r"^\*\*([A-Z]\d+)\*\*(.*?)(?=^\*\*[A-Z]\d+\*\*|^#|\Z)", text, re.MULTILINE | re.DOTALL)
     assert len(clauses) >= 20 and len({name for name, _ in clauses}) == len(clauses)
@@ -480,7 +514,7 @@ def test_every_clause_names_its_checks_and_every_check_its_clause() -> None:
         found = re.findall(r"`(L\d [a-z ]+) / (\w+)`", clause)
         assert found, f"clause {name} names no check"
         named.update(found)
-    assert named == {(r.check, r.quantity) for r in run(NumpyBackend()).results}
+    assert named == {(r.check, r.quantity) for r in whole_report.results}
 
 
 def test_the_example_backend_conforms_once_it_is_installed(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ FAMILIES = {
     "gemma2": {"head_dim": 8, "final_logit_softcapping": 5.0},
     "phi": {},  # the head has a bias
 }
-LINEAR_HEADS = {name: name not in ("cohere", "gemma2", "phi") for name in FAMILIES}
+LINEAR_HEADS = {name: name not in ("cohere", "gemma2") for name in FAMILIES}
 PROMPTS = [[5, 6, 7], [9], [3, 4, 8, 10, 11, 12]]
 EXAMPLES = [
     Example((5, 6, 7), (8, 9, 2), True),

@@ -1,6 +1,7 @@
 """A run that was stopped and resumed ends as one that was not, to the last bit, however it was stopped."""
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -33,6 +34,7 @@ from bnf_core.config import LoraConfig, OptimizerConfig, TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.steps import batching
 from bnf_core.steps import steps as plan
+from bnf_core.steps.metrics import SHIFT_CHOSEN, SHIFT_REJECTED, with_present_names
 from bnf_core.storage import checkpoints, shards
 from bnf_core.storage.checkpoints import Checkpoints
 from bnf_core.storage.digests import rows_digest
@@ -66,7 +68,7 @@ def whole(tiny_model: Path, feedback: Path, tmp_path_factory: pytest.TempPathFac
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name not in TIMES} for line in lines]
+    return [{name: value for name, value in with_present_names(line).items() if name not in TIMES} for line in lines]
 
 
 def assert_same(run: Path, expected: Path) -> None:
@@ -439,6 +441,35 @@ def test_a_changed_model_is_refused_and_a_moved_one_is_not(
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     resumed(run, model=str(tmp_path / "model"))
     assert_same(Path(run.output), whole("torch"))
+
+
+# What a checkpoint knew of its run before there were other objectives, templates of one's own and a date.
+FACTS_OF_OLD = """
+model data.path data.template data.max_length data.skip_bad_rows data.streaming data.shuffle_buffer valid valid_fraction
+hardware.backend hardware.device hardware.dtype hardware.load_in_4bit fine_tune_type lora.rank lora.alpha lora.dropout
+lora.targets adapter optimizer.learning_rate optimizer.schedule optimizer.warmup_steps optimizer.beta1 optimizer.beta2
+optimizer.epsilon optimizer.weight_decay optimizer.max_grad_norm epochs max_steps batch_size seed
+""".split()
+FACTS_OF_OLD += ["training rows", "held-out rows", "weights of the model"]
+
+
+def test_a_run_of_an_older_version_is_resumed_to_the_bit(
+    stopped: Callable[..., TrainConfig], backend_name: str, whole: Callable[[str], Path]
+) -> None:
+    """What such a run folder holds was compared with one that commit 6746c8c wrote."""
+    run = stopped(backend_name)
+    for folder in (Path(run.output) / "checkpoints").iterdir():
+        about = json.loads((folder / "state.json").read_text())
+        assert about["format"] == 2 and set(FACTS_OF_OLD) <= about["facts"].keys()
+        about["facts"] = {name: about["facts"][name] for name in FACTS_OF_OLD}
+        (folder / "state.json").write_text(json.dumps(about))
+        sums = [f"{hashlib.sha256((folder / n).read_bytes()).hexdigest()}  {n}\n" for n in (STATE, "state.json")]
+        (folder / "SHA256SUMS").write_text("".join(sums))
+    log = Path(run.output) / "metrics.jsonl"
+    for now, then in ((SHIFT_CHOSEN, "log_odds_shift/good"), (SHIFT_REJECTED, "log_odds_shift/bad")):
+        log.write_text(log.read_text().replace(now, then))
+    assert "resuming after step 4" in resumed(run)
+    assert_same(Path(run.output), whole(backend_name))
 
 
 def test_another_shape_or_backend_never_fits(stopped: Callable[..., TrainConfig]) -> None:
