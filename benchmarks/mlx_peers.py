@@ -1,7 +1,8 @@
 """Other trainers on MLX, for `python -m benchmarks.step`: mlx-lm's LoRA fine-tuning, and DPO and KTO as mlx-lm-lora,
 mlx-tune and unsloth_zoo have them.
 
-Each takes the very tokens that `bnf train` would, and its own loop, batches and optimizer. Gradient checkpointing is off.
+Each takes the very tokens that `bnf train` would, and its own loop, batches and optimizer. Gradient checkpointing is
+off.
 """
 
 import importlib.util
@@ -76,7 +77,8 @@ def peers(
 
             # It saves after every step, which it tells nobody of else.
             rl_trainers._save_adapters_and_config = lambda holder, path: holder.after_step()
-            options: dict[str, Any] = {"max_steps": steps, "logging_steps": 1, "save_steps": 1, "output_dir": str(folder)}
+            options: dict[str, Any] = {"max_steps": steps, "logging_steps": 1, "save_steps": 1}
+            options["output_dir"] = str(folder)
             held = SimpleNamespace(model=adapter.add_adapter(loaded(), lora, 0), after_step=after_step)
             tokens = SimpleNamespace(encode=list, pad_token_id=0)  # what it would encode are tokens already
             columns: list[dict[str, Any]]
@@ -104,7 +106,7 @@ def peers(
             tokenizer = load_tokenizer(model)
 
             def text(ids: Sequence[int]) -> str:
-                found = str(tokenizer.decode(ids))
+                found = str(tokenizer.decode(list(ids)))
                 if tokenizer(found, add_special_tokens=False)["input_ids"] != list(ids):
                     raise ValueError("its trainers take text, and these tokens are no text's")
                 return found
@@ -153,11 +155,12 @@ def peers(
         return run
 
     found: dict[str, Train | str] = {SFT: placed(sft)}
-    for package, contenders in {
+    packages: dict[str, dict[str, Callable[[Callable[[], None], Path], None]]] = {
         "mlx_lm_lora": {DPO: dpo},
         "mlx_tune": {kind: tune(kind) for kind in (TUNE_DPO, TUNE_KTO)},
         "unsloth_zoo": {kind: unsloth(kind) for kind in (UNSLOTH_DPO, UNSLOTH_KTO)},
-    }.items():
+    }
+    for package, contenders in packages.items():
         absent = importlib.util.find_spec(package) is None
         for name, train in contenders.items():
             found[name] = f"not installed: pip install {package.replace('_', '-')}" if absent else placed(train)
