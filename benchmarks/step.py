@@ -65,7 +65,7 @@ def bench_step(config: BenchStepConfig, console: Console) -> Measurement:
     )
     settings = train_config(config, folder)
     measures = benchmark(config.hardware)
-    tokens, trained = sum(map(len, rows)), sum(len(row.completion_ids) for row in rows)
+    tokens, trained = sum(map(len, rows)), sum(len(row.trained_positions) for row in rows)
     title = f"a step of {len(rows)} rows, {tokens:,} tokens, {trained:,} of them completions"
     facts = measures.facts() | {
         "model": str(config.model),

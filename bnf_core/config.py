@@ -119,6 +119,9 @@ class DataConfig:
     """Read training rows as they are needed, for data larger than memory; set `max_steps` as well."""
     shuffle_buffer: int = 10_000
     """With `streaming`: shuffle among so many rows at a time."""
+    cache: bool = True
+    """Keep tokens on this machine's disk, for the other processes of the run and for later runs; `bnf data cache` lists
+    and removes them."""
 
     def __post_init__(self) -> None:
         _require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "an integer of at least 1")

@@ -1,14 +1,19 @@
 """Feedback as tokens, by one set of settings, for every job that reads data: all in memory, or as a stream."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from bnf_core.config import DataConfig, Template
 from bnf_core.data.records import Feedback
 from bnf_core.data.rendering import Chat, chat_of
+from bnf_core.data.sources import LoadedFeedback, prompt_group
 from bnf_core.data.streaming import FeedbackStream
-from bnf_core.data.tokenization import Tokenized, tokenize
+from bnf_core.data.table import ExampleTable
+from bnf_core.data.token_cache import Making
+from bnf_core.data.tokenization import CHUNK, Fate, Tokenized, none_left, tokenize, tokenize_some
 from bnf_core.types import Example, Unit
 
 if TYPE_CHECKING:
@@ -32,6 +37,14 @@ class Tally:
         self.prompts_cut += tokens.prompts_cut
         self.completions_cut += tokens.completions_cut
         self.reopened += tokens.reopened
+
+    def add_table(self, table: ExampleTable) -> None:
+        fates = table.column("fates")
+        self.rows += len(table)
+        self.chosen += int(np.count_nonzero(table.column("labels") > 0))
+        self.prompts_cut += int(np.count_nonzero(fates & Fate.PROMPT_CUT))
+        self.completions_cut += int(np.count_nonzero(fates & Fate.COMPLETION_CUT))
+        self.reopened += int(np.count_nonzero(fates & Fate.REOPENED))
 
     def notes(self, whole: bool = True) -> list[str]:
         """What a person should know; none: all is well.
@@ -84,6 +97,31 @@ class FeedbackTokenizer:
             UserError: a bad row, unless they are to be skipped, or no good one.
         """
         return self._tokenize(rows, self.skip_bad_rows)
+
+    def making(self, loaded: LoadedFeedback, progress: Callable[[int], None] | None = None) -> Making:
+        """The same as what a table is made of.
+
+        Args:
+            progress: called with how many rows more are done.
+        """
+        groups = [prompt_group(row.prompt, row.tools, row.template_kwargs) for row in loaded.rows]
+        skipped = list(loaded.skipped)
+        return Making(groups, self._parts(loaded.rows, skipped, progress), skipped, sorted(loaded.unused))
+
+    def _parts(
+        self, rows: Sequence[Feedback], skipped: list[str], progress: Callable[[int], None] | None
+    ) -> Iterator[Tokenized]:
+        left = 0
+        for at in range(0, len(rows), CHUNK):
+            some = rows[at : at + CHUNK]
+            tokens = tokenize_some(some, self.tokenizer, self.template, self.chat, self.max_length, self.skip_bad_rows)
+            skipped += tokens.skipped
+            left += len(tokens.examples)
+            yield tokens
+            if progress is not None:
+                progress(len(some))
+        if not left:
+            raise none_left(len(rows), skipped[-1])
 
     def stream(
         self,

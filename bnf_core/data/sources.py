@@ -18,6 +18,7 @@ from bnf_core.data.readers import READERS, RawRow, number_rows
 from bnf_core.data.records import Feedback, parse_row, unused_columns
 from bnf_core.errors import UserError
 from bnf_core.storage.digests import files_digest
+from bnf_core.types import Array
 
 # The names a split may have, best first. Held-out data that is only called test serves as valid.
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "test"), "test": ("test",)}
@@ -42,20 +43,20 @@ class LoadedFeedback:
 
 
 def load_feedback(
-    path_or_rows: str | Iterable[Any], split: str = "train", skip_bad_rows: bool = False
+    path_or_rows: str | Source | Iterable[Any], split: str = "train", skip_bad_rows: bool = False
 ) -> LoadedFeedback:
     """Read feedback from wherever it is, all of it into memory.
 
     Args:
         path_or_rows: a .jsonl, .json, .csv or .parquet file, a folder with train, valid and test files of those
-            kinds, or a Hub data set as owner/name; or rows from Python, mappings.
+            kinds, or a Hub data set as owner/name; what `find_source` found; or rows from Python, mappings.
         split: train, valid or test; a single file is the split it is asked for.
         skip_bad_rows: list bad rows in `skipped` instead of stopping at the first.
     Raises:
         RowError: a bad row, unless they are to be skipped.
         UserError: nothing there, not readable, no such split, no row or no good row.
     """
-    source = find_source(path_or_rows, split) if isinstance(path_or_rows, str) else source_of(path_or_rows, split)
+    source = path_or_rows if isinstance(path_or_rows, Source) else _source(path_or_rows, split)
     loaded = LoadedFeedback([], [])
     for row in source.read():
         try:
@@ -130,22 +131,18 @@ def pair_number(source: str) -> int:
     return int.from_bytes(hashlib.blake2b(source.encode(), digest_size=8, person=b"pair").digest()) >> 1 | 1
 
 
-def split_by_prompt(rows: Sequence[Feedback], fraction: float, seed: int) -> tuple[list[Feedback], list[Feedback]]:
-    """Hold out a share of the prompts, with all of their rows: no prompt is on both sides.
+def held_out_prompts(prompts: Sequence[int] | Array, fraction: float, seed: int) -> set[int]:
+    """Which prompts are held out, with all of their rows.
 
     Args:
-        rows: feedback; both sides keep its order.
+        prompts: the group of each, once, in the order of the data.
         fraction: share of the prompts to hold out, above 0 and below 1; at least one prompt goes to either side.
         seed: the same seed and prompts give the same split.
-    Returns:
-        train, held_out
     Raises:
         UserError: fewer than two prompts, or a share out of range.
     """
     if not 0 < fraction < 1:
         raise UserError(f"the share of prompts to hold out is {fraction}: expected a number above 0 and below 1")
-    groups = [prompt_group(row.prompt, row.tools, row.template_kwargs) for row in rows]
-    prompts = list(dict.fromkeys(groups))  # in order of appearance
     count = len(prompts)
     if count < 2:
         raise UserError(
@@ -153,11 +150,7 @@ def split_by_prompt(rows: Sequence[Feedback], fraction: float, seed: int) -> tup
             "least 2. Give held-out data in a file of its own, or train without."
         )
     held = min(max(round(fraction * count), 1), count - 1)
-    chosen = {prompts[i] for i in np.random.Generator(np.random.PCG64(seed)).permutation(count)[:held]}
-    sides: tuple[list[Feedback], list[Feedback]] = ([], [])
-    for row, group in zip(rows, groups, strict=True):
-        sides[group in chosen].append(row)
-    return sides
+    return {int(prompts[i]) for i in np.random.Generator(np.random.PCG64(seed)).permutation(count)[:held]}
 
 
 # Finding the rows
@@ -190,6 +183,10 @@ def find_source(path_or_name: str, split: str, streaming: bool = False) -> Sourc
     if path.suffix.lower() not in READERS:
         raise UserError(f"{path}: unknown kind of file. Expected one of the endings {', '.join(READERS)}.")
     return _files(path_or_name, [path])
+
+
+def _source(path_or_rows: str | Iterable[Any], split: str) -> Source:
+    return find_source(path_or_rows, split) if isinstance(path_or_rows, str) else source_of(path_or_rows, split)
 
 
 def source_of(rows: Iterable[Any], split: str) -> Source:
@@ -314,7 +311,8 @@ def _hub(name: str, names: Sequence[str], streaming: bool) -> Source:
     except Exception as error:  # a dozen kinds, from three libraries
         raise _hub_error(name, error) from error
     full = f"{name}[{split}]"
-    return Source(full, partial(_read_hub, rows, name, full))
+    fetched = [Path(file["filename"]) for file in getattr(rows, "cache_files", ())]
+    return Source(full, partial(_read_hub, rows, name, full), fetched)
 
 
 def _read_hub(rows: Iterable[Any], name: str, full: str) -> Iterator[RawRow]:

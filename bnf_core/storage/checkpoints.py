@@ -44,7 +44,7 @@ ABOUT, SUMS = "state.json", "SHA256SUMS"
 # Settings that may differ after a resume: the weights a run ends with do not depend on them.
 FREE = {"output", "overwrite", "resume", "resume_anyway", "eval_every", "save_every", "keep_checkpoints"}
 FREE |= {"report_to", "sample_every", "sample_count", "sample_tokens"}
-FREE |= {"reference"}  # the same values, wherever they come from
+FREE |= {"reference", "data.cache"}  # the same values, wherever they come from
 # Of the last bits only.
 FREE |= {"micro_batch_size", "auto_batch", "group_by_length", "packing", "share_prompts", "gradient_checkpointing"}
 # Settings that matter only through the rows and weights they lead to, which are compared themselves.

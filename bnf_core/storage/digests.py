@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -13,13 +13,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
-def rows_digest(rows: Sequence[Example]) -> str:
+def rows_digest(rows: Iterable[Example]) -> str:
     """Of tokenised rows: all of them, in their order."""
-    digest = hashlib.sha256()
-    for e in rows:
-        row = (e.prompt_ids, e.completion_ids, e.label, e.group)
-        digest.update(repr(row if e.trained is None else (*row, e.trained)).encode())
-    return f"{len(rows):,} rows, SHA-256 {digest.hexdigest()[:16]}"
+    digest = RowsDigest()
+    digest.add(rows)
+    return str(digest)
+
+
+class RowsDigest:
+    """The same of rows that are not all there at once."""
+
+    def __init__(self) -> None:
+        self._digest, self._rows = hashlib.sha256(), 0
+
+    def add(self, rows: Iterable[Example]) -> None:
+        for e in rows:
+            row = (e.prompt_ids, e.completion_ids, e.label, e.group)
+            self._digest.update(repr(row if e.trained is None else (*row, e.trained)).encode())
+            self._rows += 1
+
+    def __str__(self) -> str:
+        return f"{self._rows:,} rows, SHA-256 {self._digest.hexdigest()[:16]}"
 
 
 def files_digest(paths: Sequence[Path]) -> str:

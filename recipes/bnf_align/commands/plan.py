@@ -11,6 +11,7 @@ from rich.table import Table
 from bnf_align.run.auto_batch import gib, largest, measures_of, peak, training_of
 from bnf_align.run.feedback import load_training_data
 from bnf_core.config import TrainConfig
+from bnf_core.data.table import column
 from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import UserError
 from bnf_core.models.architecture import Architecture, Memory
@@ -26,7 +27,7 @@ class Plan:
     largest: int  # micro-batch size that fits; 0: not even one row
     rows: int  # of an epoch
     tokens: int
-    completion_tokens: int
+    completion_tokens: int  # that are trained
     steps: int
     seconds: float  # of all steps
 
@@ -57,8 +58,8 @@ def plan(config: TrainConfig, console: Console) -> Plan:
             runtime,
         )
 
-    tokens = sum(map(len, data.examples))
-    completions = sum(len(row.completion_ids) for row in data.examples)
+    tokens = int(column(data.examples, "length").sum())
+    completions = sum(len(row.trained_positions) for row in data.examples)
     steps = data.num_steps(config)
     epochs = steps * config.batch_size / len(data.examples)
     passes = epochs + (0.0 if config.reference else min(epochs, 1.0) / 2)  # the reference has no backward pass

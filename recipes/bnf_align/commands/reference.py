@@ -16,6 +16,7 @@ from bnf_align.run.progress import Bar, bar
 from bnf_core import registry
 from bnf_core.config import DataConfig, ReferenceConfig, TrainConfig
 from bnf_core.data import sources
+from bnf_core.data.table import ExampleTable
 from bnf_core.data.tokenization import load_tokenizer, pad_id
 from bnf_core.errors import TrainingStopped
 from bnf_core.models.model_folder import resolve_model
@@ -84,12 +85,12 @@ def open_reference(
     model: Path,
     tokenizer: PreTrainedTokenizerBase,
     engine: Engine,
-    rows: Sequence[Example] = (),
+    rows: Iterable[Sequence[Example]] = (),
 ) -> StoredReference | None:
     """The reference that a run was given, if any.
 
     Args:
-        rows: what must be in it.
+        rows: tables of what must be in it.
     Raises:
         UserError: it is damaged, of another model, tokenizer, …, or lacks rows.
     """
@@ -97,24 +98,25 @@ def open_reference(
         return None
     expected = fingerprint(model, tokenizer, config.data, config.hardware, engine.dtype)
     stored = open_folder(config.reference, expected)
-    stored.require(rows)
+    for some in rows:
+        stored.require(some)
     return stored
 
 
 def _rows(
     splits: Sequence[str], data: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> Iterable[Example]:
-    """A list, or, streamed, an iterator."""
+    """A table, or, streamed, an iterator."""
     if data.streaming:
         return chain.from_iterable(read_once(split, data, tokenizer, console) for split in splits)
-    return [e for split in splits for e in load_split(data.path, split, data, tokenizer, console)]
+    return ExampleTable.joined(load_split(data.path, split, data, tokenizer, console) for split in splits)
 
 
 def _batches(rows: Iterable[Example], writer: ReferenceWriter, batching: MicroBatching, console: Console) -> int | None:
     """How many batches are to be computed; of streamed rows nobody knows."""
-    if not isinstance(rows, list):
+    if not isinstance(rows, ExampleTable):
         return None
-    new = len({e.key for e in rows}.difference(writer.keys.tolist()))
+    new = len(np.setdiff1d(rows.column("keys"), writer.keys))
     if new < len(rows):
         console.print(f"{new:,} of {len(rows):,} rows are still to be computed, each once", highlight=False)
     whole, rest = divmod(new, writer.shard_rows)

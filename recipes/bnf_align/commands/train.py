@@ -26,6 +26,7 @@ from bnf_align.run.tracking import check_trackers, open_trackers
 from bnf_core import registry
 from bnf_core.config import TrainConfig
 from bnf_core.data.rendering import chat_of
+from bnf_core.data.table import ExampleTable
 from bnf_core.data.tokenization import load_tokenizer, pad_id, stop_ids
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.models.model_folder import resolve_model
@@ -125,7 +126,7 @@ class _Training:
         known = stop_ids(tokenizer, checkpoint, of_template=False)
         self.folder = RunFolder(config, self.processes, self.stops if set(self.stops) > set(known) else ())
         self.batching = steps.micro_batching_of(config, engine)
-        stored = open_reference(config, checkpoint, tokenizer, engine, data.in_memory)
+        stored = open_reference(config, checkpoint, tokenizer, engine, data.tables)
         # Streamed rows that are not stored can be computed only as long as the model's own weights stay.
         computes = data.examples is not None or stored is None or config.fine_tune_type != "full"
         self.objective = config.make_objective()
@@ -170,11 +171,13 @@ class _Training:
     def _try(self) -> None:
         """Score the row with the highest token id, beside padding, and the longest: what the model refuses it refuses
         now, before anything that is there is touched."""
-        if rows := self.data.in_memory:
-            highest = max(rows, key=lambda e: max(e.prompt_ids + e.completion_ids))
-            tried = [highest, highest, min(rows, key=len)]
+        if tables := self.data.tables:
+            rows = ExampleTable.joined(tables)
+            lengths = rows.column("lengths")
+            highest = rows[int(np.argmax(rows.column("highest")))]
+            tried = [highest, highest, rows[int(np.argmin(lengths))]]
             beside = collate(tried, len(tried), self.pad, bins=[[0, 1], [2]] if self.config.packing else None)
-            for batch in (beside, collate([max(rows, key=len)], 1, self.pad)):
+            for batch in (beside, collate([rows[int(np.argmax(lengths))]], 1, self.pad)):
                 self.engine.evaluate(batch, np.zeros(len(batch.targets), np.float32))
 
     def _steps(self, start: int) -> Iterator[Step]:
@@ -315,7 +318,7 @@ class _Training:
         if self.objective.baseline_from == "mismatched":
             batches = self.data.rows.batches(self.config.batch_size)
             rows += {e.key: e for _ in range(self.num_steps) for e in mismatched(next(batches)[0])}.values()
-            rows += mismatched(self.data.held_out or [])
+            rows += mismatched(list(self.data.held_out or []))
         mine = steps.my_share(rows, replace(self.batching, unit="row"), self.processes, self.pad)
         with bar("reference", len(mine), self.console) as progress:
             for batch in mine:

@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 
+import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
@@ -11,25 +12,27 @@ from transformers import PreTrainedTokenizerBase
 from bnf_core.config import DataConfig, TrainConfig
 from bnf_core.data import sources
 from bnf_core.data.feedback import FeedbackTokenizer, Tally
-from bnf_core.data.records import Feedback
 from bnf_core.data.rendering import asks_for_date, chat_of
 from bnf_core.data.streaming import FeedbackStream
+from bnf_core.data.table import Columns, ExampleTable
+from bnf_core.data.token_cache import Making, TokenCache, cache_folder, made_of
+from bnf_core.data.tokenization import Fate
 from bnf_core.errors import UserError
 from bnf_core.steps.batching import Rows, require_units, rows_alone
 from bnf_core.steps.steps import Data
-from bnf_core.storage.digests import json_digest, rows_digest, tokenizer_digest
+from bnf_core.storage.digests import json_digest, tokenizer_digest
 from bnf_core.types import Example, Unit
 
 
 def load_split(
     path: str, split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> list[Example]:
+) -> ExampleTable:
     """The tokenised rows of one file, or of one split of a folder or Hub data set.
 
     Raises:
         UserError: a missing file or a bad row.
     """
-    return _tokenized(_rows(path, split, config, console), split, config, tokenizer, console)
+    return _told(ExampleTable([_columns(path, split, config, tokenizer, console)]), split, config, tokenizer, console)
 
 
 def read_once(
@@ -93,7 +96,7 @@ class TrainingData:
     rows: Data
     examples: Sequence[Example] | None  # the training rows; None where they are streamed
     digest: str  # of the training rows, or of the files they are streamed from
-    held_out: list[Example] | None
+    held_out: ExampleTable | None
     tally: Tally | None = None  # of streamed rows, of which more become known as they are met
 
     def num_steps(self, config: TrainConfig) -> int:
@@ -105,13 +108,13 @@ class TrainingData:
         return min(steps, config.max_steps or steps)
 
     @property
-    def in_memory(self) -> list[Example]:
+    def tables(self) -> list[ExampleTable]:
         """Training rows that are not streamed, and held-out rows."""
-        return [*(self.examples or ()), *(self.held_out or ())]
+        return [rows for rows in (self.examples, self.held_out) if isinstance(rows, ExampleTable)]
 
     @property
     def held_out_digest(self) -> str | None:
-        return None if self.held_out is None else rows_digest(self.held_out)
+        return None if self.held_out is None else self.held_out.digest
 
 
 def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, console: Console) -> TrainingData:
@@ -120,31 +123,34 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, 
     Raises:
         UserError: a missing file or a bad row.
     """
-    data, valid = config.data, None
-    if config.valid is not None:
-        valid = _rows(config.valid, "valid", data, console)
-    elif sources.has_split(data.path, "valid"):
-        valid = _rows(data.path, "valid", data, console)
+    data, unit = config.data, config.make_objective().unit
+
+    def loaded(path: str, split: str) -> ExampleTable:
+        return _of_units(load_split(path, split, data, tokenizer, console), split, unit, data, console)
+
+    valid = config.valid or (data.path if sources.has_split(data.path, "valid") else None)
     if data.streaming:
-        return _streamed(config, tokenizer, valid, console)
-    train = _rows(data.path, "train", data, console)
-    if valid is None and config.valid_fraction > 0:
-        train, valid = sources.split_by_prompt(train, config.valid_fraction, config.seed)
-    unit = config.make_objective().unit
-    examples = _of_units(_tokenized(train, "train", data, tokenizer, console), "train", unit, data, console)
-    return TrainingData(
-        rows=Rows(examples, config.seed, unit),
-        examples=examples,
-        digest=rows_digest(examples),
-        held_out=_held_out(valid, unit, data, tokenizer, console),
-    )
+        return _streamed(config, tokenizer, None if valid is None else loaded(valid, "valid"), console)
+    if valid is not None or not config.valid_fraction:
+        train = loaded(data.path, "train")
+        held_out = None if valid is None else loaded(valid, "valid")
+    else:
+        columns = _columns(data.path, "train", data, tokenizer, console)
+        whole = ExampleTable([columns])
+        held = sources.held_out_prompts(columns.prompts, config.valid_fraction, config.seed)
+        is_held = np.isin(whole.column("groups"), np.fromiter(held, np.int64))
+        train, held_out = (
+            _of_units(_told(whole.take(side), split, data, tokenizer, console), split, unit, data, console)
+            for split, side in (("train", ~is_held), ("valid", is_held))
+        )
+    return TrainingData(Rows(train, config.seed, unit), train, train.digest, held_out)
 
 
 def _streamed(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, valid: list[Feedback] | None, console: Console
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, held_out: ExampleTable | None, console: Console
 ) -> TrainingData:
     data = config.data
-    if valid is None and config.valid_fraction > 0:
+    if held_out is None and config.valid_fraction > 0:
         raise UserError(
             "valid_fraction cannot hold out rows of streamed data: give held-out rows in a file, with --valid"
         )
@@ -154,59 +160,63 @@ def _streamed(
     made = [f"{sources.digest(data.path, 'train')}, tokenizer {tokenizer_digest(tokenizer)}"]
     if template := chat_of(data).template:
         made.append(f"chat template {json_digest(template)}")
-    return TrainingData(
-        rows=rows,
-        examples=None,
-        digest=", ".join(made),
-        held_out=_held_out(valid, unit, data, tokenizer, console),
-        tally=tally,
-    )
+    return TrainingData(rows=rows, examples=None, digest=", ".join(made), held_out=held_out, tally=tally)
 
 
-def _held_out(
-    rows: list[Feedback] | None, unit: Unit, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> list[Example] | None:
-    if rows is None:
-        return None
-    return _of_units(_tokenized(rows, "valid", config, tokenizer, console), "valid", unit, config, console)
-
-
-def _of_units(examples: list[Example], name: str, unit: Unit, config: DataConfig, console: Console) -> list[Example]:
+def _of_units(table: ExampleTable, name: str, unit: Unit, config: DataConfig, console: Console) -> ExampleTable:
     """Without the rows that the objective has nothing to compare with, where bad rows are to be skipped."""
-    alone = rows_alone(examples, unit) if config.skip_bad_rows else []
-    if alone:
+    alone = rows_alone(table, unit if config.skip_bad_rows else "row")
+    if 0 < len(alone) < len(table):
         console.print(f"[yellow]skipped {len(alone)} rows of {name} that lack what this objective compares[/yellow]")
-    kept = [e for i, e in enumerate(examples) if i not in set(alone)]
-    require_units(kept or examples, unit)
-    return kept
+        table = table.take(np.delete(np.arange(len(table)), alone))
+    require_units(table, unit)
+    return table
 
 
-def _rows(path: str, split: str, config: DataConfig, console: Console) -> list[Feedback]:
-    loaded = sources.load_feedback(path, split, skip_bad_rows=config.skip_bad_rows)
-    _list_skipped(loaded.skipped, path, console)
-    _list_unused(loaded.unused, console)
-    return loaded.rows
-
-
-def _tokenized(
-    rows: Sequence[Feedback], name: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> list[Example]:
+def _columns(
+    path: str, split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> Columns:
+    """The tokens of one split, from this machine's cache or made now, with what was skipped."""
+    source = sources.find_source(path, split)
     feedback = FeedbackTokenizer.of(tokenizer, config)
-    tokens = feedback(rows)
-    _list_skipped(tokens.skipped, name, console)
-    examples = tokens.examples
-    chosen = sum(e.label for e in examples)
+
+    def say(message: str) -> None:
+        console.print(f"[dim]  {escape(message)}[/dim]", highlight=False, soft_wrap=True)
+
+    def make() -> Making:
+        return feedback.making(sources.load_feedback(source, split, config.skip_bad_rows))
+
+    columns = None
+    if config.cache and source.files:
+        cache = TokenCache(cache_folder())
+        try:
+            columns = cache.table(made_of(source, config, tokenizer), make, say)
+        except OSError as error:
+            say(f"tokens are kept in memory, not on the disk: {error}")
+    columns = columns or make().columns()
+    _list_skipped(columns.skipped, path, console)
+    _list_unused(columns.unused, console)
+    return columns
+
+
+def _told(
+    table: ExampleTable, name: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> ExampleTable:
+    """The same, once it is said what there is."""
+    tally = FeedbackTokenizer.of(tokenizer, config).tally()
+    tally.add_table(table)
     console.print(
-        f"{name}: {len(examples):,} rows ({chosen:,} chosen, {len(examples) - chosen:,} rejected), "
-        f"{sum(map(len, examples)):,} tokens",
+        f"{name}: {tally.rows:,} rows ({tally.chosen:,} chosen, {tally.rows - tally.chosen:,} rejected), "
+        f"{table.column('lengths').sum():,} tokens",
         highlight=False,
     )
-    tell(feedback.tally(tokens), console)
-    if config.template == "auto" and tokenizer.chat_template and isinstance(rows[0].prompt, str):
+    tell(tally, console)
+    verbatim = len(table) > 0 and bool(table.column("fates")[0] & Fate.VERBATIM)
+    if config.template == "auto" and tokenizer.chat_template and verbatim:
         console.print(
             "[dim]  plain strings are used as they are; --template chat wraps them in the chat template[/dim]"
         )
-    return examples
+    return table
 
 
 def _list_unused(columns: Collection[str], console: Console) -> None:

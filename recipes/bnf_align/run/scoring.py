@@ -29,6 +29,7 @@ def score(
     """Metrics of all examples as one batch of an objective, BNF by default, scored by all processes together."""
     objective = objective or BNF()
     meter = Meter(objective)
+    examples = list(examples)  # each is asked for more than once
     mine = plan.my_share(examples, batching, engine.processes, pad)
     batches, scores = [], []
     with bar("evaluate", len(mine), console) as progress:

@@ -1,0 +1,179 @@
+"""Rows of feedback as tokens, in columns: 4 bytes a token and some 50 a row, in memory or mapped from files.
+
+As Python's integers a token takes 49 bytes, in every process. Mapped files are read as rows are asked for, and what
+the system keeps of them is there once for all processes.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import overload
+
+import numpy as np
+
+from bnf_core.data.tokenization import Tokenized
+from bnf_core.storage.digests import RowsDigest, rows_digest
+from bnf_core.types import Array, Example
+
+# Of each row, but for the tokens.
+DTYPES = {
+    "tokens": "<i4",  # of all rows, prompt and completion; a completion's token t that is not trained is ~t
+    "ends": "<i8",  # where a row's tokens end
+    "prompt_lengths": "<i4",
+    "labels": "|i1",
+    "groups": "<i8",
+    "pairs": "<i8",
+    "keys": "<u8",
+    "highest": "<i4",  # token id
+    "fates": "|u1",
+    "files": "<i4",  # of `names`
+    "lines": "<i8",  # −1: the name says it all
+}
+
+
+@dataclass(frozen=True)
+class Columns:
+    """A whole table, as it was made of one split of the data."""
+
+    arrays: Mapping[str, Array]  # those of DTYPES
+    names: Sequence[str]  # of the files
+    digest: str  # `rows_digest`
+    prompts: Array  # the groups of all rows that were read, also of bad ones, once each, in the order of the data
+    skipped: Sequence[str] = ()  # the message of every bad row
+    unused: Sequence[str] = ()  # columns of the data that are passed over
+
+
+class Builder:
+    """Makes columns of tokenised rows, a part at a time."""
+
+    def __init__(self) -> None:
+        self.names: dict[str, int] = {}
+        self.digest = RowsDigest()
+        self._end = 0
+
+    def add(self, tokens: Tokenized) -> dict[str, Array]:
+        """What these rows add to each column."""
+        examples = tokens.examples
+        self.digest.add(examples)
+        ends = self._end + np.cumsum([len(e) for e in examples], dtype=np.int64)
+        self._end = int(ends[-1]) if len(ends) else self._end
+        places = [self._place(e.source) for e in examples]
+        columns: dict[str, Iterable[int] | Array] = {
+            "tokens": np.concatenate([np.zeros(0, np.int32), *map(_marked, examples)]),
+            "ends": ends,
+            "prompt_lengths": [len(e.prompt_ids) for e in examples],
+            "labels": [e.label for e in examples],
+            "groups": [e.group for e in examples],
+            "pairs": [e.pair for e in examples],
+            "keys": [e.key for e in examples],
+            "highest": [max(e.prompt_ids + e.completion_ids) for e in examples],
+            "fates": [int(fate) for fate in tokens.fates],
+            "files": [file for file, _ in places],
+            "lines": [line for _, line in places],
+        }
+        return {name: np.asarray(column, DTYPES[name]) for name, column in columns.items()}
+
+    def _place(self, source: str) -> tuple[int, int]:
+        name, _, line = source.rpartition(":")
+        if not (line.isascii() and line.isdigit() and str(int(line)) == line):
+            name, line = source, "-1"
+        return self.names.setdefault(name, len(self.names)), int(line)
+
+
+def _marked(example: Example) -> Array:
+    """(T,) int32, in which what is not trained of the completion is below 0."""
+    ids = np.asarray(example.prompt_ids + example.completion_ids, np.int32)
+    if example.trained is not None:
+        completion = ids[len(example.prompt_ids) :]
+        completion[~np.asarray(example.trained)] ^= -1
+    return ids
+
+
+class ExampleTable(Sequence[Example]):
+    """Examples that are made as they are asked for.
+
+    Args:
+        parts: tables, one after the other.
+        selected: which rows of these, in which order; None: all.
+    """
+
+    def __init__(self, parts: Sequence[Columns], selected: Array | None = None):
+        self.parts = parts
+        self.selected = selected
+        self._starts = [0, *accumulate(len(part.arrays["ends"]) for part in parts)]
+
+    @classmethod
+    def joined(cls, tables: Iterable["ExampleTable"]) -> "ExampleTable":
+        """One after the other."""
+        tables = list(tables)
+        parts = [part for table in tables for part in table.parts]
+        if all(table.selected is None for table in tables):
+            return cls(parts)
+        first = [0, *accumulate(table._starts[-1] for table in tables)]
+        return cls(parts, np.concatenate([at + table._rows() for at, table in zip(first, tables, strict=False)]))
+
+    def take(self, rows: Array) -> "ExampleTable":
+        """Some of its rows, by their numbers or as a mask."""
+        return ExampleTable(self.parts, self._rows()[rows].astype(np.int32, copy=False))
+
+    def column(self, name: str) -> Array:
+        """(rows,) of `lengths`, or of one of DTYPES that is of rows."""
+        arrays = [_lengths(part) if name == "lengths" else part.arrays[name] for part in self.parts]
+        whole = np.asarray(arrays[0]) if len(arrays) == 1 else np.concatenate(arrays)
+        return whole if self.selected is None else whole[self.selected]
+
+    @cached_property
+    def digest(self) -> str:
+        """`rows_digest`."""
+        return self.parts[0].digest if self.selected is None and len(self.parts) == 1 else rows_digest(self)
+
+    def __len__(self) -> int:
+        return self._starts[-1] if self.selected is None else len(self.selected)
+
+    @overload
+    def __getitem__(self, at: int) -> Example: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Example]: ...
+    def __getitem__(self, at: int | slice) -> Example | list[Example]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        row = range(len(self))[at] if self.selected is None else int(self.selected[at])
+        number = bisect_right(self._starts, row) - 1
+        part, row = self.parts[number], row - self._starts[number]
+        arrays = part.arrays
+        start, end = (int(arrays["ends"][row - 1]) if row else 0), int(arrays["ends"][row])
+        tokens = np.array(arrays["tokens"][start:end])
+        untrained = tokens < 0
+        tokens[untrained] ^= -1
+        ids, prompt = tuple(tokens.tolist()), int(arrays["prompt_lengths"][row])
+        name, line = part.names[int(arrays["files"][row])], int(arrays["lines"][row])
+        return Example(
+            ids[:prompt],
+            ids[prompt:],
+            bool(arrays["labels"][row]),
+            group=int(arrays["groups"][row]),
+            pair=int(arrays["pairs"][row]),
+            source=name if line < 0 else f"{name}:{line}",
+            trained=tuple((~untrained[prompt:]).tolist()) if untrained.any() else None,
+        )
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[i] for i in range(len(self)))
+
+    def _rows(self) -> Array:
+        return np.arange(len(self), dtype=np.int32) if self.selected is None else self.selected
+
+
+def column(examples: Sequence[Example], name: str) -> Array:
+    """(rows,) numbers: group, pair, label, key or length of each, quickly where they are a table."""
+    if isinstance(examples, ExampleTable):
+        return examples.column(f"{name}s")
+    if name == "length":
+        return np.asarray([len(e) for e in examples], np.int64)
+    return np.asarray([getattr(e, name) for e in examples], np.uint64 if name == "key" else np.int64)
+
+
+def _lengths(part: Columns) -> Array:
+    return np.diff(part.arrays["ends"], prepend=0)
