@@ -275,6 +275,19 @@ class DataCheckConfig:
 
 
 @dataclass
+class DataCacheConfig:
+    """List the tokens that are kept on this machine, or remove them."""
+
+    remove: bool = False
+    """Remove them. A run that uses them goes on; one that starts later makes them again."""
+    unused_days: int = 0
+    """Only those that no run has used for so many days."""
+
+    def __post_init__(self) -> None:
+        _require(self.unused_days >= 0, "unused_days", self.unused_days, "an integer of at least 0")
+
+
+@dataclass
 class GenerateConfig:
     """Greedy completion of a prompt."""
 

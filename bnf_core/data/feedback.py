@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnf_core.config import DataConfig, Template
+from bnf_core.data.cores import on_all_cores, workers_for
 from bnf_core.data.records import Feedback
 from bnf_core.data.rendering import Chat, chat_of
 from bnf_core.data.sources import LoadedFeedback, prompt_group
 from bnf_core.data.streaming import FeedbackStream
-from bnf_core.data.table import ExampleTable
+from bnf_core.data.table import ExampleTable, Part, part_of
 from bnf_core.data.token_cache import Making
 from bnf_core.data.tokenization import CHUNK, Fate, Tokenized, none_left, tokenize, tokenize_some
 from bnf_core.types import Example, Unit
@@ -98,30 +99,29 @@ class FeedbackTokenizer:
         """
         return self._tokenize(rows, self.skip_bad_rows)
 
-    def making(self, loaded: LoadedFeedback, progress: Callable[[int], None] | None = None) -> Making:
-        """The same as what a table is made of.
+    def making(self, loaded: LoadedFeedback, workers: int | None = None) -> Making:
+        """The same as what a table is made of, on all cores.
 
         Args:
-            progress: called with how many rows more are done.
+            workers: how many processes tokenise; default: one for so many rows as are worth starting it.
         """
         groups = [prompt_group(row.prompt, row.tools, row.template_kwargs) for row in loaded.rows]
         skipped = list(loaded.skipped)
-        return Making(groups, self._parts(loaded.rows, skipped, progress), skipped, sorted(loaded.unused))
+        return Making(groups, self._parts(loaded.rows, skipped, workers), skipped, sorted(loaded.unused))
 
-    def _parts(
-        self, rows: Sequence[Feedback], skipped: list[str], progress: Callable[[int], None] | None
-    ) -> Iterator[Tokenized]:
+    def _parts(self, rows: Sequence[Feedback], skipped: list[str], workers: int | None) -> Iterator[Part]:
+        chunks = (rows[at : at + CHUNK] for at in range(0, len(rows), CHUNK))
         left = 0
-        for at in range(0, len(rows), CHUNK):
-            some = rows[at : at + CHUNK]
-            tokens = tokenize_some(some, self.tokenizer, self.template, self.chat, self.max_length, self.skip_bad_rows)
-            skipped += tokens.skipped
-            left += len(tokens.examples)
-            yield tokens
-            if progress is not None:
-                progress(len(some))
+        for part, bad in on_all_cores(self._part, chunks, workers_for(len(rows)) if workers is None else workers):
+            skipped += bad
+            left += len(part.arrays["ends"])
+            yield part
         if not left:
             raise none_left(len(rows), skipped[-1])
+
+    def _part(self, rows: Sequence[Feedback]) -> tuple[Part, list[str]]:
+        tokens = tokenize_some(rows, self.tokenizer, self.template, self.chat, self.max_length, self.skip_bad_rows)
+        return part_of(tokens), tokens.skipped
 
     def stream(
         self,

@@ -28,7 +28,11 @@ class RowError(UserError):
     def __init__(self, source: str, field: str, problem: str, remedy: str) -> None:
         self.source = source
         self.field = field
+        self._parts = (source, field, problem, remedy)
         super().__init__(f"{source}: {field + ': ' if field else ''}{problem}. {remedy}.")
+
+    def __reduce__(self) -> tuple[Any, ...]:  # from one process to another
+        return type(self), self._parts
 
 
 def plain(value: Any) -> Any:

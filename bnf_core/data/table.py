@@ -4,6 +4,7 @@ As Python's integers a token takes 49 bytes, in every process. Mapped files are 
 the system keeps of them is there once for all processes.
 """
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import overload
 import numpy as np
 
 from bnf_core.data.tokenization import Tokenized
-from bnf_core.storage.digests import RowsDigest, rows_digest
+from bnf_core.storage.digests import content, named_digest, rows_digest
 from bnf_core.types import Array, Example
 
 # Of each row, but for the tokens.
@@ -45,41 +46,66 @@ class Columns:
     unused: Sequence[str] = ()  # columns of the data that are passed over
 
 
+@dataclass(frozen=True)
+class Part:
+    """Some rows in columns, for a Builder to append: all that takes time is done."""
+
+    arrays: Mapping[str, Array]  # of `files` the numbers are those of `names` here
+    names: Sequence[str]
+    content: bytes  # what `rows_digest` is of
+
+
+def part_of(tokens: Tokenized) -> Part:
+    """These rows in columns."""
+    examples, names = tokens.examples, dict[str, int]()
+    places = [_place(e.source) for e in examples]
+    columns: dict[str, Iterable[int] | Array] = {
+        "tokens": np.concatenate([np.zeros(0, np.int32), *map(_marked, examples)]),
+        "ends": np.cumsum([len(e) for e in examples], dtype=np.int64),
+        "prompt_lengths": [len(e.prompt_ids) for e in examples],
+        "labels": [e.label for e in examples],
+        "groups": [e.group for e in examples],
+        "pairs": [e.pair for e in examples],
+        "keys": [e.key for e in examples],
+        "highest": [max(e.prompt_ids + e.completion_ids) for e in examples],
+        "fates": [int(fate) for fate in tokens.fates],
+        "files": [names.setdefault(name, len(names)) for name, _ in places],
+        "lines": [line for _, line in places],
+    }
+    arrays = {name: np.asarray(column, DTYPES[name]) for name, column in columns.items()}
+    return Part(arrays, list(names), b"".join(map(content, examples)))
+
+
 class Builder:
-    """Makes columns of tokenised rows, a part at a time."""
+    """Puts parts together."""
 
     def __init__(self) -> None:
         self.names: dict[str, int] = {}
-        self.digest = RowsDigest()
-        self._end = 0
+        self._rows = self._end = 0
+        self._digest = hashlib.sha256()
 
-    def add(self, tokens: Tokenized) -> dict[str, Array]:
+    def add(self, part: Part) -> dict[str, Array]:
         """What these rows add to each column."""
-        examples = tokens.examples
-        self.digest.add(examples)
-        ends = self._end + np.cumsum([len(e) for e in examples], dtype=np.int64)
-        self._end = int(ends[-1]) if len(ends) else self._end
-        places = [self._place(e.source) for e in examples]
-        columns: dict[str, Iterable[int] | Array] = {
-            "tokens": np.concatenate([np.zeros(0, np.int32), *map(_marked, examples)]),
-            "ends": ends,
-            "prompt_lengths": [len(e.prompt_ids) for e in examples],
-            "labels": [e.label for e in examples],
-            "groups": [e.group for e in examples],
-            "pairs": [e.pair for e in examples],
-            "keys": [e.key for e in examples],
-            "highest": [max(e.prompt_ids + e.completion_ids) for e in examples],
-            "fates": [int(fate) for fate in tokens.fates],
-            "files": [file for file, _ in places],
-            "lines": [line for _, line in places],
-        }
-        return {name: np.asarray(column, DTYPES[name]) for name, column in columns.items()}
+        numbers = np.asarray([self.names.setdefault(name, len(self.names)) for name in part.names], np.int32)
+        ends = part.arrays["ends"] + self._end
+        self._rows += len(ends)
+        self._end += len(part.arrays["tokens"])
+        self._digest.update(part.content)
+        files = numbers[part.arrays["files"]] if len(numbers) else part.arrays["files"]
+        return {**part.arrays, "ends": ends, "files": files}
 
-    def _place(self, source: str) -> tuple[int, int]:
-        name, _, line = source.rpartition(":")
-        if not (line.isascii() and line.isdigit() and str(int(line)) == line):
-            name, line = source, "-1"
-        return self.names.setdefault(name, len(self.names)), int(line)
+    @property
+    def digest(self) -> str:
+        """`rows_digest` of all so far."""
+        return named_digest(self._rows, self._digest)
+
+
+def _place(source: str) -> tuple[str, int]:
+    """A file and a line; −1: the name says it all."""
+    name, _, line = source.rpartition(":")
+    if line.isascii() and line.isdigit() and str(int(line)) == line:
+        return name, int(line)
+    return source, -1
 
 
 def _marked(example: Example) -> Array:

@@ -11,9 +11,10 @@ KEY is of everything that decides tokens: the data, the tokenizer, the chat temp
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import asdict
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,7 @@ from filelock import Timeout
 from bnf_core.config import DataConfig
 from bnf_core.data.rendering import asks_for_date, chat_of
 from bnf_core.data.sources import Source
-from bnf_core.data.table import DTYPES, Builder, Columns
-from bnf_core.data.tokenization import Tokenized
+from bnf_core.data.table import DTYPES, Builder, Columns, Part
 from bnf_core.storage.digests import files_digest, json_digest, tokenizer_digest
 from bnf_core.storage.files import lock, replacing
 from bnf_core.types import Array
@@ -101,25 +101,62 @@ class TokenCache:
                 found = _open(place)
         return found
 
-    def entries(self) -> Iterator[tuple[Path, dict[str, Any], int]]:
-        """The folder, index and bytes of each table, whole or not."""
-        for path in sorted(self.folder.glob("*")):
-            if path.is_dir():
-                size = sum(file.stat().st_size for file in path.iterdir())
-                try:
-                    index = dict(json.loads((path / INDEX).read_text(encoding="utf-8")))
-                except (OSError, ValueError):
-                    index = {}
-                yield path, index, size
+    def entries(self) -> list["Entry"]:
+        """All that is there, whole or not, the one first that was used last."""
+        found = [Entry.of(path) for path in self.folder.glob("*") if path.is_dir()]
+        return sorted(found, key=lambda entry: entry.used, reverse=True)
+
+    def remove(self, entry: "Entry") -> bool:
+        """Whether it was removed: not while it is being made. Who has mapped it keeps what is there.
+
+        Raises:
+            OSError: it is not allowed.
+        """
+        try:
+            held = lock(self.folder / f"{entry.folder.name.strip('.').partition('.')[0]}.lock", wait=False)
+        except Timeout:
+            return False
+        with held:
+            gone = self.folder / f".{entry.folder.name.strip('.')}.removed"  # a kill leaves nothing half there
+            entry.folder.rename(gone)
+            shutil.rmtree(gone)
+        return True
 
     def _found(self, place: Path, say: Callable[[str], None]) -> Columns | None:
         if not place.exists():
             return None
         try:
-            return _open(place)
+            columns = _open(place)
+            with suppress(OSError):  # another user's
+                os.utime(place / INDEX)  # by which `Entry.used` goes
+            return columns
         except (OSError, ValueError, KeyError, TypeError) as error:
             say(f"the tokens in {place} are made again: {error}")
             return None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One table on the disk, for a person."""
+
+    folder: Path
+    data: str  # nothing: it is not whole
+    rows: int
+    tokens: int
+    size: int  # bytes
+    used: float  # when it was last opened, in seconds since 1970
+
+    @classmethod
+    def of(cls, folder: Path) -> "Entry":
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        try:
+            path = folder / INDEX
+            index, used = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime
+            return cls(
+                folder, index["of"]["data"], index["bytes"]["ends"] // 8, index["bytes"]["tokens"] // 4, size, used
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return cls(folder, "", 0, 0, size, folder.stat().st_mtime)
 
 
 class Making:
@@ -127,21 +164,19 @@ class Making:
 
     Args:
         groups: of all rows that were read, also of those that turn out bad.
-        parts: the rows as tokens, in order; may raise whatever makes them bad.
+        parts: the rows as tokens, in order; asking for one may raise whatever makes them bad.
         skipped: the messages of bad rows, complete once `parts` is at its end.
         unused: columns of the data that are passed over.
     """
 
-    def __init__(
-        self, groups: Sequence[int], parts: Iterator[Tokenized], skipped: list[str], unused: Sequence[str]
-    ) -> None:
+    def __init__(self, groups: Sequence[int], parts: Iterator[Part], skipped: list[str], unused: Sequence[str]) -> None:
         self.prompts = np.fromiter(dict.fromkeys(groups), "<i8")
         self.parts, self.skipped, self.unused = parts, skipped, unused
 
     def columns(self) -> Columns:
         """In memory."""
         builder = Builder()
-        parts = [builder.add(tokens) for tokens in self.parts]
+        parts = [builder.add(part) for part in self.parts]
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in DTYPES}
         return self._named(builder, arrays)
 
@@ -150,14 +185,14 @@ class Making:
         builder = Builder()
         with ExitStack() as stack:
             files = {name: stack.enter_context(_file(folder, name).open("wb")) for name in DTYPES}
-            for tokens in self.parts:
-                for name, array in builder.add(tokens).items():
+            for part in self.parts:
+                for name, array in builder.add(part).items():
                     files[name].write(array.data)
         _file(folder, PROMPTS).write_bytes(self.prompts.data)
         return self._named(builder, {})
 
     def _named(self, builder: Builder, arrays: Mapping[str, Array]) -> Columns:
-        return Columns(arrays, list(builder.names), str(builder.digest), self.prompts, self.skipped, self.unused)
+        return Columns(arrays, list(builder.names), builder.digest, self.prompts, self.skipped, self.unused)
 
 
 def _write(folder: Path, of: Mapping[str, Any], rows: Making) -> None:

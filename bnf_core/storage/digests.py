@@ -15,25 +15,21 @@ if TYPE_CHECKING:
 
 def rows_digest(rows: Iterable[Example]) -> str:
     """Of tokenised rows: all of them, in their order."""
-    digest = RowsDigest()
-    digest.add(rows)
-    return str(digest)
+    digest, count = hashlib.sha256(), 0
+    for row in rows:
+        digest.update(content(row))
+        count += 1
+    return named_digest(count, digest)
 
 
-class RowsDigest:
-    """The same of rows that are not all there at once."""
+def content(row: Example) -> bytes:
+    """What counts of a row."""
+    parts = (row.prompt_ids, row.completion_ids, row.label, row.group)
+    return repr(parts if row.trained is None else (*parts, row.trained)).encode()
 
-    def __init__(self) -> None:
-        self._digest, self._rows = hashlib.sha256(), 0
 
-    def add(self, rows: Iterable[Example]) -> None:
-        for e in rows:
-            row = (e.prompt_ids, e.completion_ids, e.label, e.group)
-            self._digest.update(repr(row if e.trained is None else (*row, e.trained)).encode())
-            self._rows += 1
-
-    def __str__(self) -> str:
-        return f"{self._rows:,} rows, SHA-256 {self._digest.hexdigest()[:16]}"
+def named_digest(rows: int, digest: "hashlib._Hash") -> str:
+    return f"{rows:,} rows, SHA-256 {digest.hexdigest()[:16]}"
 
 
 def files_digest(paths: Sequence[Path]) -> str:

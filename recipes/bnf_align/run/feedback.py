@@ -9,14 +9,15 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
+from bnf_align.run.progress import bar
 from bnf_core.config import DataConfig, TrainConfig
 from bnf_core.data import sources
 from bnf_core.data.feedback import FeedbackTokenizer, Tally
 from bnf_core.data.rendering import asks_for_date, chat_of
 from bnf_core.data.streaming import FeedbackStream
-from bnf_core.data.table import Columns, ExampleTable
+from bnf_core.data.table import Columns, ExampleTable, Part
 from bnf_core.data.token_cache import Making, TokenCache, cache_folder, made_of
-from bnf_core.data.tokenization import Fate
+from bnf_core.data.tokenization import CHUNK, Fate
 from bnf_core.errors import UserError
 from bnf_core.steps.batching import Rows, require_units, rows_alone
 from bnf_core.steps.steps import Data
@@ -184,7 +185,10 @@ def _columns(
         console.print(f"[dim]  {escape(message)}[/dim]", highlight=False, soft_wrap=True)
 
     def make() -> Making:
-        return feedback.making(sources.load_feedback(source, split, config.skip_bad_rows))
+        loaded = sources.load_feedback(source, split, config.skip_bad_rows)
+        making = feedback.making(loaded)
+        making.parts = _watched(making.parts, -(-len(loaded.rows) // CHUNK), console)
+        return making
 
     columns = None
     if config.cache and source.files:
@@ -197,6 +201,14 @@ def _columns(
     _list_skipped(columns.skipped, path, console)
     _list_unused(columns.unused, console)
     return columns
+
+
+def _watched(parts: Iterator[Part], count: int, console: Console) -> Iterator[Part]:
+    """The same, on a bar."""
+    with bar("tokens", count, console) as progress:
+        for part in parts:
+            yield part
+            progress.advance()
 
 
 def _told(
