@@ -152,9 +152,8 @@ class Entry:
         try:
             path = folder / INDEX
             index, used = json.loads(path.read_text(encoding="utf-8")), path.stat().st_mtime
-            return cls(
-                folder, index["of"]["data"], index["bytes"]["ends"] // 8, index["bytes"]["tokens"] // 4, size, used
-            )
+            rows, tokens = (index["bytes"][name] // np.dtype(DTYPES[name]).itemsize for name in ("ends", "tokens"))
+            return cls(folder, index["of"]["data"], rows, tokens, size, used)
         except (OSError, ValueError, KeyError, TypeError):
             return cls(folder, "", 0, 0, size, folder.stat().st_mtime)
 
