@@ -83,7 +83,7 @@ def _apart(measure: Callable[..., Figures], *args: object) -> Figures:
 
 def _made(config: BenchTokensConfig, place: Path, workers: int | None) -> Figures:
     """By so many workers; None: opened, where they are."""
-    source, tokenizer = sources.find_source(config.data.path, "train"), load_tokenizer(resolve_model(config.model))
+    source, tokenizer = sources.find_source(config.data.where, "train"), load_tokenizer(resolve_model(config.model))
     of, cache = made_of(source, config.data, tokenizer), TokenCache(place)
     feedback = FeedbackTokenizer.of(tokenizer, config.data)
     _warm(feedback, source)
@@ -102,7 +102,7 @@ def _made(config: BenchTokensConfig, place: Path, workers: int | None) -> Figure
 
 
 def _epoch(config: BenchTokensConfig, place: Path) -> Figures:
-    source, tokenizer = sources.find_source(config.data.path, "train"), load_tokenizer(resolve_model(config.model))
+    source, tokenizer = sources.find_source(config.data.where, "train"), load_tokenizer(resolve_model(config.model))
     of = made_of(source, config.data, tokenizer)
     before, memory = _clock(), own_memory()
     cache = TokenCache(place)

@@ -3,10 +3,15 @@
 The CLI makes its flags and `--help` from these classes; a YAML file holds the same keys.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
-from typing import Any, Literal
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from bnf_core.errors import UserError
 from bnf_core.models.lora import UNADAPTED
@@ -94,11 +99,74 @@ class HardwareConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of several sources of feedback. What it does not say is as `data` says."""
+
+    path: str
+    """A file, a folder or a Hub data set, as `data.path`."""
+    name: str | None = None
+    """What it is called in metrics and messages; default: the last part of its path."""
+    weight: float | None = None
+    """Its share of the rows of an epoch, beside the other sources' weights; default: all its rows, once an epoch."""
+    rows: int | None = None
+    """Instead: how many of its rows an epoch has."""
+    split: str | None = None
+    """As `data.split`."""
+    subset: str | None = None
+    """As `data.subset`."""
+    revision: str | None = None
+    """As `data.revision`."""
+    template: Template | None = None
+    """As `data.template`."""
+    chat_template: str | None = None
+    """As `data.chat_template`."""
+    template_kwargs: dict[str, Any] | None = None
+    """As `data.template_kwargs`."""
+
+    def __post_init__(self) -> None:
+        _require(self.path != "", "path", "", "a file, a folder or a Hub data set")
+        named = self.name is None or bool(re.fullmatch(r"[\w.@ -]+", self.name))
+        _require(named, "name", self.name, "letters, digits and .-_@, since it begins the names of metrics")
+        share = self.weight is None or 0 <= self.weight < math.inf
+        _require(share, "weight", self.weight, "a number of at least 0")
+        _require(self.rows is None or self.rows >= 1, "rows", self.rows, "an integer of at least 1")
+        _require(self.weight is None or self.rows is None, "rows", self.rows, "either rows or a weight")
+
+    @property
+    def called(self) -> str:
+        """Its name, or the last part of its path."""
+        own = Path(self.path).name
+        return self.name or re.sub(r"[^\w.@ -]", "_", Path(own).stem if Path(own).suffix in FILES else own)
+
+
+class Where(NamedTuple):
+    """Where feedback is."""
+
+    path: str  # a file, a folder or a Hub data set
+    subset: str | None = None  # of a Hub data set
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        subset = f"/{self.subset}" if self.subset else ""
+        return f"{self.path}{subset}{f'@{self.revision}' if self.revision else ''}"
+
+
+FILES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclass
 class DataConfig:
     """Feedback and how it becomes tokens."""
 
-    path: str
-    """A .jsonl, .json, .csv or .parquet file, a folder with train and valid files, or a Hub data set."""
+    path: list[Any] | str
+    """A .jsonl, .json, .csv or .parquet file, a folder with train and valid files, or a Hub data set; or a list of
+    several sources, [{path: a.jsonl, weight: 2}, {path: owner/name, subset: math, weight: 1}]."""
+    split: str | None = None
+    """Which split of a folder or Hub data set to train on, such as train_prefs; default: train."""
+    subset: str | None = None
+    """Which subset (configuration) of a Hub data set; default: its only one, or its default."""
+    revision: str | None = None
+    """Which commit, branch or tag of a Hub data set; default: the newest of its main branch."""
     template: Template = "auto"
     """`auto`: the chat template for messages, plain strings as they are; `chat`: the chat template for both;
     `plain`: never."""
@@ -126,7 +194,31 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "an integer of at least 1")
         _require(self.max_length >= 2, "data.max_length", self.max_length, "an integer of at least 2")
+        if not isinstance(self.path, str):
+            self.path = _sources("data", self.path, self.streaming)
         _require(self.date is None or _is_day(self.date), "data.date", self.date, "a day as 2025-12-31")
+
+    def each(self) -> dict[str, "DataConfig"]:
+        """These settings for each source, by its name: what a source says comes over what all have. A single one has no
+        name."""
+        if isinstance(self.path, str):
+            return {"": self}
+        own = [field.name for field in fields(SourceConfig) if field.name not in ("name", "weight", "rows")]
+        each = {}
+        for source in self.path:
+            said = {name: value for name in own if (value := getattr(source, name)) is not None}
+            each[source.called] = replace(self, **said)
+        return each
+
+    def called(self, split: str) -> str:
+        """What the data call train, valid or test."""
+        return self.split if split == "train" and self.split else split
+
+    @property
+    def where(self) -> "Where":
+        """Of a single source."""
+        assert isinstance(self.path, str), "of several sources, each"
+        return Where(self.path, self.subset, self.revision)
 
 
 @dataclass
@@ -136,8 +228,9 @@ class TrainConfig:
     model: str
     """A checkpoint folder or a Hub model."""
     data: DataConfig
-    valid: str | None = None
-    """Held-out feedback, in any form that `data.path` takes; default: the data folder's own valid file."""
+    valid: list[Any] | str | None = None
+    """Held-out feedback, in any form that `data.path` takes; several are evaluated one by one, each under its name.
+    Default: the data folders' own valid files."""
     valid_fraction: float = 0.0
     """Without held-out data: hold out this share of the prompts."""
     output: str = "runs/bnf"
@@ -214,6 +307,12 @@ class TrainConfig:
         objective = self.make_objective()
         if self.reference is not None and not objective.needs_reference:
             raise UserError(f"objective {objective.name} needs no reference, and reference is given: leave it out")
+
+        if self.valid is not None and not isinstance(self.valid, str):
+            self.valid = _sources("valid", self.valid)
+            for i, source in enumerate(self.valid):
+                for name in ("weight", "rows"):
+                    _require(getattr(source, name) is None, f"valid[{i}].{name}", getattr(source, name), "none")
 
     def make_objective(self) -> Objective:
         """
@@ -343,6 +442,65 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def _sources(setting: str, given: Sequence[Any], streaming: bool = False) -> list[SourceConfig]:
+    """A list of sources, each a SourceConfig, its settings by name, or its path alone."""
+    _require(len(given) > 0, setting, [], "at least one source")
+    sources = [_source(f"{setting}[{i}]", source) for i, source in enumerate(given)]
+    names = [source.called for source in sources]
+    for i, name in enumerate(names):
+        at = f"{setting}[{i}]"
+        _require(name not in names[:i], f"{at}.name", name, "another name: two sources are called so")
+    weights = [source.weight for source in sources]
+    if any(weight is not None for weight in weights):
+        for i, weight in enumerate(weights):
+            _require(weight is not None, f"{setting}[{i}].weight", None, "a number: give all sources weights, or none")
+        _require(any(weights), f"{setting}[0].weight", weights[0], "a number above 0 of one source at least")
+    if streaming:
+        fixed = next((i for i, weight in enumerate(weights) if weight is None), None)
+        expected = "a number: nobody knows how many rows a stream has, so each source of several needs a weight"
+        _require(fixed is None or len(sources) == 1, f"{setting}[{fixed}].weight", None, expected)
+    return sources
+
+
+def _source(setting: str, given: Any) -> SourceConfig:
+    if isinstance(given, SourceConfig):
+        return given
+    given = {"path": given} if isinstance(given, str) else given
+    _require(isinstance(given, Mapping), setting, given, "a path, or settings by name, such as {path: a.jsonl}")
+    hints = get_type_hints(SourceConfig)
+    for name, value in given.items():
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(hints)}"
+            raise ValueError(f"unknown setting {setting}.{name}: {hint}")
+        _require(_fits(value, hints[name]), f"{setting}.{name}", value, _in_words(hints[name]))
+    _require("path" in given, f"{setting}.path", None, "a file, a folder or a Hub data set")
+    try:
+        return SourceConfig(**given)
+    except ValueError as error:
+        raise ValueError(f"{setting}.{error}") from error
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value of YAML is of a type: plain ones, a choice of words, objects, and any of these or null."""
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) in (dict, None):
+        kind = get_origin(hint) or hint
+        return isinstance(value, (int, float) if kind is float else kind) and not (
+            kind in (int, float) and isinstance(value, bool)
+        )
+    return any(_fits(value, part) for part in get_args(hint))
+
+
+def _in_words(hint: Any) -> str:
+    kind = get_origin(hint) or hint
+    if kind is Literal:
+        return ", ".join(get_args(hint))
+    words = {str: "text", int: "an integer", float: "a number", dict: "names with values", NoneType: "null"}
+    return words[kind] if kind in words else " or ".join(map(_in_words, get_args(hint)))
 
 
 def _is_day(text: str) -> bool:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnf_core.config import DataConfig, Template
+from bnf_core.config import DataConfig, Template, Where
 from bnf_core.data.cores import on_all_cores, workers_for
 from bnf_core.data.records import Feedback
 from bnf_core.data.rendering import Chat, chat_of
@@ -125,7 +125,7 @@ class FeedbackTokenizer:
 
     def stream(
         self,
-        source: str | Iterable[Mapping[str, Any]],
+        source: str | Where | Iterable[Mapping[str, Any]],
         split: str,
         *,
         shuffle_buffer: int,

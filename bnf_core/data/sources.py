@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from bnf_core.config import Where
 from bnf_core.data.messages import RowError, Text
 from bnf_core.data.readers import READERS, RawRow, number_rows
 from bnf_core.data.records import Feedback, parse_row, unused_columns
@@ -43,13 +44,13 @@ class LoadedFeedback:
 
 
 def load_feedback(
-    path_or_rows: str | Source | Iterable[Any], split: str = "train", skip_bad_rows: bool = False
+    path_or_rows: str | Where | Source | Iterable[Any], split: str = "train", skip_bad_rows: bool = False
 ) -> LoadedFeedback:
     """Read feedback from wherever it is, all of it into memory.
 
     Args:
-        path_or_rows: a .jsonl, .json, .csv or .parquet file, a folder with train, valid and test files of those
-            kinds, or a Hub data set as owner/name; what `find_source` found; or rows from Python, mappings.
+        path_or_rows: where it is, a .jsonl, .json, .csv or .parquet file, a folder with train, valid and test files of
+            those kinds, or a Hub data set as owner/name; what `find_source` found; or rows from Python, mappings.
         split: train, valid or test; a single file is the split it is asked for.
         skip_bad_rows: list bad rows in `skipped` instead of stopping at the first.
     Raises:
@@ -76,7 +77,7 @@ def load_feedback(
     return loaded
 
 
-def read_rows(path_or_name: str, split: str) -> Iterator[tuple[str, Any]]:
+def read_rows(path_or_name: str | Where, split: str) -> Iterator[tuple[str, Any]]:
     """(file:line, row as it stands there or the RowError met in decoding it) of one split, unchecked.
 
     Raises:
@@ -94,7 +95,7 @@ def no_rows(name: str, split: str) -> UserError:
     return UserError(f"{name}: no rows in the {split} split. Expected at least one row of feedback.")
 
 
-def has_split(path_or_name: str, split: str) -> bool:
+def has_split(path_or_name: str | Where, split: str) -> bool:
     """Whether `load_feedback(path_or_name, split)` has data of its own for that split.
 
     A single file is all train. Asks the Hub for a Hub data set.
@@ -102,14 +103,15 @@ def has_split(path_or_name: str, split: str) -> bool:
     Raises:
         UserError: nothing there, or an unknown split.
     """
-    path = Path(path_or_name).expanduser()
+    where = _where(path_or_name)
+    path = Path(where.path).expanduser()
     names = _split_names(split)
     if path.is_dir():
         return bool(_split_files(path, names))
     if path.exists():
         return split == "train"
-    _check_hub_name(path_or_name)
-    return not set(names).isdisjoint(_hub_splits(path_or_name))
+    _check_hub_name(where.path)
+    return not set(names).isdisjoint(_hub_splits(where))
 
 
 def prompt_group(prompt: Text, *given: Any) -> int:
@@ -156,15 +158,17 @@ def held_out_prompts(prompts: Sequence[int] | Array, fraction: float, seed: int)
 # Finding the rows
 
 
-def find_source(path_or_name: str, split: str, streaming: bool = False) -> Source:
+def find_source(path_or_name: str | Where, split: str, streaming: bool = False) -> Source:
     """One split of a file, a folder or a Hub data set, as `load_feedback` describes them; nothing is read yet.
 
     Args:
+        split: train, valid, test, or what the data themselves call theirs.
         streaming: read a Hub data set over the network, row by row, instead of fetching it first.
     Raises:
         UserError: nothing there, no such split, shards missing, or an unknown kind of file.
     """
-    path = Path(path_or_name).expanduser()
+    where = _where(path_or_name)
+    path = Path(where.path).expanduser()
     names = _split_names(split)
     if path.is_dir():
         files = _split_files(path, names)
@@ -176,17 +180,23 @@ def find_source(path_or_name: str, split: str, streaming: bool = False) -> Sourc
                 f"{names[0]}-0, or in a folder {names[0]}."
             )
         _check_shards(path, files, split)
-        return _files(path_or_name, files)
+        return _files(where.path, files)
     if not path.exists():
-        _check_hub_name(path_or_name)
-        return _hub(path_or_name, names, streaming)
+        _check_hub_name(where.path)
+        return _hub(where, names, streaming)
     if path.suffix.lower() not in READERS:
         raise UserError(f"{path}: unknown kind of file. Expected one of the endings {', '.join(READERS)}.")
-    return _files(path_or_name, [path])
+    return _files(where.path, [path])
 
 
-def _source(path_or_rows: str | Iterable[Any], split: str) -> Source:
-    return find_source(path_or_rows, split) if isinstance(path_or_rows, str) else source_of(path_or_rows, split)
+def _source(path_or_rows: str | Where | Iterable[Any], split: str) -> Source:
+    if isinstance(path_or_rows, str | Where):
+        return find_source(path_or_rows, split)
+    return source_of(path_or_rows, split)
+
+
+def _where(path_or_name: str | Where) -> Where:
+    return Where(path_or_name) if isinstance(path_or_name, str) else path_or_name
 
 
 def source_of(rows: Iterable[Any], split: str) -> Source:
@@ -198,7 +208,7 @@ def source_of(rows: Iterable[Any], split: str) -> Source:
     return Source(name, partial(number_rows, rows, name))
 
 
-def digest(path_or_name: str, split: str) -> str:
+def digest(path_or_name: str | Where, split: str) -> str:
     """Of the files of a split, as `files_digest`, or the name alone of a Hub data set.
 
     Raises:
@@ -210,13 +220,11 @@ def digest(path_or_name: str, split: str) -> str:
     try:
         return files_digest(source.files)
     except OSError as error:
-        raise _unreadable(Path(error.filename or path_or_name), error) from error
+        raise _unreadable(Path(error.filename or source.name), error) from error
 
 
 def _split_names(split: str) -> tuple[str, ...]:
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}: expected {', '.join(SPLITS)}")
-    return SPLITS[split]
+    return SPLITS.get(split, (split,))
 
 
 # Files
@@ -261,7 +269,7 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 def _split_files(folder: Path, names: Sequence[str]) -> list[Path]:
     """The files of the first of these names that has any, in the order of their names."""
     for name in names:
-        own = re.compile(f"{name}({SHARD})?")
+        own = re.compile(f"{re.escape(name)}({SHARD})?")
         here = [p for p in folder.iterdir() if own.fullmatch(p.stem)]
         inside = folder / name
         within = [p for p in inside.iterdir() if not p.name.startswith(".")] if inside.is_dir() else []
@@ -275,7 +283,7 @@ def _check_shards(folder: Path, files: Sequence[Path], split: str) -> None:
     if len(files) > 1 and (
         len({p.parent for p in files}) > 1
         or len({p.stem for p in files}) < len(files)
-        or any(p.parent == folder and p.stem in SPLITS[split] for p in files)
+        or any(p.parent == folder and p.stem in _split_names(split) for p in files)
     ):
         found = " and ".join(str(p.relative_to(folder)) for p in files[:4])
         raise UserError(f"{folder}: {found} are both the {split} split. Keep one, or give the file itself.")
@@ -299,15 +307,15 @@ def _check_hub_name(name: str) -> None:
         )
 
 
-def _hub(name: str, names: Sequence[str], streaming: bool) -> Source:
-    known = _hub_splits(name)
+def _hub(where: Where, names: Sequence[str], streaming: bool) -> Source:
+    name, known = str(where), _hub_splits(where)
     split = next((n for n in names if n in known), None)
     if split is None:
         raise UserError(f"{name}: this Hub data set has no {names[0]} split, only {', '.join(known)}")
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split, streaming=streaming)
+        rows = datasets.load_dataset(where.path, **_of_hub(where), split=split, streaming=streaming)
     except Exception as error:  # a dozen kinds, from three libraries
         raise _hub_error(name, error) from error
     full = f"{name}[{split}]"
@@ -322,13 +330,20 @@ def _read_hub(rows: Iterable[Any], name: str, full: str) -> Iterator[RawRow]:
         raise _hub_error(name, error) from error
 
 
-def _hub_splits(name: str) -> list[str]:
+def _hub_splits(where: Where) -> list[str]:
     import datasets
 
+    named = {"config_name" if key == "name" else key: value for key, value in _of_hub(where).items()}
     try:
-        return [str(split) for split in datasets.get_dataset_split_names(name)]
+        return [str(split) for split in datasets.get_dataset_split_names(where.path, **named)]
     except Exception as error:  # a dozen kinds, from three libraries
-        raise _hub_error(name, error) from error
+        raise _hub_error(str(where), error) from error
+
+
+def _of_hub(where: Where) -> dict[str, str]:
+    """What is said, as `datasets.load_dataset` calls it."""
+    said = {"name": where.subset, "revision": where.revision}
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def _hub_error(name: str, error: Exception) -> UserError:

@@ -14,6 +14,7 @@ import numpy as np
 
 from bnf_core.data.table import column
 from bnf_core.errors import UserError
+from bnf_core.steps.mixing import Mixture, epoch_order, first_of_unit
 from bnf_core.types import Array, Batch, Counts, Example, Position, Unit
 
 T = TypeVar("T")
@@ -262,21 +263,27 @@ class Rows:
 
     Args:
         unit: what the loss compares: never parted, so that a batch may have some more rows than asked for.
+        mixture: of the sources that the examples are of.
     Raises:
         UserError: rows that make no pair, or a prompt without a chosen or a rejected row, where the loss compares them.
     """
 
-    def __init__(self, examples: Sequence[Example], seed: int, unit: Unit = "row"):
+    def __init__(self, examples: Sequence[Example], seed: int, unit: Unit = "row", mixture: Mixture | None = None):
         require_units(examples, unit)
         self.examples = examples
         self.seed = seed
         self.unit = unit
-        self._largest = (
-            1 if unit == "row" else int(np.unique(_keys(examples, unit), return_counts=True)[1].max(initial=1))
-        )
+        self.mixture = mixture
+        counts = np.unique(_keys(examples, unit), return_counts=True)[1]
+        self._largest = 1 if unit == "row" else int(counts.max(initial=1))
+
+    @property
+    def epoch_rows(self) -> int:
+        """How many rows an epoch has."""
+        return self.mixture.rows if self.mixture else len(self.examples)
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        return -(-len(self.examples) // max(batch_size, self._largest))
+        return -(-self.epoch_rows // max(batch_size, self._largest))
 
     def batches(self, batch_size: int, position: Position | None = None) -> Iterator[tuple[list[Example], Position]]:
         """Epoch after epoch without end; the last batch of an epoch may be short and is never dropped.
@@ -287,18 +294,23 @@ class Rows:
         epoch, at = (position["epoch"], position["rows"]) if position else (0, 0)
         batch_size = max(batch_size, self._largest)
         while True:
-            order, edges = self._epoch(epoch, batch_size)
+            order, edges = self.epoch(epoch, batch_size)
             for edge in edges:
                 if edge > at:
                     yield [self.examples[i] for i in order[at:edge].tolist()], {"epoch": epoch, "rows": edge}
                     at = edge
             epoch, at = epoch + 1, 0
 
-    def _epoch(self, epoch: int, batch_size: int) -> tuple[Array, list[int]]:
-        """The rows in their order, (rows,) int32, and where each batch ends."""
-        order = epoch_order(len(self.examples), epoch, self.seed)
-        keys = _keys(self.examples, "prompt" if self.unit == "row" else self.unit)[order]
-        first = _first_of_unit(keys, batch_size if self.unit == "row" else None)
+    def epoch(self, epoch: int, batch_size: int) -> tuple[Array, list[int]]:
+        """The rows of an epoch in their order, (rows,) int32, and where each batch ends."""
+        batch_size = max(batch_size, self._largest)
+        keys = _keys(self.examples, "prompt" if self.unit == "row" else self.unit)
+        if self.mixture is None:
+            order = epoch_order(len(self.examples), epoch, self.seed)
+            keys = keys[order]
+        else:
+            order, keys = self.mixture.epoch(epoch, self.seed, keys)
+        first = first_of_unit(keys, batch_size if self.unit == "row" else None)
         moved = np.argsort(first, kind="stable")
         rows = np.arange(batch_size, len(order) + batch_size, batch_size)
         if self.unit == "row":
@@ -308,23 +320,17 @@ class Rows:
         edges = unit_ends[np.searchsorted(unit_ends, rows, "right") - 1]
         return order[moved].astype(np.int32), edges.tolist()
 
+    def drawn(self, batch_size: int, position: Position) -> dict[str, int]:
+        """How many rows each of several sources has given up to a position."""
+        if self.mixture is None:
+            return {}
+        order, _ = self.epoch(position["epoch"], batch_size)
+        return self.mixture.drawn(position["epoch"], order[: position["rows"]])
+
 
 def _keys(examples: Sequence[Example], unit: Unit) -> Array:
     """What the rows of one pair or prompt have alike, (rows,) int64."""
     return column(examples, "pair" if unit == "pair" else "group")
-
-
-def _first_of_unit(keys: Array, most: int | None) -> Array:
-    """For each row the first place of its unit, which are rows of one key, but never more than `most`."""
-    by_key = np.argsort(keys, kind="stable")
-    begins = np.diff(keys[by_key], prepend=keys[by_key[:1]] + 1) != 0
-    place = np.arange(len(keys))
-    starts = np.maximum.accumulate(np.where(begins, place, 0))
-    if most is not None:
-        starts = place - (place - starts) % most
-    first = np.empty_like(by_key)
-    first[by_key] = by_key[starts]
-    return first
 
 
 def rows_alone(examples: Sequence[Example], unit: Unit) -> Array:
@@ -348,8 +354,3 @@ def require_units(examples: Sequence[Example], unit: Unit) -> None:
             f"with, the first: {examples[int(alone[0])].source}. Give such data, or take an objective for single rows, "
             "such as bnf, kto or simper"
         )
-
-
-def epoch_order(num_rows: int, epoch: int, seed: int) -> Array:
-    """The order of rows in one epoch, (num_rows,) int64: the same on every backend and machine."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_rows)

@@ -52,7 +52,7 @@ def settings(model: Path, backend: str, dtype: Any, **overrides: Any) -> TrainCo
 
 
 def held_in_memory(rows: list[Example]) -> TrainingData:
-    return TrainingData(Rows(rows, 0), rows, "", None)
+    return TrainingData(Rows(rows, 0), rows, "", {})
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_a_plan_counts_rows_tokens_and_steps(tiny_model: Path, feedback: Path, b
     config = TrainConfig(str(tiny_model), DataConfig(str(feedback)), hardware=hardware, batch_size=5, epochs=2)
     console = Console(record=True, width=120)
     plan = plan_run.plan(config, console)
-    rows = load_split(str(feedback), "train", config.data, load_tokenizer(tiny_model), Console(quiet=True))
+    rows = load_split(config.data, "train", load_tokenizer(tiny_model), Console(quiet=True))
     assert plan.steps == 6  # 12 rows, twice: the last batch of an epoch is short
     assert plan.tokens == sum(map(len, rows))
     assert plan.completion_tokens == sum(len(row.completion_ids) for row in rows)
@@ -197,7 +197,7 @@ def test_auto_batch_takes_what_fits(
         batch_size=12,
         share_prompts=False,
     )
-    rows = load_split(str(feedback), "train", config.data, load_tokenizer(tiny_model), Console(quiet=True))
+    rows = load_split(config.data, "train", load_tokenizer(tiny_model), Console(quiet=True))
     measures = benchmark(config.hardware)
     training = auto_batch.training_of(config, measures)
 

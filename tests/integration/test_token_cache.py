@@ -93,7 +93,7 @@ def ask(data: str, model: str, report: str) -> None:
         return read(*args)
 
     sources.load_feedback = load
-    rows = loading.load_split(data, "train", DataConfig(data), load_tokenizer(Path(model)), QUIET)
+    rows = loading.load_split(DataConfig(data), "train", load_tokenizer(Path(model)), QUIET)
     assert len(rows) == 12
 
 
@@ -120,7 +120,7 @@ def never_end(data: str, model: str, begun: str) -> None:
         return some(*args)
 
     core_feedback.CHUNK, core_feedback.tokenize_some = 5, stuck
-    loading.load_split(data, "train", DataConfig(data), load_tokenizer(Path(model)), QUIET)
+    loading.load_split(DataConfig(data), "train", load_tokenizer(Path(model)), QUIET)
 
 
 def test_a_kill_while_they_are_written_leaves_nothing_that_is_used(
@@ -136,7 +136,7 @@ def test_a_kill_while_they_are_written_leaves_nothing_that_is_used(
     process.join()
     (left,) = empty.entries()
     assert left.folder.name.startswith(".") and left.data == ""
-    rows = loading.load_split(str(feedback), "train", DataConfig(str(feedback)), load_tokenizer(tiny_model), QUIET)
+    rows = loading.load_split(DataConfig(str(feedback)), "train", load_tokenizer(tiny_model), QUIET)
     assert len(rows) == 12
     assert [entry.rows for entry in empty.entries()] == [12]
 
@@ -149,7 +149,7 @@ def test_what_changes_tokens_makes_new_ones(tiny_model: Path, tmp_path: Path, em
 
     def made(settings: DataConfig = plain) -> int:
         before = len(empty.entries())
-        loading.load_split(str(data), "train", settings, load_tokenizer(model), QUIET)
+        loading.load_split(settings, "train", load_tokenizer(model), QUIET)
         return len(empty.entries()) - before
 
     assert made() == 1
@@ -174,7 +174,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(
     monkeypatch.setenv("BNF_CACHE", str(tmp_path / "file"))
     console = recorder()
     settings = DataConfig(str(feedback))
-    assert len(loading.load_split(str(feedback), "train", settings, load_tokenizer(tiny_model), console)) == 12
+    assert len(loading.load_split(settings, "train", load_tokenizer(tiny_model), console)) == 12
     assert "tokens are kept in memory, not on the disk" in console.export_text()
 
 
@@ -202,7 +202,7 @@ def test_data_cache_lists_and_removes(
         return " ".join(capsys.readouterr().out.split())
 
     assert "0 tables of tokens, 0.0 MB" in run()
-    loading.load_split(str(feedback), "train", DataConfig(str(feedback)), load_tokenizer(tiny_model), QUIET)
+    loading.load_split(DataConfig(str(feedback)), "train", load_tokenizer(tiny_model), QUIET)
     assert "1 tables of tokens" in run() and empty.entries()[0].rows == 12
     assert "removed 0 tables" in run("--remove", "--unused-days", "1")
     assert "removed 1 tables" in run("--remove") and empty.entries() == []
@@ -261,5 +261,5 @@ def test_a_bad_row_is_an_error_of_the_user_with_kept_tokens_too(
         file.write('{"prompt": "a"}\n')
     for _ in range(2):
         with pytest.raises(UserError, match=r"f\.jsonl:13: "):
-            loading.load_split(str(data), "train", DataConfig(str(data)), load_tokenizer(tiny_model), QUIET)
+            loading.load_split(DataConfig(str(data)), "train", load_tokenizer(tiny_model), QUIET)
     assert empty.entries() == []

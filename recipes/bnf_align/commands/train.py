@@ -21,7 +21,7 @@ from bnf_align.run.pictures import run_picture
 from bnf_align.run.progress import bar
 from bnf_align.run.run_folder import RunFolder, recorded_setting
 from bnf_align.run.samples import Samples
-from bnf_align.run.scoring import score, table
+from bnf_align.run.scoring import score_sets, table
 from bnf_align.run.tracking import check_trackers, open_trackers
 from bnf_core import registry
 from bnf_core.config import TrainConfig
@@ -159,8 +159,10 @@ class _Training:
             self._watch(start)
             self.started = time.perf_counter()
             loop.train(self.engine, self._steps(start), self._after, self.config.optimizer.max_grad_norm)
-        if self.data.tally:
-            tell(self.data.tally, self.console)
+        for tally in self.data.tallies:
+            tell(tally, self.console)
+        if said := self.data.drawn(self.config.batch_size, self.position):
+            self.console.print(said, highlight=False, markup=False, soft_wrap=True)
         after = self.evaluations[max(self.evaluations)] if self.evaluations else None
         picture = self.folder.path / "run.png"
         if self.first:
@@ -234,10 +236,9 @@ class _Training:
     def _watch(self, step: int) -> None:
         """What users watch: held-out metrics and samples, where they are due."""
         if self._evaluation_due(step):
-            assert self.data.held_out is not None
             try:
                 with self.interrupts.at_once(allowed=self.processes.count == 1):
-                    metrics = score(
+                    metrics = score_sets(
                         self.engine,
                         self.reference,
                         self.data.held_out,
@@ -256,12 +257,12 @@ class _Training:
                 self.samples.write(step, self.engine)
 
     def _samples(self, start: int) -> Samples | None:
-        if self.config.sample_every is None or self.data.held_out is None:
+        if self.config.sample_every is None or not self.data.held_out:
             return None
         with self.folder.writing():
             return Samples(
                 self.folder.path if self.first else None,
-                self.data.held_out,
+                ExampleTable.joined(self.data.held_out.values()),
                 self.tokenizer,
                 self.stops,
                 count=self.config.sample_count,
@@ -270,7 +271,7 @@ class _Training:
             )
 
     def _evaluation_due(self, step: int) -> bool:
-        if self.data.held_out is None or step in self.evaluations:
+        if not self.data.held_out or step in self.evaluations:
             return False
         return step in (0, self.num_steps) or _due(step, self.config.eval_every)
 
@@ -318,7 +319,7 @@ class _Training:
         if self.objective.baseline_from == "mismatched":
             batches = self.data.rows.batches(self.config.batch_size)
             rows += {e.key: e for _ in range(self.num_steps) for e in mismatched(next(batches)[0])}.values()
-            rows += mismatched(list(self.data.held_out or []))
+            rows += [row for table in self.data.held_out.values() for row in mismatched(list(table))]
         mine = steps.my_share(rows, replace(self.batching, unit="row"), self.processes, self.pad)
         with bar("reference", len(mine), self.console) as progress:
             for batch in mine:

@@ -1,6 +1,6 @@
 """Loading feedback as tokens: the first step of every job that reads data."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 
@@ -14,32 +14,50 @@ from bnf_core.config import DataConfig, TrainConfig
 from bnf_core.data import sources
 from bnf_core.data.feedback import FeedbackTokenizer, Tally
 from bnf_core.data.rendering import asks_for_date, chat_of
-from bnf_core.data.streaming import FeedbackStream
+from bnf_core.data.streaming import FeedbackStream, MixedStream
 from bnf_core.data.table import Columns, ExampleTable, Part
 from bnf_core.data.token_cache import Making, TokenCache, cache_folder, made_of
 from bnf_core.data.tokenization import CHUNK, Fate
 from bnf_core.errors import UserError
 from bnf_core.steps.batching import Rows, require_units, rows_alone
+from bnf_core.steps.mixing import Mixture
 from bnf_core.steps.steps import Data
 from bnf_core.storage.digests import json_digest, tokenizer_digest
-from bnf_core.types import Example, Unit
+from bnf_core.types import Example, Position, Unit
 
 
-def load_split(
-    path: str, split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> ExampleTable:
-    """The tokenised rows of one file, or of one split of a folder or Hub data set.
+def load_sets(
+    config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> dict[str, ExampleTable]:
+    """The tokenised rows of one split of each source, by its name; a single source has none.
 
     Raises:
         UserError: a missing file or a bad row.
     """
-    return _told(ExampleTable([_columns(path, split, config, tokenizer, console)]), split, config, tokenizer, console)
+    return {name: load_split(of, split, tokenizer, console, name) for name, of in config.each().items()}
+
+
+def load_split(
+    config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, console: Console, name: str = ""
+) -> ExampleTable:
+    """The same of a single source.
+
+    Args:
+        name: of the source, for messages.
+    """
+    return _told(ExampleTable([_columns(config, split, tokenizer, console)]), split, config, tokenizer, console, name)
+
+
+def splits_of(config: DataConfig) -> list[str]:
+    """Those of train, valid and test that any source has; a file is train."""
+    each = config.each().values()
+    return [s for s in sources.SPLITS if any(sources.has_split(of.where, of.called(s)) for of in each)] or ["train"]
 
 
 def read_once(
     split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> Iterator[Example]:
-    """The tokenised rows of one split, a thousand in memory at a time.
+    """The tokenised rows of one split of a single source, a thousand in memory at a time.
 
     Raises:
         UserError: a missing file or a bad row.
@@ -64,7 +82,7 @@ def with_date(config: DataConfig, tokenizer: PreTrainedTokenizerBase, *recorded:
     Raises:
         UserError: `data.chat_template` is a file that cannot be read.
     """
-    if config.date is not None or not asks_for_date(tokenizer, chat_of(config)):
+    if config.date is not None or not any(asks_for_date(tokenizer, chat_of(of)) for of in config.each().values()):
         return config
     return replace(config, date=next(filter(None, recorded), None) or date.today().isoformat())
 
@@ -86,7 +104,8 @@ def _stream(
     """
     feedback = FeedbackTokenizer.of(tokenizer, config)
     tally = feedback.tally()
-    rows = feedback.stream(config.path, split, shuffle_buffer=shuffle_buffer, seed=seed, unit=unit, report=tally.add)
+    name = config.called(split)
+    rows = feedback.stream(config.where, name, shuffle_buffer=shuffle_buffer, seed=seed, unit=unit, report=tally.add)
     return rows, tally
 
 
@@ -96,9 +115,9 @@ class TrainingData:
 
     rows: Data
     examples: Sequence[Example] | None  # the training rows; None where they are streamed
-    digest: str  # of the training rows, or of the files they are streamed from
-    held_out: ExampleTable | None
-    tally: Tally | None = None  # of streamed rows, of which more become known as they are met
+    digest: str  # of the training rows, or of the files they are streamed from, and how they are mixed
+    held_out: Mapping[str, ExampleTable]  # by the name of its source: nothing where there is only one
+    tallies: Sequence[Tally] = ()  # of streamed rows, of which more become known as they are met
 
     def num_steps(self, config: TrainConfig) -> int:
         """How many optimizer steps the run has: those of its epochs, but at most `max_steps`, which streams need."""
@@ -111,11 +130,19 @@ class TrainingData:
     @property
     def tables(self) -> list[ExampleTable]:
         """Training rows that are not streamed, and held-out rows."""
-        return [rows for rows in (self.examples, self.held_out) if isinstance(rows, ExampleTable)]
+        return [rows for rows in (self.examples, *self.held_out.values()) if isinstance(rows, ExampleTable)]
 
     @property
     def held_out_digest(self) -> str | None:
-        return None if self.held_out is None else self.held_out.digest
+        return "; ".join(_named(name, rows.digest) for name, rows in self.held_out.items()) or None
+
+    def drawn(self, batch_size: int, position: Position | None) -> str | None:
+        """How many rows each of several sources has given, in words; None: there is one source, or no step was
+        taken."""
+        counts = {} if position is None else self.rows.drawn(batch_size, position)
+        total = sum(counts.values())
+        shares = [f"{name} {count:,} ({count / total:.1%})" for name, count in counts.items() if total]
+        return f"rows drawn: {', '.join(shares)}" if shares else None
 
 
 def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, console: Console) -> TrainingData:
@@ -126,42 +153,84 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, 
     """
     data, unit = config.data, config.make_objective().unit
 
-    def loaded(path: str, split: str) -> ExampleTable:
-        return _of_units(load_split(path, split, data, tokenizer, console), split, unit, data, console)
+    def loaded(of: DataConfig, split: str, name: str) -> ExampleTable:
+        return _of_units(load_split(of, split, tokenizer, console, name), split, unit, of, console)
 
-    valid = config.valid or (data.path if sources.has_split(data.path, "valid") else None)
-    if data.streaming:
-        return _streamed(config, tokenizer, None if valid is None else loaded(valid, "valid"), console)
-    if valid is not None or not config.valid_fraction:
-        train = loaded(data.path, "train")
-        held_out = None if valid is None else loaded(valid, "valid")
-    else:
-        columns = _columns(data.path, "train", data, tokenizer, console)
+    held_out: dict[str, ExampleTable] = {}
+    train: dict[str, ExampleTable] = {}
+    valid: dict[str, DataConfig] = {}
+    if config.valid is not None:
+        elsewhere = replace(data, path=config.valid, split=None, subset=None, revision=None, streaming=False)
+        valid = elsewhere.each()
+    for name, of in data.each().items():
+        own = config.valid is None and sources.has_split(of.where, "valid")
+        if own:
+            valid[name] = replace(of, split=None)
+        if data.streaming:
+            continue
+        if own or config.valid is not None or not config.valid_fraction:
+            train[name] = loaded(of, "train", name)
+            continue
+        columns = _columns(of, "train", tokenizer, console)
         whole = ExampleTable([columns])
         held = sources.held_out_prompts(columns.prompts, config.valid_fraction, config.seed)
         is_held = np.isin(whole.column("groups"), np.fromiter(held, np.int64))
-        train, held_out = (
-            _of_units(_told(whole.take(side), split, data, tokenizer, console), split, unit, data, console)
-            for split, side in (("train", ~is_held), ("valid", is_held))
-        )
-    return TrainingData(Rows(train, config.seed, unit), train, train.digest, held_out)
+        for side, split, rows in ((train, "train", ~is_held), (held_out, "valid", is_held)):
+            table = _told(whole.take(rows), split, of, tokenizer, console, name)
+            side[name] = _of_units(table, split, unit, of, console)
+    held_out |= {name: loaded(of, "valid", name) for name, of in valid.items()}
+    if data.streaming:
+        return _streamed(config, tokenizer, held_out)
+    examples = ExampleTable.joined(train.values())
+    mixture = _mixture(data, {name: len(table) for name, table in train.items()}, unit)
+    digest = examples.digest
+    if mixture is not None:
+        shares = zip(mixture.names, mixture.takes, mixture.sizes, strict=True)
+        said = [f"{take:,} of the {size:,} rows of {name}" for name, take, size in shares]
+        console.print(f"an epoch has {', '.join(said)}", highlight=False, markup=False, soft_wrap=True)
+        digest += f"; an epoch has {', '.join(said)}"
+    return TrainingData(Rows(examples, config.seed, unit, mixture), examples, digest, held_out)
+
+
+def _mixture(data: DataConfig, sizes: Mapping[str, int], unit: Unit) -> Mixture | None:
+    if isinstance(data.path, str):
+        return None
+    weights, rows = [source.weight for source in data.path], [source.rows for source in data.path]
+    return Mixture.of(list(sizes), list(sizes.values()), weights, rows, unit)
 
 
 def _streamed(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, held_out: ExampleTable | None, console: Console
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, held_out: Mapping[str, ExampleTable]
 ) -> TrainingData:
     data = config.data
-    if held_out is None and config.valid_fraction > 0:
+    if not held_out and config.valid_fraction > 0:
         raise UserError(
             "valid_fraction cannot hold out rows of streamed data: give held-out rows in a file, with --valid"
         )
 
     unit = config.make_objective().unit
-    rows, tally = _stream("train", data, tokenizer, shuffle_buffer=data.shuffle_buffer, seed=config.seed, unit=unit)
-    made = [f"{sources.digest(data.path, 'train')}, tokenizer {tokenizer_digest(tokenizer)}"]
-    if template := chat_of(data).template:
-        made.append(f"chat template {json_digest(template)}")
-    return TrainingData(rows=rows, examples=None, digest=", ".join(made), held_out=held_out, tally=tally)
+    streams, tallies, made = {}, [], []
+    for name, of in data.each().items():
+        buffer = data.shuffle_buffer
+        streams[name], tally = _stream("train", of, tokenizer, shuffle_buffer=buffer, seed=config.seed, unit=unit)
+        tallies.append(tally)
+        made.append(_named(name, sources.digest(of.where, of.called("train"))))
+        if template := chat_of(of).template:
+            made.append(f"chat template {json_digest(template)}")
+    rows: Data = streams[""] if "" in streams else _mixed(data, streams, config.seed)
+    if isinstance(data.path, list):
+        made += [f"weights {', '.join(str(source.weight) for source in data.path)}"]
+    digest = ", ".join([made[0], f"tokenizer {tokenizer_digest(tokenizer)}", *made[1:]])
+    return TrainingData(rows, None, digest, held_out, tallies)
+
+
+def _mixed(data: DataConfig, streams: Mapping[str, FeedbackStream], seed: int) -> MixedStream:
+    assert isinstance(data.path, list)
+    return MixedStream(streams, [1.0 if source.weight is None else source.weight for source in data.path], seed)
+
+
+def _named(name: str, text: str) -> str:
+    return f"{name}: {text}" if name else text
 
 
 def _of_units(table: ExampleTable, name: str, unit: Unit, config: DataConfig, console: Console) -> ExampleTable:
@@ -174,18 +243,17 @@ def _of_units(table: ExampleTable, name: str, unit: Unit, config: DataConfig, co
     return table
 
 
-def _columns(
-    path: str, split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
-) -> Columns:
+def _columns(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase, console: Console) -> Columns:
     """The tokens of one split, from this machine's cache or made now, with what was skipped."""
-    source = sources.find_source(path, split)
+    name = config.called(split)
+    source = sources.find_source(config.where, name)
     feedback = FeedbackTokenizer.of(tokenizer, config)
 
     def say(message: str) -> None:
         console.print(f"[dim]  {escape(message)}[/dim]", highlight=False, soft_wrap=True)
 
     def make() -> Making:
-        loaded = sources.load_feedback(source, split, config.skip_bad_rows)
+        loaded = sources.load_feedback(source, name, config.skip_bad_rows)
         making = feedback.making(loaded)
         making.parts = _watched(making.parts, -(-len(loaded.rows) // CHUNK), console)
         return making
@@ -198,7 +266,7 @@ def _columns(
         except OSError as error:
             say(f"tokens are kept in memory, not on the disk: {error}")
     columns = columns or make().columns()
-    _list_skipped(columns.skipped, path, console)
+    _list_skipped(columns.skipped, str(config.where), console)
     _list_unused(columns.unused, console)
     return columns
 
@@ -212,15 +280,16 @@ def _watched(parts: Iterator[Part], count: int, console: Console) -> Iterator[Pa
 
 
 def _told(
-    table: ExampleTable, name: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+    table: ExampleTable, split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console, name: str
 ) -> ExampleTable:
     """The same, once it is said what there is."""
     tally = FeedbackTokenizer.of(tokenizer, config).tally()
     tally.add_table(table)
     console.print(
-        f"{name}: {tally.rows:,} rows ({tally.chosen:,} chosen, {tally.rows - tally.chosen:,} rejected), "
-        f"{table.column('lengths').sum():,} tokens",
+        f"{_named(name, split)}: {tally.rows:,} rows ({tally.chosen:,} chosen, {tally.rows - tally.chosen:,} "
+        f"rejected), {table.column('lengths').sum():,} tokens",
         highlight=False,
+        markup=False,
     )
     tell(tally, console)
     verbatim = len(table) > 0 and bool(table.column("fates")[0] & Fate.VERBATIM)

@@ -1,6 +1,6 @@
 """Scoring rows under a model beside its reference, and metrics as a table."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -15,6 +15,23 @@ from bnf_core.steps.batching import MicroBatching
 from bnf_core.steps.metrics import Meter, Metrics
 from bnf_core.steps.reference import Reference
 from bnf_core.types import Example
+
+
+def score_sets(
+    engine: Engine,
+    reference: Reference,
+    sets: Mapping[str, Sequence[Example]],
+    batching: MicroBatching,
+    pad: int,
+    console: Console,
+    objective: Objective | None = None,
+) -> Metrics:
+    """Metrics of each set by itself, as `name/loss`; of one without a name as they are called."""
+    found: Metrics = {}
+    for name, examples in sets.items():
+        metrics = score(engine, reference, examples, batching, pad, console, objective)
+        found |= {f"{name}/{metric}" if name else metric: value for metric, value in metrics.items()}
+    return found
 
 
 def score(
