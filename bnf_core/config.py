@@ -325,7 +325,12 @@ class TrainConfig:
         return parse(str(settings.pop("name", "bnf")), settings)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As in YAML; of sources what they say."""
+        settings = asdict(self)
+        for of, name in ((settings["data"], "path"), (settings, "valid")):
+            if isinstance(of[name], list):
+                of[name] = [{k: v for k, v in source.items() if v is not None} for source in of[name]]
+        return settings
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its dotted name, as on the command line."""

@@ -186,6 +186,8 @@ def find_source(path_or_name: str | Where, split: str, streaming: bool = False) 
         return _hub(where, names, streaming)
     if path.suffix.lower() not in READERS:
         raise UserError(f"{path}: unknown kind of file. Expected one of the endings {', '.join(READERS)}.")
+    if split not in SPLITS:
+        raise UserError(f"{path}: unknown split {split!r}: expected {', '.join(SPLITS)}; a file has no others")
     return _files(where.path, [path])
 
 

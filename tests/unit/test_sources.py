@@ -342,8 +342,9 @@ def test_a_single_file_is_all_train(tmp_path: Path) -> None:
     path = write(tmp_path / "f.jsonl", ROW)
     assert (has_split(path, "train"), has_split(path, "valid")) == (True, False)
     assert len(load_feedback(path, "valid").rows) == 1  # held-out data given as a file of its own
-    with pytest.raises(UserError, match="unknown split 'dev': expected train, valid, test"):
-        has_split(path, "dev")
+    assert not has_split(path, "dev")
+    with pytest.raises(UserError, match="unknown split 'dev': expected train, valid, test; a file has no others"):
+        load_feedback(path, "dev")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./a/b", "data/train.jsonl", "a/b/c", "/no/such", "~/none"])

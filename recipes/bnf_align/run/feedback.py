@@ -178,7 +178,7 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, 
         for side, split, rows in ((train, "train", ~is_held), (held_out, "valid", is_held)):
             table = _told(whole.take(rows), split, of, tokenizer, console, name)
             side[name] = _of_units(table, split, unit, of, console)
-    held_out |= {name: loaded(of, "valid", name) for name, of in valid.items()}
+    held_out |= {name: loaded(of, of.split or "valid", name) for name, of in valid.items()}
     if data.streaming:
         return _streamed(config, tokenizer, held_out)
     examples = ExampleTable.joined(train.values())
