@@ -102,6 +102,11 @@ MISTAKES = [
         {(L1, "packed", "loss"), (L1, "packed", "gradient")},
         {L1},
     ),
+    (
+        wrong.UntrainedTurnsCounted,
+        {(L1, case, quantity) for case in ("masked", "masked_packed") for quantity in ("sequence_loss", "gradient")},
+        {L1},
+    ),
     (wrong.LastChunkDropped, {(L2, "head_v257", "grad_hidden"), (L2, "head_saturated", "grad_hidden")}, {L2}),
     (wrong.TrainsFrozenHead, {(L2, "head_v257", "frozen_head")}, {L2}),
     (wrong.NeverTheSame, {(L0, "n7_v17", "repeat"), (L2, "head_v257", "repeat")}, {L0, SATURATION, L2}),
@@ -217,6 +222,8 @@ def test_mistakes_are_told_apart() -> None:
     def failed(losses: type[OracleLosses]) -> set[tuple[str, str]]:
         return {(r.case, r.quantity) for r in small_report(losses).failures}
 
+    turns = {case for case, _ in failed(wrong.UntrainedTurnsCounted)}
+    assert turns == {"masked", "masked_packed"}
     # Values are right without the stop-gradient, sequences are right with a mean of means, and one micro-batch
     # is its own mean; the literal form is right for ordinary tokens, so that the epsilon alone is to blame.
     assert {q for _, q in failed(wrong.MissingStopGradient)}.isdisjoint({"token_loss", "loss", "log_odds"})
