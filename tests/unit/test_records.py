@@ -130,7 +130,7 @@ CHAT = {"prompt": QUESTION, "completion": [assistant("Paris")], "label": True}
     [
         (TEXT | {"label": 1}, "label", "is 1, expected true or false. Write true"),
         (TEXT | {"label": 0}, "label", "is 0, expected true or false. .* 0 -> false"),
-        (TEXT | {"label": 1.0}, "label", "is 1.0, expected true or false"),
+        (TEXT | {"label": 1.5}, "label", "is 1.5, expected true or false, or a number from -1.0 to 1.0"),
         (TEXT | {"label": "yes"}, "label", 'is the text "yes", expected true or false. Write true .* without quotes'),
         (TEXT | {"label": "true"}, "label", 'is the text "true", expected true or false'),
         (TEXT | {"label": None}, "label", "is null, expected true or false"),
