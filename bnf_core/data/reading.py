@@ -65,7 +65,7 @@ class RowReader:
             return parse_row(row, source)
         row = {str(column): plain(value) for column, value in row.items()}
         called: Mapping[str, str] = self._reading.columns
-        used = USED | set(self._reading.columns.values())
+        used = USED | {theirs.partition(".")[0] for theirs in self._reading.columns.values()}
         name = ""
         if self._reading.columns:
             name = f"rows whose columns are called {', '.join(self._reading.columns.values())}"

@@ -473,6 +473,8 @@ def test_the_rows_and_messages_of_the_docs_are_real(tmp_path: Path) -> None:
     docs = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     rows = "".join(re.findall(r"```json\n(.*?)```", docs, re.S))
     assert len(load_feedback(write(tmp_path / "docs.jsonl", rows)).rows) == 7
+    lists = re.findall(r"```jsonl\n(.*?)```", docs, re.S)[0]
+    assert [row.weight for row in load_feedback(write(tmp_path / "lists.jsonl", lists)).rows] == [1, 0.5, 2, 2]
     bad = [
         '{"prompt": "2 + 2 =", "completion": " 4", "label": true}',
         '{"prompt": "2 + 2 =", "completion": " 5", "label": "no"}',
