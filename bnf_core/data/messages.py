@@ -122,6 +122,8 @@ def _message(message: Any, field: str, source: str) -> Message:
                 source, f"{field}.{key}", f"is {named(message[key])}, expected text", "Only text can be trained on"
             )
         check_unicode(message[key], f"{field}.{key}", source)
+    for key in message.keys() - {"role", "content", *REASONING}:  # a template may write it
+        check_unicode(json.dumps(message[key], ensure_ascii=False, default=str), f"{field}.{key}", source)
     if calls:
         message["tool_calls"] = calls
     if not trained:
@@ -233,6 +235,7 @@ def template_kwargs_of(value: Any, source: str) -> dict[str, Any] | None:
             f"is {named(kwargs)}, expected an object",
             'Write what the template takes by name, such as {"enable_thinking": false}',
         )
+    check_unicode(json.dumps(kwargs, ensure_ascii=False, default=str), "chat_template_kwargs", source)
     return dict(kwargs) if kwargs else None
 
 

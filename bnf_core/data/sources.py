@@ -54,7 +54,7 @@ def load_feedback(
 
     Args:
         path_or_rows: a .jsonl, .json, .csv or .parquet file, a folder with train, valid and test files of those
-            kinds, or a Hub data set as owner/name; or rows from Python, mappings.
+            kinds or one that `datasets` saved, or a Hub data set as owner/name; or rows from Python, mappings.
         split: train, valid or test; a single file is the split it is asked for.
         skip_bad_rows: list bad rows in `skipped` instead of stopping at the first.
         reading: the names of columns, and how labels are made.
@@ -119,6 +119,8 @@ def has_split(path_or_name: str, split: str) -> bool:
     path = Path(path_or_name).expanduser()
     names = _split_names(split)
     if path.is_dir():
+        if is_saved(path):
+            return split == "train" if _is_one(path) else _saved_split(path, names) is not None
         return bool(_split_files(path, names))
     if path.exists():
         return split == "train"
@@ -193,6 +195,8 @@ def find_source(path_or_name: str, split: str, streaming: bool = False) -> Sourc
     """
     path = Path(path_or_name).expanduser()
     names = _split_names(split)
+    if path.is_dir() and is_saved(path):
+        return _saved(path, names)
     if path.is_dir():
         files = _split_files(path, names)
         if not files:
@@ -309,6 +313,45 @@ def _check_shards(folder: Path, files: Sequence[Path], split: str) -> None:
             f"{folder}: the {split} split is {wanted} files by their names, found {len(files)}: "
             f"{', '.join(p.name for p in files[:4])}. Fetch the missing ones, and keep no others."
         )
+
+
+# What `save_to_disk` of datasets wrote: a data set, or several by the names of their splits
+
+ONE, SEVERAL = "state.json", "dataset_dict.json"
+
+
+def is_saved(folder: Path) -> bool:
+    return _is_one(folder) or (folder / SEVERAL).is_file()
+
+
+def _is_one(folder: Path) -> bool:
+    return (folder / ONE).is_file() and (folder / "dataset_info.json").is_file()
+
+
+def _saved_split(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if _is_one(folder / name)), None)
+
+
+def _saved(folder: Path, names: Sequence[str]) -> Source:
+    found = folder if _is_one(folder) else _saved_split(folder, names)
+    if found is None:
+        held = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "none"
+        raise UserError(f"{folder}: no {names[0]} split in this saved data set, only {held}")
+    files = sorted(found.glob("*.arrow"))
+    stamps = {path: _stamp(path) for path in files}
+    return Source(str(found), partial(_read_saved, found, stamps), files)
+
+
+def _read_saved(folder: Path, stamps: dict[Path, tuple[int, int]]) -> Iterator[RawRow]:
+    import datasets
+
+    for path, stamp in stamps.items():
+        _check_unchanged(path, stamp)
+    try:
+        yield from number_rows(datasets.load_from_disk(str(folder)), str(folder))
+    except Exception as error:  # a missing shard, a broken one, one of a later version: each raises its own
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder}: the saved data set cannot be read: {why}. Save it again") from error
 
 
 # The Hub
