@@ -26,6 +26,7 @@ class Tally:
     prompts_cut: int = 0
     completions_cut: int = 0
     reopened: int = 0
+    unused: set[str] = field(default_factory=set)  # keys of messages that the chat template does not write
     neither: int = 0  # left out, because their label or weight is 0
 
     def add(self, tokens: Tokenized) -> None:
@@ -34,6 +35,7 @@ class Tally:
         self.prompts_cut += tokens.prompts_cut
         self.completions_cut += tokens.completions_cut
         self.reopened += tokens.reopened
+        self.unused |= tokens.unused
 
     def notes(self, whole: bool = True) -> list[str]:
         """What a person should know; none: all is well.
@@ -50,6 +52,10 @@ class Tally:
         if self.neither:
             notes.append(
                 f"{self.neither:,} completions are left out: a label or weight of 0 says neither chosen nor rejected"
+            )
+        if self.unused:
+            notes.append(
+                f"the chat template does not use what the rows or settings give it: {', '.join(sorted(self.unused))}"
             )
         if self.reopened:
             notes.append(

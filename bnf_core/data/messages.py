@@ -31,7 +31,8 @@ class RowError(UserError):
         self.field = field
         self.problem = problem
         self.remedy = remedy
-        super().__init__(f"{source}: {field + ': ' if field else ''}{problem}. {remedy}.")
+        message = f"{source}: {field + ': ' if field else ''}{problem}. {remedy}."
+        super().__init__(message.encode(errors="backslashreplace").decode())  # what is wrong may be half a surrogate
 
 
 class Cell(str):
@@ -123,7 +124,7 @@ def _message(message: Any, field: str, source: str) -> Message:
             )
         check_unicode(message[key], f"{field}.{key}", source)
     for key in message.keys() - {"role", "content", *REASONING}:  # a template may write it
-        check_unicode(json.dumps(message[key], ensure_ascii=False, default=str), f"{field}.{key}", source)
+        check_unicode(json.dumps({key: message[key]}, ensure_ascii=False, default=str), f"{field}.{key}", source)
     if calls:
         message["tool_calls"] = calls
     if not trained:
@@ -184,7 +185,7 @@ def _tool_call(call: Any, field: str, source: str) -> dict[str, Any]:
             f"is {named(arguments)}, expected an object",
             "Write the arguments by their names",
         )
-    check_unicode(json.dumps([function["name"], arguments], ensure_ascii=False), field, source)
+    check_unicode(json.dumps([function["name"], arguments], ensure_ascii=False, default=str), field, source)
     around = {key: value for key, value in call.items() if key != "function"} if "function" in call else {}
     return {"type": "function"} | around | {"function": {**function, "arguments": dict(arguments)}}
 
@@ -214,7 +215,7 @@ def tools_of(value: Any, source: str) -> list[Tool] | None:
                 f"is {named(parameters)}, expected a JSON Schema, an object with properties",
                 f"Write {SCHEMA}",
             )
-        check_unicode(json.dumps(tool, ensure_ascii=False), f"tools[{i}]", source)
+        check_unicode(json.dumps(tool, ensure_ascii=False, default=str), f"tools[{i}]", source)
     return tools
 
 

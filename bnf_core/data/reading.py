@@ -89,9 +89,10 @@ class RowReader:
                 "data.label a rule that judges each by itself"
             )
         self.shapes[name] += 1
-        self.unused |= {
+        others = (
             c for c, v in row.items() if v is not None and c not in used and c not in USED and not self._judged(c)
-        }
+        )
+        self.unused |= {c.encode(errors="backslashreplace").decode() for c in others}
         return self._kept(found)
 
     def described(self) -> str:

@@ -274,12 +274,12 @@ def _open_webui(row: Row, source: str) -> dict[str, Any]:
     path: list[Message] = []
     at = rated
     while at is not None:
-        message = messages.get(at)
+        message = messages.get(at) if isinstance(at, str) else None
         if not isinstance(message, Mapping) or len(path) > len(messages):
             raise RowError(
                 source,
                 "snapshot.chat.chat.history.messages",
-                f"has no message {at!r}, expected the rated one and those that lead to it",
+                f"has no message that is called {named(at)}, expected the rated one and those that lead to it",
                 "Export the feedback again, or drop the row",
             )
         path.insert(0, {"role": message.get("role"), "content": message.get("content")})
@@ -340,7 +340,7 @@ def _single(value: Any) -> Any:
     value = _perhaps_json(value)
     if not isinstance(value, list) or not value:
         return value
-    if all(isinstance(item, int | float) and not isinstance(item, bool) for item in value):
+    if all(isinstance(item, int | float) and not isinstance(item, bool) and abs(item) < 1e300 for item in value):
         return sum(value) / len(value)
     return value[0] if all(item == value[0] for item in value) else value
 
@@ -409,7 +409,8 @@ def _argilla_fields(row: Row) -> dict[str, Any]:
         elif match[2] == "suggestion" and match[3] is None and value is not None:
             flat.setdefault(match[1], value)
         elif match[2] == "responses" and match[3] is None and isinstance(value, list):
-            status = row.get(f"{column}.status") or ["submitted"] * len(value)
+            status = row.get(f"{column}.status")
+            status = status if isinstance(status, list) else ["submitted"] * len(value)
             said = [v for v, s in zip(value, status, strict=False) if s == "submitted"]
             flat |= {match[1]: _single(said)} if said else {}
     return flat

@@ -34,6 +34,7 @@ class Tokenized:
     completions_cut: int  # rows whose completion, too long by itself, lost its end
     skipped: list[str]  # the message of every bad row, when they are to be skipped
     reopened: int = 0  # rows whose turn the template opens otherwise than it writes a finished one
+    unused: frozenset[str] = frozenset()  # keys of messages and arguments of the template that it does not write
 
 
 def tokenize(
@@ -109,7 +110,7 @@ def tokenize(
             progress(min(at + CHUNK, len(rows)), len(rows))
     if skipped and not examples:
         raise UserError(f"none of the {len(rows)} rows can be tokenised; the first: {skipped[0]}")
-    return Tokenized(examples, prompts_cut, completions_cut, skipped, reopened)
+    return Tokenized(examples, prompts_cut, completions_cut, skipped, reopened, frozenset(renderer.unused))
 
 
 def prompt_ids(

@@ -245,7 +245,7 @@ def _check(
             progress.advance()
         feedback = reader.finish(parsed, (sources.group_of(row) for row in parsed))
         for at in range(0, len(feedback), CHUNK):
-            measured, refused, differ = _measure(feedback[at : at + CHUNK], config, tokenizer)
+            measured, refused, differ = _measure(feedback[at : at + CHUNK], config, tokenizer, reader.unused)
             if positions is not None:
                 lengths = [(size.source, min(size.whole, config.max_length)) for size in measured]
                 too_many = [too_long(source, length, positions) for source, length in lengths if length > positions]
@@ -264,10 +264,10 @@ def _check(
 
 
 def _measure(
-    rows: Sequence[Feedback], config: DataConfig, tokenizer: PreTrainedTokenizerBase | None
+    rows: Sequence[Feedback], config: DataConfig, tokenizer: PreTrainedTokenizerBase | None, unused: set[str]
 ) -> tuple[list[Size], list[str], int]:
     """Sizes of the rows, a message for each row that the tokenizer or its chat template refuses, and how many turns the
-    template opens otherwise than it writes them."""
+    template opens otherwise than it writes them; and what it is given and does not use, added to `unused`."""
     if tokenizer is None:
         return [Size(r.source, r.label, _characters(r.prompt), _characters(r.completion)) for r in rows], [], 0
 
@@ -280,6 +280,7 @@ def _measure(
             max_length=sys.maxsize,
             skip_bad_rows=skip_bad_rows,
         )
+        unused.update(tokens.unused)
         found = [Size(e.source, e.label, len(e.prompt_ids), len(e.completion_ids)) for e in tokens.examples]
         return found, tokens.skipped, tokens.reopened
 
@@ -373,7 +374,7 @@ def _print(report: DataReport, config: DataConfig, console: Console) -> None:
         if len(places) > EXAMPLES:
             line(f"  and {len(places) - EXAMPLES:,} more", "dim")
     if unused := set().union(*(file.unused for file in report.files.values())):
-        line(f"columns that are not used: {', '.join(sorted(unused))}", "yellow")
+        line(f"columns and keys of messages that are not used: {', '.join(sorted(unused))}", "yellow")
     if neither := sum(file.neither for file in report.files.values()):
         line(f"completions that are left out, because their label or weight is 0: {neither:,}", "yellow")
     if differ := sum(file.reopened for file in report.files.values()):
