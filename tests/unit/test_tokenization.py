@@ -655,7 +655,7 @@ def test_a_broken_generation_config(text: str, says: str, tmp_path: Path) -> Non
 def test_keys_and_arguments_that_the_template_does_not_use_are_named() -> None:
     tokenizer = make(CHATML, eos_token="<|im_end|>")
     question = [user("Hi") | {"name": "Ada", "id": "1"}]
-    chat = Chat(kwargs={"enable_thinking": False, "add_generation_prompt": True})
+    chat = Chat(kwargs={"enable_thinking": False})
     rows = [replace(row(question, ANSWER), template_kwargs={"style": "brief"})]
     assert tokenize(rows, tokenizer, chat=chat, max_length=99).unused == {"name", "enable_thinking", "style"}
     writes = Chat(CHATML.replace("{{ m['content'] }}", "{{ m['name'] }}{{ m['content'] }}", 1))
