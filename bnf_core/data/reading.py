@@ -6,6 +6,7 @@ import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from bnf_core.config import DataConfig
@@ -74,7 +75,7 @@ class RowReader:
             used, called, name = used_columns(shape), shape.called, _described(shape, row)
             row = self._converted(shape, row, source)
         try:
-            found = parse_row(row, source, self._labels)
+            found = parse_row(row, source, self._labels, is_plain=True)
         except RowError as error:
             head, dot, rest = error.field.partition(".")
             head, bracket, at = head.partition("[")
@@ -180,5 +181,10 @@ class RowReader:
 
 
 def _described(shape: Shape, row: Mapping[str, Any]) -> str:
-    columns = [*shape.columns, *(c for c in (*shape.uses, "weight", "tools") if row.get(c) is not None)]
-    return f"{shape.name} ({', '.join(dict.fromkeys(columns))})" if columns else shape.name
+    return _in_words(shape, tuple(c for c in (*shape.uses, "weight", "tools") if row.get(c) is not None))
+
+
+@lru_cache(1000)
+def _in_words(shape: Shape, others: tuple[str, ...]) -> str:
+    columns = dict.fromkeys((*shape.columns, *others))
+    return f"{shape.name} ({', '.join(columns)})" if columns else shape.name

@@ -67,7 +67,7 @@ class _Shared(NamedTuple):
         return Feedback(self.prompt, completion, label > 0, self.source, paired, self.tools, kwargs, strength, score)
 
 
-def parse_row(row: Any, source: str, labels: Labels | None = None) -> list[Feedback]:
+def parse_row(row: Any, source: str, labels: Labels | None = None, *, is_plain: bool = False) -> list[Feedback]:
     """Check one row and turn it into labelled completions: one, two of a pair, or several. Other columns are ignored.
 
     Those whose label or weight is 0 have the weight 0.
@@ -76,6 +76,7 @@ def parse_row(row: Any, source: str, labels: Labels | None = None) -> list[Feedb
         row: a mapping from column to value, as read from JSON.
         source: file:line, for messages.
         labels: how labels are read; default: from the column `label`.
+        is_plain: whether the row is as `messages.plain` gives it.
     Raises:
         RowError: the row is not what any of the column sets asks for.
     """
@@ -84,7 +85,8 @@ def parse_row(row: Any, source: str, labels: Labels | None = None) -> list[Feedb
         raise RowError(
             source, "", f"found {named(row)}, expected an object with columns", f"The columns are {_column_sets()}"
         )
-    row = {column: plain(value) for column, value in row.items()}
+    if not is_plain:
+        row = {column: plain(value) for column, value in row.items()}
     columns = _column_set(row, source, labels)
     beside = (
         tools_of(row.get("tools"), source),

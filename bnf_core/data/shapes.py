@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from bnf_core.data.messages import Cell, Message, RowError, named
@@ -24,7 +25,7 @@ def _always(row: Row) -> bool:
     return True
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shape:
     """What rows of one kind have in common."""
 
@@ -47,15 +48,19 @@ def shapes_of(row: Row, ruled: bool) -> list[Shape]:
     Args:
         ruled: whether a rule makes the labels.
     """
-    names = {column for column, value in row.items() if value is not None}
-    found = [
+    names = frozenset(column for column, value in row.items() if value is not None)
+    found = [shape for shape in _with_columns(names, ruled) if shape.fits(row)]
+    return [a for a in found if not any(set(a.columns) < set(b.columns) for b in found)] if len(found) > 1 else found
+
+
+@lru_cache(1000)
+def _with_columns(names: frozenset[str], ruled: bool) -> tuple[Shape, ...]:
+    """The shapes whose columns are all there, which is much the same in all rows of a file."""
+    return tuple(
         shape
         for shape in SHAPES
-        if names.issuperset(shape.columns)
-        and (not shape.labels or ruled or not names.isdisjoint(shape.labels))
-        and shape.fits(row)
-    ]
-    return [a for a in found if not any(set(a.columns) < set(b.columns) for b in found)]
+        if names.issuperset(shape.columns) and (not shape.labels or ruled or not names.isdisjoint(shape.labels))
+    )
 
 
 # Messages of other kinds

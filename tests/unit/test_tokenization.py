@@ -658,6 +658,6 @@ def test_keys_and_arguments_that_the_template_does_not_use_are_named() -> None:
     chat = Chat(kwargs={"enable_thinking": False})
     rows = [replace(row(question, ANSWER), template_kwargs={"style": "brief"})]
     assert tokenize(rows, tokenizer, chat=chat, max_length=99).unused == {"name", "enable_thinking", "style"}
-    writes = Chat(CHATML.replace("{{ m['content'] }}", "{{ m['name'] }}{{ m['content'] }}", 1))
+    writes = Chat(CHATML.replace("{{ m.content }}", "{{ m.name }}{{ m.content }}"))
     assert tokenize(rows, tokenizer, chat=writes, max_length=99).unused == {"style"}
     assert tokenize([row("Hi", "Ho")], tokenizer, max_length=99).unused == set()
