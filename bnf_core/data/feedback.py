@@ -108,11 +108,12 @@ class FeedbackTokenizer:
         seed: int,
         unit: Unit = "row",
         report: Callable[[Tokenized], None] | None = None,
+        labelled: bool = True,
     ) -> FeedbackStream:
         """Rows that are read and tokenised as they are needed; the stream counts those that it skips.
 
         Args:
-            source, split, shuffle_buffer, seed, unit: as for FeedbackStream.
+            source, split, shuffle_buffer, seed, unit, labelled: as for FeedbackStream.
             report: called with what each batch of rows gave.
         Raises:
             UserError: nothing there, or no such split.
@@ -133,6 +134,7 @@ class FeedbackTokenizer:
             skip_bad_rows=self.skip_bad_rows,
             unit=unit,
             reading=self.reading,
+            labelled=labelled,
         )
 
     def tally(self, *tokens: Tokenized) -> Tally:

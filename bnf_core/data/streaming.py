@@ -41,6 +41,7 @@ class FeedbackStream:
         skip_bad_rows: list bad rows in `skipped` instead of stopping at the first.
         unit: what the loss compares. A pair is never parted: a batch may have one row more than asked for.
         reading: the names of columns, and how labels are made.
+        labelled: whether the labels are asked for; otherwise rules that compare the rows of a prompt are passed over.
     Raises:
         UserError: nothing there, no such split, no buffer, or a loss that compares all rows of a prompt.
     """
@@ -56,6 +57,7 @@ class FeedbackStream:
         skip_bad_rows: bool = False,
         unit: Unit = "row",
         reading: Reading | None = None,
+        labelled: bool = True,
     ) -> None:
         if unit == "prompt":
             raise UserError("this objective compares all rows of a prompt, which streamed data do not hold together")
@@ -70,7 +72,7 @@ class FeedbackStream:
         self.unit = unit
         self.skipped: list[str] = []  # the first messages of bad rows, each once
         self._reading = reading
-        self.reader = RowReader(reading, alone=True)
+        self.reader = RowReader(reading, alone=labelled)
         self.skipped_count = 0  # bad rows met so far; what is met in two epochs counts twice
 
     def batches(self, batch_size: int, position: Position | None = None) -> Iterator[tuple[list[Example], Position]]:
@@ -102,7 +104,7 @@ class FeedbackStream:
 
     def shape(self) -> str:
         """What the first row is of; nothing where it is bad, or there is none."""
-        reader = RowReader(self._reading, alone=True)
+        reader = RowReader(self._reading)
         for row in self.source.read():
             try:
                 reader(row.columns(), row.source)

@@ -38,21 +38,21 @@ def load_split(
 def read_once(
     split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> Iterator[Example]:
-    """The tokenised rows of one split, a thousand in memory at a time.
+    """The tokenised rows of one split, a thousand in memory at a time; their labels are not to be relied on.
 
     Raises:
         UserError: a missing file or a bad row.
     """
-    rows, tally = _stream(split, config, tokenizer, console)
+    rows, tally = _stream(split, config, tokenizer, console, labelled=False)
     yield from rows.examples()
     _list_skipped(rows.skipped, rows.source.name, console, rows.skipped_count)
     _list_unused(rows.reader.unused, console)
-    tell(tally, console)
+    tell(tally, console, whole=config.label is None)
 
 
-def tell(tally: Tally, console: Console) -> None:
-    """Say what a person should know of the rows."""
-    for note in tally.notes():
+def tell(tally: Tally, console: Console, *, whole: bool = True) -> None:
+    """Say what a person should know of the rows; `whole` as for `Tally.notes`."""
+    for note in tally.notes(whole):
         console.print(f"[yellow]  {note}[/yellow]", highlight=False, soft_wrap=True)
 
 
@@ -77,6 +77,7 @@ def _stream(
     shuffle_buffer: int = 1,
     seed: int = 0,
     objective: Objective | None = None,
+    labelled: bool = True,
 ) -> tuple[FeedbackStream, Tally]:
     """The tokenised rows of one split, read as they are needed, and what became of those that were; in the order of
     the data, unless it is shuffled.
@@ -93,8 +94,15 @@ def _stream(
         tally.add(tokens)
         tally.neither = rows.reader.neither
 
-    unit = objective.unit if objective else "row"
-    rows = feedback.stream(config.path, split, shuffle_buffer=shuffle_buffer, seed=seed, unit=unit, report=report)
+    rows = feedback.stream(
+        config.path,
+        split,
+        shuffle_buffer=shuffle_buffer,
+        seed=seed,
+        unit=objective.unit if objective else "row",
+        report=report,
+        labelled=labelled,
+    )
     _tell_shape(rows.source.name, rows.shape(), console)
     return rows, tally
 
