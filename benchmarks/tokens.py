@@ -19,6 +19,7 @@ from benchmarks.command import main
 from bnf_core.config import DataConfig
 from bnf_core.data import sources
 from bnf_core.data.feedback import FeedbackTokenizer
+from bnf_core.data.reading import RowReader
 from bnf_core.data.table import ExampleTable
 from bnf_core.data.token_cache import TokenCache, made_of
 from bnf_core.data.tokenization import load_tokenizer
@@ -90,7 +91,7 @@ def _made(config: BenchTokensConfig, place: Path, workers: int | None) -> Figure
     before, memory = _clock(), own_memory()
 
     def make() -> object:
-        loaded = sources.load_feedback(source, "train", config.data.skip_bad_rows)
+        loaded = sources.load_feedback(source, "train", config.data.skip_bad_rows, feedback.reading)
         return feedback.making(loaded, workers)
 
     columns = cache.table(of, make, print)  # type: ignore[arg-type]
@@ -117,8 +118,8 @@ def _epoch(config: BenchTokensConfig, place: Path) -> Figures:
 
 def _warm(feedback: FeedbackTokenizer, source: sources.Source) -> None:
     """One row, so that what is loaded with the first is not counted."""
-    first = next(iter(source.read())).feedback()[:1]
-    feedback(first)
+    first = next(iter(source.read()))
+    feedback(RowReader(feedback.reading)(first.columns(), first.source)[:1])
 
 
 def _clock() -> tuple[float, float]:

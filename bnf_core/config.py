@@ -116,6 +116,10 @@ class SourceConfig:
     """As `data.subset`."""
     revision: str | None = None
     """As `data.revision`."""
+    columns: dict[str, str] | None = None
+    """As `data.columns`."""
+    label: str | None = None
+    """As `data.label`."""
     template: Template | None = None
     """As `data.template`."""
     chat_template: str | None = None
@@ -167,6 +171,12 @@ class DataConfig:
     """Which subset (configuration) of a Hub data set; default: its only one, or its default."""
     revision: str | None = None
     """Which commit, branch or tag of a Hub data set; default: the newest of its main branch."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our columns by their names in the data, such as {prompt: question, completion: answer, label: correct}; default:
+    the shape of rows is recognised."""
+    label: str | None = None
+    """A rule that makes labels of another column, such as "score >= 4", "rank <= 1", "score > mean" (of the prompt's
+    completions) or "score in top 1"; or the name of a column of labels that are 0 and 1 or text."""
     template: Template = "auto"
     """`auto`: the chat template for messages, plain strings as they are; `chat`: the chat template for both;
     `plain`: never."""

@@ -39,13 +39,13 @@ BASE = f"--micro-batch-size 8 {UNSHARED}"  # what others are compared with: a st
 
 def write_rows(path: Path, shift: int = 0) -> Path:
     """21 rows, so that of every epoch's batches of eight the last has five, which two processes cannot share evenly.
-    Lengths differ tenfold; some completions are one token. Another `shift` makes other rows."""
+    Lengths differ tenfold, and weights threefold; some completions are one token. Another `shift` makes other rows."""
     completions = ["4", "It is 4.", "No idea, sorry. "]
     rows = []
     for i in range(21):
         prompt = "What is " + " plus ".join(str(j + shift) for j in range(1 + 5 * i % 11)) + "?"
         completion = completions[i % 3] * (1 if i % 3 == 0 else 1 + i % 7)
-        rows.append({"prompt": prompt, "completion": completion, "label": i % 2 == 0})
+        rows.append({"prompt": prompt, "completion": completion, "label": i % 2 == 0, "weight": (1, 0.5, 1.5)[i % 3]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 

@@ -1,4 +1,4 @@
-"""Rows of feedback as tokens, in columns: 4 bytes a token and some 50 a row, in memory or mapped from files.
+"""Rows of feedback as tokens, in columns: 4 bytes a token and some 60 a row, in memory or mapped from files.
 
 As Python's integers a token takes 49 bytes, in every process. Mapped files are read as rows are asked for, and what
 the system keeps of them is there once for all processes.
@@ -7,7 +7,7 @@ the system keeps of them is there once for all processes.
 import hashlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import overload
@@ -24,6 +24,7 @@ DTYPES = {
     "ends": "<i8",  # where a row's tokens end
     "prompt_lengths": "<i4",
     "labels": "|i1",
+    "weights": "<f8",
     "groups": "<i8",
     "pairs": "<i8",
     "keys": "<u8",
@@ -42,8 +43,18 @@ class Columns:
     names: Sequence[str]  # of the files
     digest: str  # `rows_digest`
     prompts: Array  # the groups of all rows that were read, also of bad ones, once each, in the order of the data
-    skipped: Sequence[str] = ()  # the message of every bad row
-    unused: Sequence[str] = ()  # columns of the data that are passed over
+    about: "About"
+
+
+@dataclass
+class About:
+    """What a person should know of the data."""
+
+    shape: str = ""  # of its rows, in words
+    skipped: list[str] = field(default_factory=list)  # the message of every bad row
+    unused: list[str] = field(default_factory=list)  # columns that are passed over
+    unwritten: list[str] = field(default_factory=list)  # keys of messages that the chat template does not write
+    neither: int = 0  # completions that are left out, because their label or weight is 0
 
 
 @dataclass(frozen=True)
@@ -53,17 +64,19 @@ class Part:
     arrays: Mapping[str, Array]  # of `files` the numbers are those of `names` here
     names: Sequence[str]
     content: bytes  # what `rows_digest` is of
+    unwritten: frozenset[str]  # as of About
 
 
 def part_of(tokens: Tokenized) -> Part:
     """These rows in columns."""
     examples, names = tokens.examples, dict[str, int]()
     places = [_place(e.source) for e in examples]
-    columns: dict[str, Iterable[int] | Array] = {
+    columns: dict[str, Iterable[float] | Array] = {
         "tokens": np.concatenate([np.zeros(0, np.int32), *map(_marked, examples)]),
         "ends": np.cumsum([len(e) for e in examples], dtype=np.int64),
         "prompt_lengths": [len(e.prompt_ids) for e in examples],
         "labels": [e.label for e in examples],
+        "weights": [e.weight for e in examples],
         "groups": [e.group for e in examples],
         "pairs": [e.pair for e in examples],
         "keys": [e.key for e in examples],
@@ -73,7 +86,7 @@ def part_of(tokens: Tokenized) -> Part:
         "lines": [line for _, line in places],
     }
     arrays = {name: np.asarray(column, DTYPES[name]) for name, column in columns.items()}
-    return Part(arrays, list(names), b"".join(map(content, examples)))
+    return Part(arrays, list(names), b"".join(map(content, examples)), tokens.unused)
 
 
 class Builder:
@@ -81,6 +94,7 @@ class Builder:
 
     def __init__(self) -> None:
         self.names: dict[str, int] = {}
+        self.unwritten: set[str] = set()
         self._rows = self._end = 0
         self._digest = hashlib.sha256()
 
@@ -91,6 +105,7 @@ class Builder:
         self._rows += len(ends)
         self._end += len(part.arrays["tokens"])
         self._digest.update(part.content)
+        self.unwritten |= part.unwritten
         files = numbers[part.arrays["files"]] if len(numbers) else part.arrays["files"]
         return {**part.arrays, "ends": ends, "files": files}
 
@@ -183,6 +198,7 @@ class ExampleTable(Sequence[Example]):
             pair=int(arrays["pairs"][row]),
             source=name if line < 0 else f"{name}:{line}",
             trained=tuple((~untrained[prompt:]).tolist()) if untrained.any() else None,
+            weight=float(arrays["weights"][row]),
         )
 
     def __iter__(self) -> Iterator[Example]:
@@ -193,12 +209,13 @@ class ExampleTable(Sequence[Example]):
 
 
 def column(examples: Sequence[Example], name: str) -> Array:
-    """(rows,) numbers: group, pair, label, key or length of each, quickly where they are a table."""
+    """(rows,) numbers: group, pair, label, weight, key or length of each, quickly where they are a table."""
     if isinstance(examples, ExampleTable):
         return examples.column(f"{name}s")
     if name == "length":
         return np.asarray([len(e) for e in examples], np.int64)
-    return np.asarray([getattr(e, name) for e in examples], np.uint64 if name == "key" else np.int64)
+    kind = {"key": np.uint64, "weight": np.float64}.get(name, np.int64)
+    return np.asarray([getattr(e, name) for e in examples], kind)
 
 
 def _lengths(part: Columns) -> Array:

@@ -25,7 +25,7 @@ from filelock import Timeout
 from bnf_core.config import DataConfig
 from bnf_core.data.rendering import asks_for_date, chat_of
 from bnf_core.data.sources import Source
-from bnf_core.data.table import DTYPES, Builder, Columns, Part
+from bnf_core.data.table import DTYPES, About, Builder, Columns, Part
 from bnf_core.storage.digests import files_digest, json_digest, tokenizer_digest
 from bnf_core.storage.files import lock, replacing
 from bnf_core.types import Array
@@ -164,13 +164,12 @@ class Making:
     Args:
         groups: of all rows that were read, also of those that turn out bad.
         parts: the rows as tokens, in order; asking for one may raise whatever makes them bad.
-        skipped: the messages of bad rows, complete once `parts` is at its end.
-        unused: columns of the data that are passed over.
+        about: complete once `parts` is at its end.
     """
 
-    def __init__(self, groups: Sequence[int], parts: Iterator[Part], skipped: list[str], unused: Sequence[str]) -> None:
+    def __init__(self, groups: Sequence[int], parts: Iterator[Part], about: About) -> None:
         self.prompts = np.fromiter(dict.fromkeys(groups), "<i8")
-        self.parts, self.skipped, self.unused = parts, skipped, unused
+        self.parts, self.about = parts, about
 
     def columns(self) -> Columns:
         """In memory."""
@@ -191,7 +190,8 @@ class Making:
         return self._named(builder, {})
 
     def _named(self, builder: Builder, arrays: Mapping[str, Array]) -> Columns:
-        return Columns(arrays, list(builder.names), builder.digest, self.prompts, self.skipped, self.unused)
+        self.about.unwritten = sorted(builder.unwritten)
+        return Columns(arrays, list(builder.names), builder.digest, self.prompts, self.about)
 
 
 def _write(folder: Path, of: Mapping[str, Any], rows: Making) -> None:
@@ -203,8 +203,7 @@ def _write(folder: Path, of: Mapping[str, Any], rows: Making) -> None:
         "bytes": {name: _file(folder, name).stat().st_size for name in (*DTYPES, PROMPTS)},
         "names": columns.names,
         "digest": columns.digest,
-        "skipped": columns.skipped,
-        "unused": list(columns.unused),
+        "about": asdict(columns.about),
     }
     (folder / INDEX).write_text(json.dumps(index, indent=2, default=str) + "\n", encoding="utf-8")
 
@@ -226,7 +225,7 @@ def _open(folder: Path) -> Columns:
             raise ValueError(f"{name} has {found:,} bytes, expected {size:,}")
     arrays = {name: _mapped(_file(folder, name), dtype) for name, dtype in DTYPES.items()}
     prompts = _mapped(_file(folder, PROMPTS), "<i8")
-    return Columns(arrays, index["names"], index["digest"], prompts, index["skipped"], index["unused"])
+    return Columns(arrays, index["names"], index["digest"], prompts, About(**index["about"]))
 
 
 def _file(folder: Path, name: str) -> Path:

@@ -8,7 +8,7 @@ as " " and "Paris" into " Paris".
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntFlag
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,6 +42,7 @@ class Tokenized:
     examples: list[Example]
     fates: list[Fate]  # of each
     skipped: list[str]  # the message of every bad row, when they are to be skipped
+    unused: frozenset[str] = frozenset()  # keys of messages and arguments of the template that it does not write
 
     @property
     def prompts_cut(self) -> int:
@@ -86,15 +87,16 @@ def tokenize(
             is left.
         UserError: the tokenizer lacks an EOS token or the chat template that the rows need.
     """
-    whole = Tokenized([], [], [])
+    whole, unused = Tokenized([], [], []), frozenset[str]()
     for at in range(0, max(len(rows), 1), CHUNK):
         part = tokenize_some(rows[at : at + CHUNK], tokenizer, template, chat, max_length, skip_bad_rows)
         whole.examples.extend(part.examples)
         whole.fates.extend(part.fates)
         whole.skipped.extend(part.skipped)
+        unused |= part.unused
     if whole.skipped and not whole.examples:
         raise none_left(len(rows), whole.skipped[0])
-    return whole
+    return replace(whole, unused=unused)
 
 
 def tokenize_some(
@@ -143,9 +145,10 @@ def tokenize_some(
                 pair=pair_number(row.source) if row.paired else 0,
                 source=row.source,
                 trained=None if cut.trained is None else tuple(cut.trained),
+                weight=row.weight,
             )
         )
-    return tokens
+    return replace(tokens, unused=frozenset(renderer.unused))
 
 
 def none_left(count: int, first: str) -> UserError:

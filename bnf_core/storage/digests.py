@@ -25,7 +25,8 @@ def rows_digest(rows: Iterable[Example]) -> str:
 def content(row: Example) -> bytes:
     """What counts of a row."""
     parts = (row.prompt_ids, row.completion_ids, row.label, row.group)
-    return repr(parts if row.trained is None else (*parts, row.trained)).encode()
+    more = (*(() if row.trained is None else (row.trained,)), *(() if row.weight == 1 else (row.weight,)))
+    return repr((*parts, *more)).encode()
 
 
 def named_digest(rows: int, digest: "hashlib._Hash") -> str:

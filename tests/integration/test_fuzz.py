@@ -1,4 +1,5 @@
-"""Rows that nobody would write: each is taken, or refused with its place, and nothing else ever comes of it.
+"""Rows that nobody would write, through real chat templates and in files of every kind: each is taken, or refused with
+its place, and nothing else ever comes of it.
 
 A mutation follows from its seed alone: `mutated(seed)` shows what a seed that is printed stands for.
 """
@@ -6,7 +7,8 @@ A mutation follows from its seed alone: `mutated(seed)` shows what a seed that i
 import json
 import random
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,9 +61,17 @@ KEYS += [
 ]
 
 
+def odd(draw: random.Random) -> Any:
+    return deepcopy(draw.choice([*VALUES, *WORDS]))
+
+
+def keys(value: Any) -> Iterable[Any]:
+    return list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+
+
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
     """Every container within, with each of its keys."""
-    for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+    for key in keys(value):
         yield value, key
         yield from places(value[key])
 
@@ -82,22 +92,22 @@ def mutated(seed: int) -> Any:
             case 1 if isinstance(holder, dict):
                 holder[draw.choice(KEYS)] = holder.pop(key)
             case 2 if isinstance(holder, dict):
-                holder[draw.choice(KEYS)] = draw.choice([*VALUES, *WORDS])
+                holder[draw.choice(KEYS)] = odd(draw)
             case 3 if isinstance(holder, list):
-                holder.insert(draw.randrange(len(holder) + 1), draw.choice([old, *VALUES, *WORDS]))
+                holder.insert(draw.randrange(len(holder) + 1), draw.choice([deepcopy(old), odd(draw)]))
             case 4:
-                holder[key] = [old] * draw.choice([1, 1, 2])
+                holder[key] = [deepcopy(old) for _ in range(draw.choice([1, 1, 2]))]
             case 5:
                 other, place = draw.choice(found)
-                holder[key] = json.loads(json.dumps(other[place])) if place in other or isinstance(other, list) else old
+                holder[key] = deepcopy(other[place]) if place in list(keys(other)) else old
             case 6 if isinstance(old, str):
                 at = draw.randrange(len(old) + 1)
                 holder[key] = old[:at] + draw.choice(WORDS) + old[at + draw.randrange(3) :]
             case 7:
                 holder[key] = json.dumps(old)
             case _:
-                holder[key] = draw.choice([*VALUES, *WORDS])
-    return row if draw.random() > 0.02 else draw.choice([*VALUES, *WORDS, [row]])
+                holder[key] = odd(draw)
+    return row if draw.random() > 0.02 else draw.choice([odd(draw), [row]])
 
 
 @cache

@@ -213,7 +213,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 from benchmarks.tokens import own_memory
-from bnf_core.data.table import ExampleTable, part_of
+from bnf_core.data.table import About, ExampleTable, part_of
 from bnf_core.data.token_cache import Making, TokenCache
 from bnf_core.data.tokenization import Fate, Tokenized
 from bnf_core.steps.batching import Rows
@@ -222,7 +222,7 @@ from bnf_core.types import Example
 def making(count):
     some = [Example((i, i + 1), (i + 2,), i % 2 == 0, group=i // 2, source=f"f.jsonl:{i}") for i in range(1000)]
     part = part_of(Tokenized(some, [Fate(0)] * 1000, []))
-    return Making([], (part for _ in range(count // 1000)), [], [])
+    return Making([], (part for _ in range(count // 1000)), About())
 
 def held(count):
     cache = TokenCache(Path(sys.argv[1]))

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bnf_core.data.table import Columns, ExampleTable, column, part_of
+from bnf_core.data.table import About, Columns, ExampleTable, column, part_of
 from bnf_core.data.token_cache import FORMAT, Making, TokenCache
 from bnf_core.data.tokenization import Fate, Tokenized
 from bnf_core.errors import UserError
@@ -34,6 +34,7 @@ def examples(count: int, seed: int = 0) -> list[Example]:
                 pair=draw.choice([0, 2**63 - 1]),
                 source=draw.choice([f"a.jsonl:{i + 1}", f"b:1[data]:{i}", "no number", "zero:007", ""]),
                 trained=mask if any(mask) and not all(mask) else None,
+                weight=draw.choice([1.0, 0.6, 1e-300]),
             )
         )
     return made
@@ -45,7 +46,7 @@ def tokenized(rows: list[Example]) -> Tokenized:
 
 def making(*parts: list[Example], skipped: list[str] | None = None) -> Making:
     groups = [e.group for part in parts for e in part]
-    return Making(groups, (part_of(tokenized(part)) for part in parts), skipped or [], ["remark"])
+    return Making(groups, (part_of(tokenized(part)) for part in parts), About(skipped=skipped or [], unused=["remark"]))
 
 
 def no_rows() -> Making:
@@ -62,7 +63,7 @@ def test_examples_come_out_of_columns_as_they_went_in() -> None:
     assert [e.trained for e in rows].count(None) < 40
     with pytest.raises(IndexError):
         table[41]
-    for name in ("group", "pair", "label", "key", "length"):
+    for name in ("group", "pair", "label", "weight", "key", "length"):
         assert column(table, name).tolist() == column(rows, name).tolist()
     assert table.column("highest").tolist() == [max(e.prompt_ids + e.completion_ids) for e in rows]
 
@@ -86,7 +87,11 @@ def test_tokens_are_made_once_and_then_mapped(tmp_path: Path) -> None:
     again = cache.table({"data": "f"}, no_rows, said.append)
     for columns in (made, again):
         assert list(ExampleTable([columns])) == rows
-        assert (columns.digest, columns.skipped, columns.unused) == (rows_digest(rows), ["f:3: bad"], ["remark"])
+        assert (columns.digest, columns.about.skipped, columns.about.unused) == (
+            rows_digest(rows),
+            ["f:3: bad"],
+            ["remark"],
+        )
         assert columns.prompts.tolist() == list(dict.fromkeys(e.group for e in rows))
         assert isinstance(columns.arrays["tokens"].base, np.memmap)
     assert said == []
@@ -147,7 +152,7 @@ def test_an_error_in_the_data_leaves_nothing(tmp_path: Path) -> None:
             yield part_of(tokenized(examples(5)))
             raise UserError("f:6: bad")
 
-        return Making([1], parts(), [], [])  # type: ignore[arg-type]
+        return Making([1], parts(), About())  # type: ignore[arg-type]
 
     cache = TokenCache(tmp_path)
     with pytest.raises(UserError, match="f:6: bad"):
@@ -168,4 +173,4 @@ def test_columns_are_small() -> None:
     columns: Columns = making(examples(50)).columns()
     tokens = columns.arrays["tokens"]
     others = sum(array.nbytes for name, array in columns.arrays.items() if name != "tokens")
-    assert tokens.itemsize == 4 and others <= 56 * 50
+    assert tokens.itemsize == 4 and others <= 64 * 50

@@ -646,3 +646,14 @@ def test_a_broken_generation_config(text: str, says: str, tmp_path: Path) -> Non
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(UserError, match=says):
         stop_ids(make(), tmp_path)
+
+
+def test_keys_and_arguments_that_the_template_does_not_use_are_named() -> None:
+    tokenizer = make(CHATML, eos_token="<|im_end|>")
+    question = [user("Hi") | {"name": "Ada", "id": "1"}]
+    chat = Chat(kwargs={"enable_thinking": False})
+    rows = [replace(row(question, ANSWER), template_kwargs={"style": "brief"})]
+    assert tokenize(rows, tokenizer, chat=chat, max_length=99).unused == {"name", "enable_thinking", "style"}
+    writes = Chat(CHATML.replace("{{ m.content }}", "{{ m.name }}{{ m.content }}"))
+    assert tokenize(rows, tokenizer, chat=writes, max_length=99).unused == {"style"}
+    assert tokenize([row("Hi", "Ho")], tokenizer, max_length=99).unused == set()

@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": "complete a prompt",
     "objectives": "list what training can minimise, and what each objective needs",
     "data-check": "check every row of feedback before it is trained on",
+    "data-convert": "write feedback of any shape as .jsonl",
     "data-cache": "list the tokens that are kept on this machine, or remove them",
     "demo": "align a small model on word problems, show before and after",
     "import-gguf": "turn a GGUF file into safetensors",

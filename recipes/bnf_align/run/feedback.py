@@ -13,13 +13,15 @@ from bnf_align.run.progress import bar
 from bnf_core.config import DataConfig, TrainConfig
 from bnf_core.data import sources
 from bnf_core.data.feedback import FeedbackTokenizer, Tally
+from bnf_core.data.reading import Reading
 from bnf_core.data.rendering import asks_for_date, chat_of
 from bnf_core.data.streaming import FeedbackStream, MixedStream
 from bnf_core.data.table import Columns, ExampleTable, Part
 from bnf_core.data.token_cache import Making, TokenCache, cache_folder, made_of
-from bnf_core.data.tokenization import CHUNK, Fate
+from bnf_core.data.tokenization import CHUNK, Fate, Tokenized
 from bnf_core.errors import UserError
-from bnf_core.steps.batching import Rows, require_units, rows_alone
+from bnf_core.objectives import Objective
+from bnf_core.steps.batching import Rows, require_units, require_weights, rows_alone
 from bnf_core.steps.mixing import Mixture
 from bnf_core.steps.steps import Data
 from bnf_core.storage.digests import json_digest, tokenizer_digest
@@ -57,21 +59,22 @@ def splits_of(config: DataConfig) -> list[str]:
 def read_once(
     split: str, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> Iterator[Example]:
-    """The tokenised rows of one split of a single source, a thousand in memory at a time.
+    """The tokenised rows of one split of a single source, a thousand in memory at a time; their labels are not to be
+    relied on.
 
     Raises:
         UserError: a missing file or a bad row.
     """
-    rows, tally = _stream(split, config, tokenizer)
+    rows, tally = _stream(split, config, tokenizer, console, labelled=False)
     yield from rows.examples()
     _list_skipped(rows.skipped, rows.source.name, console, rows.skipped_count)
-    _list_unused(rows.unused, console)
-    tell(tally, console)
+    _list_unused(rows.reader.unused, console)
+    tell(tally, console, whole=config.label is None)
 
 
-def tell(tally: Tally, console: Console) -> None:
-    """Say what a person should know of the rows."""
-    for note in tally.notes():
+def tell(tally: Tally, console: Console, *, whole: bool = True) -> None:
+    """Say what a person should know of the rows; `whole` as for `Tally.notes`."""
+    for note in tally.notes(whole):
         console.print(f"[yellow]  {note}[/yellow]", highlight=False, soft_wrap=True)
 
 
@@ -91,10 +94,12 @@ def _stream(
     split: str,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
+    console: Console,
     *,
     shuffle_buffer: int = 1,
     seed: int = 0,
-    unit: Unit = "row",
+    objective: Objective | None = None,
+    labelled: bool = True,
 ) -> tuple[FeedbackStream, Tally]:
     """The tokenised rows of one split, read as they are needed, and what became of those that were; in the order of
     the data, unless it is shuffled.
@@ -104,8 +109,23 @@ def _stream(
     """
     feedback = FeedbackTokenizer.of(tokenizer, config)
     tally = feedback.tally()
-    name = config.called(split)
-    rows = feedback.stream(config.where, name, shuffle_buffer=shuffle_buffer, seed=seed, unit=unit, report=tally.add)
+
+    def report(tokens: Tokenized) -> None:
+        if objective is not None:
+            require_weights(tokens.examples, objective)
+        tally.add(tokens)
+        tally.neither = rows.reader.neither
+
+    rows = feedback.stream(
+        config.where,
+        config.called(split),
+        shuffle_buffer=shuffle_buffer,
+        seed=seed,
+        unit=objective.unit if objective else "row",
+        report=report,
+        labelled=labelled,
+    )
+    _tell_shape(rows.source.name, rows.shape(), console)
     return rows, tally
 
 
@@ -151,10 +171,10 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, 
     Raises:
         UserError: a missing file or a bad row.
     """
-    data, unit = config.data, config.make_objective().unit
+    data, objective = config.data, config.make_objective()
 
     def loaded(of: DataConfig, split: str, name: str) -> ExampleTable:
-        return _of_units(load_split(of, split, tokenizer, console, name), split, unit, of, console)
+        return _of_units(load_split(of, split, tokenizer, console, name), split, objective, of, console)
 
     held_out: dict[str, ExampleTable] = {}
     train: dict[str, ExampleTable] = {}
@@ -177,19 +197,19 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, 
         is_held = np.isin(whole.column("groups"), np.fromiter(held, np.int64))
         for side, split, rows in ((train, "train", ~is_held), (held_out, "valid", is_held)):
             table = _told(whole.take(rows), split, of, tokenizer, console, name)
-            side[name] = _of_units(table, split, unit, of, console)
+            side[name] = _of_units(table, split, objective, of, console)
     held_out |= {name: loaded(of, of.split or "valid", name) for name, of in valid.items()}
     if data.streaming:
-        return _streamed(config, tokenizer, held_out)
+        return _streamed(config, tokenizer, held_out, console)
     examples = ExampleTable.joined(train.values())
-    mixture = _mixture(data, {name: len(table) for name, table in train.items()}, unit)
+    mixture = _mixture(data, {name: len(table) for name, table in train.items()}, objective.unit)
     digest = examples.digest
     if mixture is not None:
         shares = zip(mixture.names, mixture.takes, mixture.sizes, strict=True)
         said = [f"{take:,} of the {size:,} rows of {name}" for name, take, size in shares]
         console.print(f"an epoch has {', '.join(said)}", highlight=False, markup=False, soft_wrap=True)
         digest += f"; an epoch has {', '.join(said)}"
-    return TrainingData(Rows(examples, config.seed, unit, mixture), examples, digest, held_out)
+    return TrainingData(Rows(examples, config.seed, objective.unit, mixture), examples, digest, held_out)
 
 
 def _mixture(data: DataConfig, sizes: Mapping[str, int], unit: Unit) -> Mixture | None:
@@ -200,7 +220,7 @@ def _mixture(data: DataConfig, sizes: Mapping[str, int], unit: Unit) -> Mixture 
 
 
 def _streamed(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, held_out: Mapping[str, ExampleTable]
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase, held_out: Mapping[str, ExampleTable], console: Console
 ) -> TrainingData:
     data = config.data
     if not held_out and config.valid_fraction > 0:
@@ -208,15 +228,18 @@ def _streamed(
             "valid_fraction cannot hold out rows of streamed data: give held-out rows in a file, with --valid"
         )
 
-    unit = config.make_objective().unit
+    objective = config.make_objective()
     streams, tallies, made = {}, [], []
     for name, of in data.each().items():
-        buffer = data.shuffle_buffer
-        streams[name], tally = _stream("train", of, tokenizer, shuffle_buffer=buffer, seed=config.seed, unit=unit)
+        streams[name], tally = _stream(
+            "train", of, tokenizer, console, shuffle_buffer=data.shuffle_buffer, seed=config.seed, objective=objective
+        )
         tallies.append(tally)
         made.append(_named(name, sources.digest(of.where, of.called("train"))))
         if template := chat_of(of).template:
             made.append(f"chat template {json_digest(template)}")
+        if of.label or of.columns:
+            made.append(f"columns and labels {json_digest([of.columns, of.label])}")
     rows: Data = streams[""] if "" in streams else _mixed(data, streams, config.seed)
     if isinstance(data.path, list):
         made += [f"weights {', '.join(str(source.weight) for source in data.path)}"]
@@ -233,8 +256,12 @@ def _named(name: str, text: str) -> str:
     return f"{name}: {text}" if name else text
 
 
-def _of_units(table: ExampleTable, name: str, unit: Unit, config: DataConfig, console: Console) -> ExampleTable:
+def _of_units(
+    table: ExampleTable, name: str, objective: Objective, config: DataConfig, console: Console
+) -> ExampleTable:
     """Without the rows that the objective has nothing to compare with, where bad rows are to be skipped."""
+    require_weights(table, objective)
+    unit = objective.unit
     alone = rows_alone(table, unit if config.skip_bad_rows else "row")
     if 0 < len(alone) < len(table):
         console.print(f"[yellow]skipped {len(alone)} rows of {name} that lack what this objective compares[/yellow]")
@@ -253,7 +280,7 @@ def _columns(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase,
         console.print(f"[dim]  {escape(message)}[/dim]", highlight=False, soft_wrap=True)
 
     def make() -> Making:
-        loaded = sources.load_feedback(source, name, config.skip_bad_rows)
+        loaded = sources.load_feedback(source, name, config.skip_bad_rows, Reading.of(config))
         making = feedback.making(loaded)
         making.parts = _watched(making.parts, -(-len(loaded.rows) // CHUNK), console)
         return making
@@ -266,8 +293,11 @@ def _columns(config: DataConfig, split: str, tokenizer: PreTrainedTokenizerBase,
         except OSError as error:
             say(f"tokens are kept in memory, not on the disk: {error}")
     columns = columns or make().columns()
-    _list_skipped(columns.skipped, str(config.where), console)
-    _list_unused(columns.unused, console)
+    about = columns.about
+    _tell_shape(str(config.where), about.shape, console)
+    _list_skipped(about.skipped, str(config.where), console)
+    _list_unused(about.unused, console)
+    tell(Tally(config.max_length, unused=set(about.unwritten), neither=about.neither), console)
     return columns
 
 
@@ -298,6 +328,11 @@ def _told(
             "[dim]  plain strings are used as they are; --template chat wraps them in the chat template[/dim]"
         )
     return table
+
+
+def _tell_shape(name: str, shape: str, console: Console) -> None:
+    if shape:
+        console.print(f"{name}: {shape}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _list_unused(columns: Collection[str], console: Console) -> None:
