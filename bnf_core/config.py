@@ -499,15 +499,19 @@ def _source(setting: str, given: Any) -> SourceConfig:
 
 
 def _fits(value: object, hint: Any) -> bool:
-    """Whether a value of YAML is of a type: plain ones, a choice of words, objects, and any of these or null."""
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    if get_origin(hint) in (dict, None):
-        kind = get_origin(hint) or hint
-        return isinstance(value, (int, float) if kind is float else kind) and not (
-            kind in (int, float) and isinstance(value, bool)
+    """Whether a value of YAML is of a type: plain ones, a choice of words, names with values, and any of these."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind is Any:
+        return True
+    if kind is Literal:
+        return value in parts
+    if kind is dict:
+        return isinstance(value, dict) and all(
+            _fits(x, part) for pair in value.items() for x, part in zip(pair, parts, strict=True)
         )
-    return any(_fits(value, part) for part in get_args(hint))
+    if parts:
+        return any(_fits(value, part) for part in parts)
+    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
 
 
 def _in_words(hint: Any) -> str:
