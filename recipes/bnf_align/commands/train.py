@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NoReturn
 
@@ -119,7 +120,8 @@ class _Training:
     ):
         self.config, self.engine, self.data, self.facts = config, engine, data, facts
         self.console, self.evaluator, self.tokenizer = console, evaluator, tokenizer
-        self.stops = stop_ids(tokenizer, checkpoint, chat=chat_of(config.data))
+        of_sources = (stop_ids(tokenizer, checkpoint, chat=chat_of(of)) for of in config.data.each().values())
+        self.stops = list(dict.fromkeys(chain.from_iterable(of_sources)))
         self.pad = pad_id(tokenizer)
         self.processes = engine.processes
         self.first = self.processes.rank == 0
