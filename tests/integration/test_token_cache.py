@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -178,6 +179,7 @@ def test_a_cache_that_cannot_be_written_is_said_and_done_without(
     assert "tokens are kept in memory, not on the disk" in console.export_text()
 
 
+@pytest.mark.slow
 def test_several_processes_make_the_same_and_name_the_same_row(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,6 +194,17 @@ def test_several_processes_make_the_same_and_name_the_same_row(
     with pytest.raises(RowError, match=r"f\.jsonl:8: prompt: is empty") as raised:
         feedback.making(loaded, 2).columns()
     assert raised.value.field == "prompt"
+
+
+def test_what_tokenises_goes_to_another_process_and_its_errors_come_back(tiny_model: Path, tmp_path: Path) -> None:
+    feedback = FeedbackTokenizer.of(
+        load_tokenizer(tiny_model), DataConfig("", label="label", columns={"label": "good"})
+    )
+    rows = sources.load_feedback(str(tiny.write_rows(tmp_path / "f.jsonl", 3))).rows
+    here, there = feedback._part(rows), pickle.loads(pickle.dumps(feedback._part))(rows)
+    assert here[0].content == there[0].content and here[0].names == there[0].names
+    error = pickle.loads(pickle.dumps(RowError("f:1", "prompt", "is x", "Mend it")))
+    assert (str(error), error.source, error.field) == ("f:1: prompt: is x. Mend it.", "f:1", "prompt")
 
 
 def test_data_cache_lists_and_removes(
@@ -212,12 +225,15 @@ def test_data_cache_lists_and_removes(
 MEMORY = """
 import sys
 from pathlib import Path
-from benchmarks.tokens import own_memory
 from bnf_core.data.table import About, ExampleTable, part_of
 from bnf_core.data.token_cache import Making, TokenCache
 from bnf_core.data.tokenization import Fate, Tokenized
 from bnf_core.steps.batching import Rows
 from bnf_core.types import Example
+
+def own_memory():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon")) * 1024
 
 def making(count):
     some = [Example((i, i + 1), (i + 2,), i % 2 == 0, group=i // 2, source=f"f.jsonl:{i}") for i in range(1000)]
@@ -229,7 +245,7 @@ def held(count):
     table = ExampleTable([cache.table({"data": count}, lambda: making(count), print)])
     rows = Rows(table, 0)
     batches = rows.batches(100)
-    for _ in range(rows.steps_per_epoch(100) + 1):
+    for _ in range(100):
         next(batches)
     return table, batches
 
