@@ -6,16 +6,19 @@ the system keeps of them is there once for all processes.
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import overload
 
 import numpy as np
 
 from bnf_core.data.tokenization import Tokenized
 from bnf_core.storage.digests import content, named_digest, rows_digest
+from bnf_core.storage.files import replace_file
 from bnf_core.types import Array, Example
 
 # Of each row, but for the tokens.
@@ -44,6 +47,19 @@ class Columns:
     digest: str  # `rows_digest`
     prompts: Array  # the groups of all rows that were read, also of bad ones, once each, in the order of the data
     about: "About"
+    folder: Path | None = None  # of its files
+
+    def remembered(self, name: str, find: Callable[[], str]) -> str:
+        """What takes long to find, once for all who map these files."""
+        if self.folder is None:
+            return find()
+        path = self.folder / f"{name}.txt"
+        with suppress(OSError):
+            return path.read_text(encoding="utf-8")
+        found = find()
+        with suppress(OSError):  # removed meanwhile, or not ours to write
+            replace_file(path, found)
+        return found
 
 
 @dataclass
@@ -168,7 +184,13 @@ class ExampleTable(Sequence[Example]):
     @cached_property
     def digest(self) -> str:
         """`rows_digest`."""
-        return self.parts[0].digest if self.selected is None and len(self.parts) == 1 else rows_digest(self)
+        if len(self.parts) > 1:
+            return rows_digest(self)
+        if self.selected is None:
+            return self.parts[0].digest
+        return self.parts[0].remembered(
+            hashlib.sha256(self.selected.tobytes()).hexdigest()[:24], lambda: rows_digest(self)
+        )
 
     def __len__(self) -> int:
         return self._starts[-1] if self.selected is None else len(self.selected)

@@ -4,6 +4,7 @@
       KEY.lock                     held by the process that makes it
       KEY/index.json               what it is of, by what versions it was made, and how long each column is
           tokens.bin, ends.bin, …  the columns of a table, little-endian, one number after the other
+          ….txt                    digests of some of its rows, such as those that are not held out
 
 KEY is of everything that decides tokens: the data, the tokenizer, the chat template and the settings.
 """
@@ -225,7 +226,7 @@ def _open(folder: Path) -> Columns:
             raise ValueError(f"{name} has {found:,} bytes, expected {size:,}")
     arrays = {name: _mapped(_file(folder, name), dtype) for name, dtype in DTYPES.items()}
     prompts = _mapped(_file(folder, PROMPTS), "<i8")
-    return Columns(arrays, index["names"], index["digest"], prompts, About(**index["about"]))
+    return Columns(arrays, index["names"], index["digest"], prompts, About(**index["about"]), folder)
 
 
 def _file(folder: Path, name: str) -> Path:

@@ -104,6 +104,18 @@ def test_tokens_are_made_once_and_then_mapped(tmp_path: Path) -> None:
     assert list(ExampleTable([again])) == rows  # what is mapped stays
 
 
+def test_the_digest_of_some_rows_is_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, some = examples(30), np.array([3, 5, 7])
+    cache = TokenCache(tmp_path)
+    digest = rows_digest([rows[i] for i in some])
+    for _ in range(2):
+        assert ExampleTable([cache.table({}, lambda: making(rows), print)]).take(some).digest == digest
+        monkeypatch.setattr("bnf_core.data.table.rows_digest", no_rows)
+    monkeypatch.undo()
+    other = ExampleTable([cache.table({}, no_rows, print)]).take(some[::-1])
+    assert other.digest == rows_digest([rows[i] for i in some[::-1]]) != digest
+
+
 def place(cache: TokenCache) -> Path:
     (entry,) = cache.entries()
     return entry.folder
