@@ -136,6 +136,7 @@ def test_it_takes_the_steps_that_bnf_train_takes(tiny_model, feedback, tmp_path)
     np.testing.assert_allclose(norms, [line["grad_norm"] for line in expected], rtol=1e-4)
     assert max(norms) > 1  # there was something to clip
     trainer.save_model(str(tmp_path / "adapter"))
+    assert len({path.stat().st_mode for path in (tmp_path / "adapter").iterdir()}) == 1
     ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (tmp_path / "adapter", folder / "adapter"))
     assert ours.keys() == theirs.keys()
     for name in ours:
