@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402  (imports follow the check that PyTorch is installed)
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,14 +19,14 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel
 from rich.console import Console
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
 import tiny
 from bnf_align.commands.reference import reference
 from bnf_align.commands.train import train
 from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OptimizerConfig, ReferenceConfig, TrainConfig
 from bnf_core.errors import UserError
-from bnf_torch.trainer import BNFConfig, BNFTrainer
+from bnf_torch.trainer import REFUSED, BNFConfig, BNFTrainer
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -355,6 +356,34 @@ def test_a_stored_reference_is_used_and_another_models_refused(tiny_model, tmp_p
 def test_settings_without_effect_are_refused(tmp_path, setting, message):
     with pytest.raises(UserError, match=message):
         settings(tmp_path, **setting)
+
+
+# What transformers' own loop, schedules, logging and saving make of them holds here as well.
+TAKEN = set(
+    """output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+    lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+    gradient_accumulation_steps max_grad_norm bf16 tf32 activation_checkpointing gradient_checkpointing
+    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
+    log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
+    trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size eval_on_start
+    save_only_model save_strategy save_steps save_total_limit push_to_hub hub_token hub_private_repo hub_model_id
+    hub_strategy hub_always_push hub_revision load_best_model_at_end metric_for_best_model greater_is_better
+    restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu skip_memory_metrics
+    remove_unused_columns do_train do_eval do_predict resume_from_checkpoint local_rank""".split()
+)
+
+
+def test_every_setting_of_transformers_is_taken_or_refused() -> None:
+    known = {setting.name for setting in dataclasses.fields(TrainingArguments)}
+    assert known - set(REFUSED) == TAKEN
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_each_refused_setting_is_named(tmp_path: Path, name: str) -> None:
+    default = next(setting.default for setting in dataclasses.fields(TrainingArguments) if setting.name == name)
+    with pytest.raises(UserError, match=f"{name} is .*does not support"):
+        settings(tmp_path, **{name: default is not True})
+    settings(tmp_path, **({} if default is dataclasses.MISSING else {name: default}))
 
 
 def test_bad_rows_are_named_or_skipped(tiny_model, tmp_path):
