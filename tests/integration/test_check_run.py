@@ -61,7 +61,7 @@ def check(capsys: pytest.CaptureFixture[str], a: Path, b: Path) -> tuple[int, st
 
 
 @pytest.mark.usefixtures("drawn")
-@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize("kind", ["lora", pytest.param("dora", marks=pytest.mark.slow), "full"])
 def test_both_backends_take_the_same_road(
     tiny_model: Path,
     rows: Path,

@@ -26,6 +26,7 @@ from bnf_align.commands.reference import reference
 from bnf_align.commands.train import train
 from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OptimizerConfig, ReferenceConfig, TrainConfig
 from bnf_core.errors import UserError
+from bnf_core.steps.batching import Rows
 from bnf_torch.trainer import REFUSED, BNFConfig, BNFTrainer
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -84,7 +85,7 @@ def weights(trainer: BNFTrainer) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("rows", [chat(), PLAIN, PAIRS], ids=["chat", "plain", "pairs"])
 @pytest.mark.parametrize("kind", ["list", "Dataset", "IterableDataset", "file"])
-def test_data_in_every_form_gives_the_same_losses(tiny_model, tmp_path, rows, kind):
+def test_data_in_every_form_is_the_same_rows(tiny_model, tmp_path, rows, kind):
     feed: Any = rows
     extra: dict[str, Any] = {}
     if kind == "Dataset":
@@ -94,17 +95,22 @@ def test_data_in_every_form_gives_the_same_losses(tiny_model, tmp_path, rows, ki
     if kind == "file":
         feed = str(tmp_path / "rows.jsonl")
         Path(feed).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    trainer = BNFTrainer(str(tiny_model), settings(tmp_path / "out", **extra), feed, peft_config=PeftLoraConfig(**LORA))
-    trainer.train()
+    trainer, same = (
+        BNFTrainer(str(tiny_model), settings(tmp_path / name, **more), data, peft_config=PeftLoraConfig(**LORA))
+        for name, more, data in (("out", extra, feed), ("same", {}, rows))
+    )
     sequences = len(rows) * (2 if rows is PAIRS else 1)
-    assert trainer.state.global_step == (2 if kind == "IterableDataset" else -(-sequences // 4))
-    same = BNFTrainer(str(tiny_model), settings(tmp_path / "same"), rows, peft_config=PeftLoraConfig(**LORA))
-    same.train()
-    if kind != "IterableDataset":  # which has an order of its own
-        assert losses(trainer) == losses(same)
-    assert all(np.isfinite(losses(trainer)))
-    logged = trainer.state.log_history[0]
-    assert {"loss", "grad_norm", "learning_rate", "rewards/chosen", "logps/rejected"} <= logged.keys()
+    assert isinstance(same.rows, Rows) and len(same.rows.examples) == sequences
+    if kind != "IterableDataset":  # which is read as it is trained on
+        assert isinstance(trainer.rows, Rows) and trainer.rows.examples == same.rows.examples
+    elif rows is PAIRS:
+        trainer.train()
+        assert trainer.state.global_step == 2 and np.isfinite(losses(trainer)).all()
+    if rows is PLAIN and kind == "list":
+        trainer.train()
+        assert trainer.state.global_step == -(-sequences // 4)
+        logged = trainer.state.log_history[0]
+        assert {"loss", "grad_norm", "learning_rate", "rewards/chosen", "logps/rejected"} <= logged.keys()
 
 
 def test_it_takes_the_steps_that_bnf_train_takes(tiny_model, feedback, tmp_path):
