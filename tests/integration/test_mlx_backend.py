@@ -215,7 +215,7 @@ def loss_of(*inputs, **options):
 
 
 @pytest.mark.parametrize("mode", ["frozen head", "trained head", "head asked for unannounced", "statistics alone"])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("dtype", [mx.float32, pytest.param(mx.bfloat16, marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_number_of_tokens(mode, dtype):
     def peak(n: int) -> int:
         inputs = fused_inputs(n, dtype=dtype)
@@ -231,10 +231,10 @@ def test_memory_does_not_grow_with_the_number_of_tokens(mode, dtype):
             mx.eval(gradient(*inputs, train_head=True if mode == "trained head" else None, chunk_tokens=64))
         return mx.get_peak_memory() - before
 
-    peak(128)  # anything that is allocated once
+    peak(512)  # anything that is allocated once
     # MLX allocates for up to ten operations ahead of the one that computes, more of them on a busy machine: the
     # least of a few runs is what the computation itself needs.
-    small, large = (min(peak(n) for _ in range(8)) for n in (128, 512))
+    small, large = (min(peak(n) for _ in range(8)) for n in (512, 2048))
     chunk = 64 * 4096 * 4
     assert large < small + chunk, f"{small / chunk:.1f} chunks grew to {large / chunk:.1f}"
 
