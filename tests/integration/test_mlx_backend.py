@@ -378,6 +378,16 @@ def test_mlx_lm_itself_generates_with_a_saved_adapter(checkpoint, tmp_path):
     assert said.read_text().split() == [f"w{token}" for token in adapted]
 
 
+def test_code_in_a_checkpoint_is_never_run(checkpoint, tmp_path):
+    model = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_file": "own.py"}))
+    (model / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    with pytest.raises(UserError, match=r"code of its own, own\.py, which is never run"):
+        load_model(model, mx.Device(mx.cpu), mx.float32)
+    assert not (tmp_path / "run").exists()
+
+
 def mlx_lm_generate(words: list[str]) -> None:
     from mlx_lm.generate import main
 
