@@ -68,7 +68,10 @@ def check(capsys: pytest.CaptureFixture[str], a: Path, b: Path) -> tuple[int, st
         pytest.param("dora", "bnf", marks=pytest.mark.slow),
         ("full", "bnf"),
         ("lora", "kto"),
-        *(pytest.param("lora", name, marks=pytest.mark.slow) for name in ("nll", "bco", "apo_zero_unpaired", "bnf + 0.2*npo")),
+        *(
+            pytest.param("lora", name, marks=pytest.mark.slow)
+            for name in ("nll", "bco", "apo_zero_unpaired", "bnf + 0.2*npo")
+        ),
     ],
 )
 def test_both_backends_take_the_same_road(
