@@ -136,6 +136,7 @@ def _duration(seconds: float) -> str:
 
 
 Config = TrainConfig
+POSITIONAL = ("--data",)
 
 
 def run(config: TrainConfig, console: Console) -> int:
