@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import date
 from typing import Any, Literal
 
+from bnf_core.data.labels import LabelRule
 from bnf_core.errors import UserError
 from bnf_core.models.lora import UNADAPTED
 from bnf_core.objectives import Objective, parse
@@ -129,6 +130,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         _require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "an integer of at least 1")
         _require(self.max_length >= 2, "data.max_length", self.max_length, "an integer of at least 2")
+        if self.label is not None:
+            LabelRule.parse(self.label)
         _require(self.date is None or _is_day(self.date), "data.date", self.date, "a day as 2025-12-31")
 
 
