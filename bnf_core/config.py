@@ -128,10 +128,10 @@ class DataConfig:
     """With `streaming`: shuffle among so many rows at a time."""
 
     def __post_init__(self) -> None:
-        _require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "an integer of at least 1")
-        _require(self.max_length >= 2, "data.max_length", self.max_length, "an integer of at least 2")
         if self.label is not None:
             LabelRule.parse(self.label)
+        _require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "an integer of at least 1")
+        _require(self.max_length >= 2, "data.max_length", self.max_length, "an integer of at least 2")
         _require(self.date is None or _is_day(self.date), "data.date", self.date, "a day as 2025-12-31")
 
 
