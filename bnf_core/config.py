@@ -13,6 +13,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from bnf_core.data.labels import LabelRule
 from bnf_core.errors import UserError
 from bnf_core.models.lora import UNADAPTED
 from bnf_core.objectives import Objective, parse
@@ -202,6 +203,8 @@ class DataConfig:
     and removes them."""
 
     def __post_init__(self) -> None:
+        if self.label is not None:
+            LabelRule.parse(self.label)
         _require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "an integer of at least 1")
         _require(self.max_length >= 2, "data.max_length", self.max_length, "an integer of at least 2")
         if not isinstance(self.path, str):

@@ -192,8 +192,8 @@ class Labels:
 def _unambiguous(value: Any, field: str, source: str) -> Value:
     """A label that means one thing whoever wrote it."""
     meant = value.meant() if isinstance(value, Cell) else value
-    if isinstance(meant, bool) or kind_of_label(meant) == GRADED:
-        return bool(meant) if isinstance(meant, bool) else float(meant)
+    if isinstance(meant, bool) or (isinstance(meant, float) and -1 <= meant <= 1):
+        return meant
     if isinstance(value, str) or not _is_number(value):
         raise RowError(
             source,

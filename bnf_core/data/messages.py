@@ -41,9 +41,11 @@ class RowError(UserError):
 class Cell(str):
     """Text of a table that has nothing else, such as CSV: it may be meant as a number or a truth value."""
 
-    def meant(self) -> bool | int | float | str:
-        """What JSON would say of it."""
+    def meant(self) -> bool | int | float | str | None:
+        """What JSON would say of it; nothing is null."""
         text = self.strip()
+        if not text:
+            return None
         if text.casefold() in ("true", "false"):
             return text.casefold() == "true"
         if re.fullmatch(r"[-+]?\d{1,18}", text):
@@ -244,7 +246,9 @@ def template_kwargs_of(value: Any, source: str) -> dict[str, Any] | None:
 
 
 def _json(value: Any, field: str, source: str) -> Any:
-    """What JSON text says; anything else as it is."""
+    """What JSON text says, and an empty cell of a table; anything else as it is."""
+    if isinstance(value, Cell) and value.meant() is None:
+        return None
     if not isinstance(value, str):
         return value
     try:

@@ -124,6 +124,21 @@ def test_tools_and_calls_of_sharegpt() -> None:
     assert row.tools == json.loads(tools)
 
 
+def test_reasoning_of_open_webui() -> None:
+    (row, _, _), thoughts = (
+        section("Open WebUI")[1],
+        '<details type="reasoning" done="true" duration="3">\n<summary>Thought',
+    )
+    messages = row["snapshot"]["chat"]["chat"]["history"]["messages"]
+    messages["b"]["content"] = thoughts + " for 3 seconds</summary>\n> 1 &lt; 2.\n> So.\n</details>\nA pear."
+    (found,) = reader()(row, AT)
+    assert found.completion == [{"role": "assistant", "content": "A pear.", "reasoning_content": "1 < 2.\nSo."}]
+    messages |= {"c": {"id": "c", "parentId": "b", "role": "user", "content": "And?"}}
+    messages |= {"d": {"id": "d", "parentId": "c", "role": "assistant", "content": "A plum."}}
+    (found,) = reader()(row | {"meta": {"message_id": "d"}}, AT)
+    assert found.prompt[1] == {"role": "assistant", "content": "A pear."} and said(found)[1] == "A plum."
+
+
 def test_argilla_ranks_its_fields() -> None:
     fields = {"prompt": FRUIT, "response-1": "Iron.", "response-2": "A pear."}
     for answer in (

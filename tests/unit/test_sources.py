@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bnf_core.data.labels import LabelRule
 from bnf_core.data.messages import RowError
+from bnf_core.data.reading import Reading
 from bnf_core.data.records import Feedback
 from bnf_core.data.sources import digest, has_split, held_out_prompts, load_feedback, prompt_group
 from bnf_core.errors import UserError
@@ -507,3 +509,24 @@ def test_what_datasets_saved_to_disk_is_read(tmp_path: Path) -> None:
     next((tmp_path / "one").glob("*.arrow")).unlink()
     with pytest.raises(UserError, match="the saved data set cannot be read"):
         load_feedback(str(tmp_path / "one"))
+
+
+def test_a_table_of_text_has_labels_weights_and_scores(tmp_path: Path) -> None:
+    text = "question,answer,correct,weight,stars,tools\nq,a,TRUE,2,5,\nq,b,false,,1,\n"
+    path = write(tmp_path / "f.csv", text)
+    columns = {"prompt": "question", "completion": "answer"}
+    loaded = load_feedback(path, reading=Reading({**columns, "label": "correct"}))
+    assert [(row.label, row.weight) for row in loaded.rows] == [(True, 2), (False, 1)]
+    for rule in ("stars >= 4", "correct == true", "stars > mean", "correct"):
+        found = load_feedback(path, reading=Reading(columns, LabelRule.parse(rule))).rows
+        assert [(row.prompt, row.label) for row in found] == [("q", True), ("q", False)]
+    graded = write(tmp_path / "g.csv", "prompt,completion,label\nq,a,0.6\nq,b,-0.25\nq,c,1\n")
+    assert [row.weight for row in load_feedback(graded, skip_bad_rows=True).rows] == [0.6, 0.25]  # 1 may mean anything
+    whole = load_feedback(
+        write(tmp_path / "h.csv", "prompt,completion,label\nq,a,1\nq,b,0\n"), reading=reading("label")
+    )
+    assert [row.label for row in whole.rows] == [True, False]
+
+
+def reading(rule: str) -> Reading:
+    return Reading(label=LabelRule.parse(rule))
