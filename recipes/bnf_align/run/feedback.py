@@ -223,7 +223,7 @@ def _streamed(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, held_out: Mapping[str, ExampleTable], console: Console
 ) -> TrainingData:
     data = config.data
-    if not held_out and config.valid_fraction > 0:
+    if config.valid is None and len(held_out) < len(data.each()) and config.valid_fraction > 0:
         raise UserError(
             "valid_fraction cannot hold out rows of streamed data: give held-out rows in a file, with --valid"
         )
