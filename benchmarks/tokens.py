@@ -57,19 +57,20 @@ def bench_tokens(config: BenchTokensConfig, console: Console) -> dict[str, Figur
     found = {}
     with tempfile.TemporaryDirectory() as folder:
         for workers in config.workers:
-            name = f"made by {workers} processes" if workers else "made with the tokenizer's threads"
+            name = f"made, {workers} processes" if workers else "made, threads"
             place = Path(folder, str(workers))
             found[name] = _apart(_made, config, place, workers)
-        found["opened again"] = _apart(_made, config, place, None)
-        found["opened again, and an epoch of batches"] = _apart(_epoch, config, place)
+        found["opened"] = _apart(_made, config, place, None)
+        found["opened, and an epoch"] = _apart(_epoch, config, place)
     console.print(table(found))
     return found
 
 
 def table(figures: dict[str, Figures]) -> Table:
     some = next(iter(figures.values()))
-    result = Table("", "seconds", "CPU seconds", "tokens per CPU second", "memory that remains: bytes a token", "a row")
-    result.title = f"{some.rows:,} rows, {some.tokens:,} tokens, {some.stored / some.tokens:.1f} bytes a token stored"
+    result = Table("", "s", "CPU s", "tokens/CPU s", "bytes a token", "bytes a row")
+    result.title = f"{some.rows:,} rows, {some.tokens:,} tokens, {some.stored / some.tokens:.2f} bytes a token stored"
+    result.caption = "bytes of memory of a process's own that remain"
     for name, f in figures.items():
         per_second = f"{f.tokens / f.cpu_seconds:,.0f}" if f.cpu_seconds else ""
         kept = (f"{f.resident / f.tokens:.2f}", f"{f.resident / f.rows:.1f}")

@@ -18,6 +18,7 @@ from test_train import QUIET, adapter_weights, config, lines
 
 import forked
 import tiny
+from benchmarks import tokens
 from bnf_align import cli
 from bnf_align.commands.train import train
 from bnf_align.run import feedback as loading
@@ -279,3 +280,18 @@ def test_a_bad_row_is_an_error_of_the_user_with_kept_tokens_too(
         with pytest.raises(UserError, match=r"f\.jsonl:13: "):
             loading.load_split(DataConfig(str(data)), "train", load_tokenizer(tiny_model), QUIET)
     assert empty.entries() == []
+
+
+def test_the_benchmark_counts_what_there_is(tiny_model: Path, feedback: Path, tmp_path: Path) -> None:
+    settings = tokens.BenchTokensConfig(str(tiny_model), DataConfig(str(feedback)))
+    made, opened = (tokens._made(settings, tmp_path, workers) for workers in (0, None))
+    epoch = tokens._epoch(settings, tmp_path)
+    rows = loading.load_split(settings.data, "train", load_tokenizer(tiny_model), QUIET)
+    for figures in (made, opened, epoch):
+        assert (figures.rows, figures.tokens) == (12, sum(map(len, rows)))
+        assert figures.stored > 4 * figures.tokens and figures.seconds > 0
+    console = recorder()
+    console.print(tokens.table({"made": made, "opened": opened}))
+    assert f"12 rows, {made.tokens:,} tokens" in console.export_text()
+    with pytest.raises(ValueError, match="workers is"):
+        tokens.BenchTokensConfig("m", DataConfig("f"), [])
