@@ -43,7 +43,7 @@ def data_convert(config: DataConvertConfig, console: Console) -> int:
     output = Path(config.output).expanduser()
     if output.suffix.lower() != ".jsonl":
         raise UserError(f"{output}: expected the name of a .jsonl file to write")
-    if output.exists() and (not config.overwrite or output.samefile(Path(config.data.path).expanduser())):
+    if output.exists() and (not config.overwrite or output.resolve() == Path(config.data.path).expanduser().resolve()):
         raise UserError(f"{output} is there already: give --output another name, or --overwrite to replace other data")
     loaded = load_feedback(config.data.path, config.split, config.data.skip_bad_rows, Reading.of(config.data))
 
