@@ -356,6 +356,17 @@ def test_settings_without_effect_are_refused(tmp_path, setting, message):
         settings(tmp_path, **setting)
 
 
+def test_rules_columns_and_weights_are_those_of_the_command_line(tiny_model, tmp_path, caplog):
+    rows = [{"question": "2 + 2 =", "completion": f" {i}", "score": i % 3, "weight": 1 + i % 2} for i in range(6)]
+    given = {"columns": {"prompt": "question"}, "label": "score > mean"}
+    trainer = BNFTrainer(str(tiny_model), settings(tmp_path, **given), rows)
+    assert [(e.label, e.weight) for e in trainer.rows.examples] == [(i % 3 == 2, 1 + i % 2) for i in range(6)]
+    with pytest.raises(UserError, match=r"d2o.*3 of 6 rows have a graded label or a weight"):
+        BNFTrainer(str(tiny_model), settings(tmp_path, objective="d2o", **given), rows)
+    with pytest.raises(UserError, match="data.label is 'score >'"):
+        BNFTrainer(str(tiny_model), settings(tmp_path, label="score >"), rows)
+
+
 def test_bad_rows_are_named_or_skipped(tiny_model, tmp_path):
     rows = [*chat(5), {"prompt": "x", "completion": "y", "label": "perhaps"}]
     with pytest.raises(UserError, match=r"list\[train\]:6: label"):
