@@ -363,7 +363,7 @@ def test_rules_columns_and_weights_are_those_of_the_command_line(tiny_model, tmp
     assert [(e.label, e.weight) for e in trainer.rows.examples] == [(i % 3 == 2, 1 + i % 2) for i in range(6)]
     with pytest.raises(UserError, match=r"d2o.*3 of 6 rows have a graded label or a weight"):
         BNFTrainer(str(tiny_model), settings(tmp_path, objective="d2o", **given), rows)
-    with pytest.raises(UserError, match="data.label is 'score >'"):
+    with pytest.raises(UserError, match=r"data.label is 'score >'"):
         BNFTrainer(str(tiny_model), settings(tmp_path, label="score >"), rows)
 
 
