@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bnf_align.run.results import result_file
 from bnf_core.config import DataConfig
 from bnf_core.data.feedback import Tally
 from bnf_core.data.reading import Reading
@@ -59,8 +60,7 @@ def data_convert(config: DataConvertConfig, console: Console) -> int:
         line(note, "yellow")
     rows = [json.dumps(row, ensure_ascii=False) for row in as_rows(loaded.rows)]
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(output, "".join(f"{row}\n" for row in rows))
+        replace_file(result_file(str(output), "output"), "".join(f"{row}\n" for row in rows))
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error.strerror or error}") from error
     for row in islice(rows, SAMPLE):

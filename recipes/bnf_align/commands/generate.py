@@ -33,6 +33,7 @@ def generate(config: GenerateConfig) -> str:
 
 
 Config = GenerateConfig
+POSITIONAL = ("--prompt",)
 
 
 def run(config: GenerateConfig, console: Console) -> int:
