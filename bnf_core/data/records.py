@@ -31,7 +31,7 @@ SEVERAL = ("prompt", "completions")
 COLUMN_SETS = (UNPAIRED, PAIRED, IMPLICIT, SEVERAL)
 BESIDE = {"weight", "tools", "chat_template_kwargs"}  # what any of them may have as well
 USED = {*BESIDE, *(column for columns in COLUMN_SETS for column in columns)}
-TEXTS = ("completion", "response", "text", "answer", "output")  # the names of what an object in a list says
+TEXTS = ("completion", "response", "text", "answer", "output", "content")  # the names of what an object in a list says
 
 
 @dataclass(frozen=True)

@@ -364,6 +364,17 @@ def test_settings_without_effect_are_refused(tmp_path, setting, message):
         settings(tmp_path, **setting)
 
 
+def test_rules_columns_and_weights_are_those_of_the_command_line(tiny_model, tmp_path, caplog):
+    rows = [{"question": "2 + 2 =", "completion": f" {i}", "score": i % 3, "weight": 1 + i % 2} for i in range(6)]
+    given = {"columns": {"prompt": "question"}, "label": "score > mean"}
+    trainer = BNFTrainer(str(tiny_model), settings(tmp_path, **given), rows)
+    assert [(e.label, e.weight) for e in trainer.rows.examples] == [(i % 3 == 2, 1 + i % 2) for i in range(6)]
+    with pytest.raises(UserError, match=r"d2o.*3 of 6 rows have a graded label or a weight"):
+        BNFTrainer(str(tiny_model), settings(tmp_path, objective="d2o", **given), rows)
+    with pytest.raises(UserError, match=r"data.label is 'score >'"):
+        BNFTrainer(str(tiny_model), settings(tmp_path, label="score >"), rows)
+
+
 # What transformers' own loop, schedules, logging and saving make of them holds here as well.
 TAKEN = set(
     """output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type

@@ -171,6 +171,17 @@ def test_a_list_of_completions(
     assert not any(row.paired for row in found)
 
 
+def test_lists_by_other_names() -> None:
+    answers = [{"answer": "A pear.", "rank": 1.0, "model": "a"}, {"answer": "Iron.", "rank": 2.0, "model": "b"}]
+    assert (
+        list(map(said, reader("rank <= 1", completions="answers")({"prompt": FRUIT, "answers": answers}, AT))) == PAIRS
+    )
+    row = {"instruction": FRUIT, "responses": [{"response": "A pear."}, {"response": "Iron."}]}
+    row |= {"annotations": [{"rating": "5"}, {"rating": "2"}]}
+    read = reader("annotations.rating > mean", prompt="instruction", completions="responses")
+    assert list(map(said, read(row, AT))) == PAIRS and read.unused == set()
+
+
 def test_graded_labels_and_weights() -> None:
     read = reader()
     rows = [
