@@ -11,9 +11,12 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any, TypeVar
+
+from bnf_core.errors import TrainingStopped
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,6 +38,8 @@ def on_all_cores(work: Callable[[T], R], items: Iterable[T], workers: int) -> It
 
     Args:
         workers: processes to start; 0: none, and the tokenizers use threads.
+    Raises:
+        TrainingStopped: one of them was killed.
     """
     if not workers:
         with _tokenizer_threads():
@@ -47,6 +52,10 @@ def on_all_cores(work: Callable[[T], R], items: Iterable[T], workers: int) -> It
             waiting = deque(pool.submit(_work, item) for item in items)
         while waiting:
             yield waiting.popleft().result()
+    except BrokenProcessPool as error:
+        raise TrainingStopped(
+            "a process that makes tokens has ended, perhaps for want of memory. Nothing is lost: start the same again"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -103,8 +103,15 @@ class TokenCache:
         return found
 
     def entries(self) -> list["Entry"]:
-        """All that is there, whole or not, the one first that was used last."""
-        found = [Entry.of(path) for path in self.folder.glob("*") if path.is_dir()]
+        """All that is there, whole or not, the one first that was used last.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        found = []
+        for path in self.folder.glob("*"):
+            with suppress(FileNotFoundError):  # made or removed meanwhile
+                found += [Entry.of(path)] if path.is_dir() else []
         return sorted(found, key=lambda entry: entry.used, reverse=True)
 
     def remove(self, entry: "Entry") -> bool:

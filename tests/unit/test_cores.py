@@ -1,11 +1,13 @@
 """Work spread over processes comes back in order, and so do errors."""
 
 import os
+import signal
 import sys
 
 import pytest
 
 from bnf_core.data.cores import MANY, PARALLELISM, on_all_cores, workers_for
+from bnf_core.errors import TrainingStopped
 
 
 def work(item: int) -> tuple[int, int]:
@@ -23,6 +25,17 @@ def test_results_come_in_order_from_other_processes_and_errors_in_their_turn() -
     assert [square for square, _ in found] == [i * i for i in range(20)]
     assert os.getpid() not in {process for _, process in found}
     assert sys.modules["__main__"] is main
+
+
+def killed(item: int) -> int:
+    if item == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return item
+
+
+def test_a_process_that_is_killed_is_told() -> None:
+    with pytest.raises(TrainingStopped, match="a process that makes tokens has ended"):
+        list(on_all_cores(killed, range(5), 1))
 
 
 def test_without_processes_the_tokenizers_threads_are_on_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,11 +17,14 @@ def data_cache(config: DataCacheConfig, console: Console) -> list[Entry]:
     """Print what is there, or remove it; returns what stays.
 
     Raises:
-        UserError: something cannot be removed.
+        UserError: something cannot be read or removed.
     """
     cache = TokenCache(cache_folder())
     before = time.time() - config.unused_days * 86_400
-    entries = cache.entries()
+    try:
+        entries = cache.entries()
+    except OSError as error:
+        raise UserError(f"{error.filename or cache.folder} cannot be read: {error.strerror or error}") from error
     chosen = [entry for entry in entries if entry.used <= before]
     if not config.remove:
         console.print(f"{escape(str(cache.folder))}: {_amount(chosen)}", highlight=False, soft_wrap=True)
