@@ -286,6 +286,9 @@ class TrainConfig:
     """Compute a prompt once for all its completions in a micro-batch, where the model's code can do it."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again."""
+    deterministic: bool = False
+    """On the CPU: the same bits however a run is arranged and on any number of processes. Each row, or pair, is
+    computed alone on one thread, so that the six settings above are set aside: slower (docs/invariance.md)."""
     eval_every: int | None = None
     """Evaluate held-out data every so many steps; default: before the first and after the last."""
     save_every: int | None = 100
@@ -317,6 +320,10 @@ class TrainConfig:
             not self.data.streaming or self.max_steps is not None, "max_steps", None, "a number with data.streaming"
         )
         _require(self.resume or not self.resume_anyway, "resume_anyway", True, "resume as well")
+        if self.deterministic:
+            _require(self.lora.dropout == 0, "lora.dropout", self.lora.dropout, "0 with deterministic")
+            self.micro_batch_size = 1
+            self.auto_batch = self.packing = self.group_by_length = self.share_prompts = False
         objective = self.make_objective()
         if self.reference is not None and not objective.needs_reference:
             raise UserError(f"objective {objective.name} needs no reference, and reference is given: leave it out")

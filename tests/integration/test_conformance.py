@@ -475,6 +475,9 @@ def test_all_checks_every_installed_backend_and_says_what_it_left_out(
 def test_every_tolerance_has_its_reason_and_every_reason_is_used(looked_up: set[tuple[str, str]]) -> None:
     levels = tomllib.loads(tolerances.FILE.read_text())
     tiers = levels.pop("tier")
+    goldens = levels.pop("golden")
+    assert goldens.keys() == {"loss", "grad_norm", "adapter"}
+    assert all(quantity["scale"] and quantity["float32"]["reason"] for quantity in goldens.values())
     assert looked_up == {(level, quantity) for level, quantities in levels.items() for quantity in quantities}
     for quantities in levels.values():
         for quantity in quantities.values():

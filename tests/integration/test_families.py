@@ -387,6 +387,21 @@ def test_no_verified_family_has_a_published_config_that_differs(tmp_path: Path) 
         assert model.family not in families.VERIFIED or not families.notes(tmp_path), model.model
 
 
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        ("cohere", "cohere agrees with PyTorch in small, but nobody has compared it at real sizes: `bnf check-model"),
+        ("granite", "granite was compared with PyTorch at the numbers of granite-3.1-2b-instruct alone"),
+        ("abacus", "abacus has not been compared between PyTorch and MLX"),
+        ("llama", ""),
+    ],
+)
+def test_what_nobody_has_compared_at_real_sizes_is_said(family: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    (note,) = MLXBackend().notes(tmp_path) or [""]
+    assert said in note and bool(said) == bool(note)
+
+
 GEMMA3 = next(model for model in PUBLISHED if model.model.endswith("gemma-3-270m"))
 
 

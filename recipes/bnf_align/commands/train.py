@@ -97,8 +97,16 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
             optimizer=config.optimizer,
             objective=config.make_objective(),
             gradient_checkpointing=config.gradient_checkpointing,
+            deterministic=config.deterministic,
             seed=config.seed,
         )
+        if config.deterministic:
+            console.print(
+                f"deterministic: each {config.make_objective().unit} is computed alone; micro_batch_size, auto_batch, "
+                "packing, group_by_length and share_prompts are set aside",
+                highlight=False,
+                soft_wrap=True,
+            )
         if config.auto_batch:
             config = replace(config, micro_batch_size=auto_micro_batch(config, checkpoint, data, engine))
             console.print(f"{config.micro_batch_size} rows at a time fit into the free memory", highlight=False)
