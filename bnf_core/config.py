@@ -127,6 +127,32 @@ class DataConfig:
 
 
 @dataclass
+class SamplingConfig:
+    """How the tokens of a completion are chosen."""
+
+    temperature: float = 0.0
+    """0: always the likeliest token; 1: as likely as the model says; between: likely ones more often."""
+    top_p: float = 1.0
+    """Choose among the fewest tokens that have this share of the probability (nucleus sampling, arXiv 1904.09751)."""
+    top_k: int = 0
+    """Choose among so many of the likeliest tokens; 0: all."""
+    min_p: float = 0.0
+    """Choose among tokens at least so likely beside the likeliest one (arXiv 2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Divide the logits of tokens of the prompt and the completion by this (arXiv 1909.05858); 1: do not."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a completion, and are not part of it."""
+
+    def __post_init__(self) -> None:
+        _require(self.temperature >= 0, "temperature", self.temperature, "a number of at least 0")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "a share above 0, up to 1")
+        _require(self.top_k >= 0, "top_k", self.top_k, "an integer of at least 0")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "a share from 0 to 1")
+        _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a number above 0")
+        _require(all(self.stop), "stop", self.stop, "strings of at least one character")
+
+
+@dataclass
 class TrainConfig:
     """One training run."""
 
@@ -190,6 +216,7 @@ class TrainConfig:
     """How many prompts to complete."""
     sample_tokens: int = 128
     """Longest sample."""
+    sample: SamplingConfig = field(default_factory=SamplingConfig)
     report_to: list[str] = field(default_factory=list)
     """Where metrics go besides metrics.jsonl: tensorboard, wandb, trackio."""
     seed: int = 0
@@ -273,12 +300,19 @@ class DataCheckConfig:
 
 @dataclass
 class GenerateConfig:
-    """Greedy completion of a prompt."""
+    """Complete a prompt, or many from a file; greedily, unless `temperature` is above 0."""
 
     model: str
     """A checkpoint folder or a Hub model."""
-    prompt: str
+    prompt: str | None = None
     """What the user says."""
+    prompts: str | None = None
+    """Instead of one prompt, a file of them: .txt with one a line, or what `data.path` of `bnf train` takes, with a
+    column prompt."""
+    split: str = "valid"
+    """Which file of a folder of prompts: train, valid or test."""
+    output: str | None = None
+    """Write completions to this .jsonl file; default: the terminal."""
     adapter: str | None = None
     """An adapter folder."""
     template: Template = "chat"
@@ -287,12 +321,25 @@ class GenerateConfig:
     """As `data.chat_template` of `bnf train`."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """As `data.template_kwargs` of `bnf train`."""
+    samples: int = 1
+    """Completions of each prompt."""
+    sample: SamplingConfig = field(default_factory=SamplingConfig)
     max_tokens: int = 256
     """Longest completion."""
+    batch_size: int = 16
+    """Completions at a time: memory and speed, not the result."""
+    seed: int = 0
+    """Of the samples."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:
-        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer of at least 1")
+        for name in ("max_tokens", "samples", "batch_size"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        _require((self.prompt is None) != (self.prompts is None), "prompt", self.prompt, "either prompt or prompts")
+        _require(self.seed >= 0, "seed", self.seed, "an integer of at least 0")
+        _require(self.split in ("train", "valid", "test"), "split", self.split, "train, valid or test")
+        ending = (self.output or ".jsonl").lower()
+        _require(ending.endswith(".jsonl"), "output", self.output, "a name that ends in .jsonl")
 
 
 @dataclass

@@ -15,6 +15,7 @@ from bnf_core.models.adapters import Layout
 from bnf_core.models.architecture import Architecture, Grid, Kept, Training
 from bnf_core.objectives import Objective
 from bnf_core.processes import ALONE, Processes
+from bnf_core.sampling import Completion
 from bnf_core.storage.shards import Shard
 from bnf_core.types import Array, Batch, TokenScores
 
@@ -124,7 +125,7 @@ class Losses(Protocol):
 
 class Engine(Protocol):
     """A loaded model that can be trained, alone or as one of the `processes` of a run; then all of them must call
-    every method, in the same order. Only `step` may draw random numbers, for dropout."""
+    every method, in the same order. Only `step` may draw random numbers, for dropout: samples bring their own noise."""
 
     processes: Processes
     dtype: str  # of the weights that are not trained, or of all: float32, bfloat16 or float16
@@ -180,6 +181,15 @@ class Engine(Protocol):
 
         Raises:
             UserError: the weights are of other names or shapes than this engine's.
+        """
+        ...
+
+    def sample(self, rows: Sequence[Completion]) -> None:
+        """Draw completions, all at a time, until each is done; a prompt is computed once for all of its completions.
+        Processes may have different rows, and as many calls each.
+
+        Raises:
+            UserError: a prompt, or what may follow it, that the model has no positions or tokens for.
         """
         ...
 

@@ -15,6 +15,7 @@ from bnf_core.config import OptimizerConfig
 from bnf_core.objectives import Objective
 from bnf_core.objectives.bnf import BNF
 from bnf_core.processes import ALONE, Processes
+from bnf_core.sampling import Completion, greedy
 from bnf_core.steps.scaling import loss_scales
 from bnf_core.storage.files import agreed
 from bnf_core.storage.shards import OPTIMIZER, WEIGHTS, Shard, put_under, require_same_shapes, under
@@ -23,6 +24,7 @@ from bnf_mlx import adapter
 from bnf_mlx.model import Checkpoint
 from bnf_mlx.optimizer import Optimizer, flat
 from bnf_mlx.processes import sum_over
+from bnf_mlx.sampling import sample
 from bnf_mlx.scored import Gradients, MicroStep, ScoredModel
 
 
@@ -142,23 +144,14 @@ class MLXEngine:
             high, low = (int(half) for half in keys[self.processes.rank % len(keys)])
             mx.random.seed(high << 32 | low)  # a key is its seed's two halves
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
-        from mlx_lm.generate import BatchGenerator
-
-        self.scored.limits.require_prompts(prompts, max_tokens)
+    def sample(self, rows: Sequence[Completion]) -> None:
+        self.scored.limits.require_rows(rows)
         self.model.eval()
         with mx.stream(self.device):
-            generator = BatchGenerator(
-                self.model, stop_tokens=[[token] for token in stop_ids], stream=mx.default_stream(self.device)
-            )
-            rows = generator.insert([list(prompt) for prompt in prompts], [max_tokens] * len(prompts))
-            completions: dict[int, list[int]] = {row: [] for row in rows}
-            while responses := generator.next_generated():
-                for response in responses:
-                    if response.finish_reason != "stop":
-                        completions[response.uid].append(response.token)
-            generator.close()
-        return [completions[row] for row in rows]
+            sample(self.model, rows, self.device)
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
+        return greedy(self, prompts, max_tokens, stop_ids)
 
     def save(self, folder: Path) -> None:
         with agreed(self.processes):

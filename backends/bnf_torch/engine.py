@@ -22,6 +22,7 @@ from bnf_core.models.model_config import position_limit
 from bnf_core.objectives import Objective, structure
 from bnf_core.objectives.bnf import BNF
 from bnf_core.processes import ALONE, Processes
+from bnf_core.sampling import Completion, greedy
 from bnf_core.steps.limits import Limits
 from bnf_core.steps.scaling import loss_scales
 from bnf_core.storage.files import replacing
@@ -33,6 +34,7 @@ from bnf_torch.model import head_weight, save_model
 from bnf_torch.ops import tensors
 from bnf_torch.optimizer import Optimizer, adamw
 from bnf_torch.processes import gradients_wait, like, lost_processes, piece, spread, whole
+from bnf_torch.sampling import sample
 from bnf_torch.scored import ScoredModel
 
 
@@ -106,28 +108,19 @@ class TorchEngine:
         return _to_numpy(scores)
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
-        self.limits.require_prompts(prompts, max_tokens)
+    def sample(self, rows: Sequence[Completion]) -> None:
+        self.limits.require_rows(rows)
         self.scored.eval()
-        width = max(len(p) for p in prompts)
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)  # padded on the left, so that all end together
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        config = GenerationConfig(
-            max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(stop_ids) or None, pad_token_id=0
-        )
         autocast = self.scored.autocast
         with (
             _without_settings(self.base),
             torch.autocast(self.device.type, autocast) if autocast else nullcontext(),
         ):
-            output = self.scored.generate(
-                ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config
-            )
+            sample(self.scored.generate, rows, self.device, sharded=isinstance(self.scored, FSDPModule))
         self._reshard()
-        return [_until(row[width:].tolist(), stop_ids) for row in output]
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
+        return greedy(self, prompts, max_tokens, stop_ids)
 
     def _inputs(self, batch: Batch, ref_log_odds: Array, baseline: float = 0.0) -> dict[str, Any]:
         """What ScoredModel's forward takes, on its device."""
@@ -320,8 +313,3 @@ def _checkpoint_quietly(layer: nn.Module, function: Callable[..., Any], *args: A
 
 def _to_numpy(scores: TokenScores) -> TokenScores:
     return TokenScores(*(s.cpu().numpy() for s in scores))
-
-
-def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    stops = [i for i, token in enumerate(ids) if token in stop_ids]
-    return ids[: stops[0]] if stops else ids

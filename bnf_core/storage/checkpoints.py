@@ -14,11 +14,11 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bnf_core.config import TrainConfig
+from bnf_core.config import SamplingConfig, TrainConfig
 from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes
 from bnf_core.storage.digests import model_digest
@@ -45,6 +45,7 @@ ABOUT, SUMS = "state.json", "SHA256SUMS"
 FREE = {"output", "overwrite", "resume", "resume_anyway", "eval_every", "save_every", "keep_checkpoints"}
 FREE |= {"report_to", "sample_every", "sample_count", "sample_tokens"}
 FREE |= {"reference"}  # the same values, wherever they come from
+FREE |= {f"sample.{f.name}" for f in fields(SamplingConfig)}
 # Of the last bits only.
 FREE |= {"micro_batch_size", "auto_batch", "group_by_length", "packing", "share_prompts", "gradient_checkpointing"}
 # Settings that matter only through the rows and weights they lead to, which are compared themselves.

@@ -1,7 +1,7 @@
 """From typed settings to a command line: jsonargparse, with short flags and errors that name the right key.
 
 `--learning-rate 1e-4` is `--optimizer.learning_rate 1e-4`: a setting may be named by its last part, with dashes
-or underscores, as long as only one setting ends so. A list may be given as `a,b`.
+or underscores, as long as only one setting ends so; `--sample-top-p` is `--sample.top_p`. A list may be given as `a,b`.
 """
 
 import difflib
@@ -70,7 +70,7 @@ def _spell_out(argv: Sequence[str], keys: Sequence[str], parser: ArgumentParser)
         name = ALIASES.get(name, name) if ALIASES.get(name) in keys else name
         name = f"{name}.name" if name in NAMED and name in keys else name
         if name not in keys:
-            endings = [key for key in keys if key.endswith("." + name)]
+            endings = [key for key in keys if key.endswith("." + name) or key.replace(".", "_") == name]
             name = endings[0] if len(endings) == 1 else name
         if value and types.get(name) in LISTS:
             value = "=" + _bracketed(value[1:])

@@ -263,6 +263,8 @@ class _Training:
                 self.stops,
                 count=self.config.sample_count,
                 max_tokens=self.config.sample_tokens,
+                sampling=self.config.sample,
+                seed=self.config.seed,
                 start=start,
             )
 
