@@ -341,6 +341,19 @@ class SignOfRejected(OracleLosses):
         return rows._replace(log_p=log_p)
 
 
+class WeightsIgnored(OracleLosses):
+    """Every row counts alike."""
+
+    def scored(self, batch: Batch, ref_log_odds: Array, num_micro_batches: int) -> tuple[Batch, Array]:
+        alike = batch.labels / (np.bincount(batch.sequence_ids) * batch.counts.rows)
+        return replace(batch, coefficients=alike[batch.sequence_ids].astype(np.float32)), ref_log_odds
+
+    def objective(self, *args: Any) -> tuple[float, Array]:
+        return super().objective(
+            *(replace(a, weights=np.ones_like(a.weights)) if isinstance(a, Batch) else a for a in args)
+        )
+
+
 class SumForMean(OracleLosses):
     """Sums over tokens where the objective has means."""
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 import numpy as np
 
 from bnf_core.errors import UserError
+from bnf_core.objectives import Objective
 from bnf_core.types import Array, Batch, Counts, Example, Position, Unit
 
 T = TypeVar("T")
@@ -64,7 +65,8 @@ def collate(
                 positions.append(b * width + np.array([last, *range(at, at + count - 1)], np.int64)[trained])
                 targets.append(np.asarray(completion, np.int32)[trained])
                 rows.append(np.full(len(trained), len(positions) - 2, np.int32))
-                weight = (1.0 if examples[i].label else -1.0) / (len(trained) * num_sequences)
+                label = examples[i].weight if examples[i].label else -examples[i].weight
+                weight = label / (len(trained) * num_sequences)
                 coefficients.append(np.full(len(trained), weight, np.float32))
                 at += count
             segment += 1
@@ -84,6 +86,7 @@ def collate(
         sequence_ids=np.concatenate(rows),
         coefficients=np.concatenate(coefficients),
         labels=np.asarray([1 if e.label else -1 for e in chosen], np.int32),
+        weights=np.asarray([e.weight for e in chosen], np.float32),
         groups=np.asarray([e.group for e in chosen], np.int64),
         pairs=_pairs(chosen),
         counts=counts or Counts.of(examples)._replace(rows=num_sequences),
@@ -338,6 +341,21 @@ def require_units(examples: Sequence[Example], unit: Unit) -> None:
             f"this objective compares {wants}, and {len(alone)} of {len(examples)} rows have nothing to be compared "
             f"with, the first: {examples[alone[0]].source}. Give such data, or take an objective for single rows, "
             "such as bnf, kto or simper"
+        )
+
+
+def require_weights(examples: Sequence[Example], objective: Objective) -> None:
+    """
+    Raises:
+        UserError: rows that count more or less than others, and an objective that knows chosen and rejected ones alone.
+    """
+    weighted = [] if objective.takes_weights else [e for e in examples if e.weight != 1]
+    if weighted:
+        raise UserError(
+            f"objective {objective}: a row is chosen or rejected to it and nothing between, and {len(weighted)} of "
+            f"{len(examples)} rows have a graded label or a weight, the first: {weighted[0].source}. Leave out the "
+            'weights and give data.label a rule, such as "label > 0", or take another objective, such as bnf, kto or '
+            "simper"
         )
 
 

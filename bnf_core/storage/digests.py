@@ -18,7 +18,8 @@ def rows_digest(rows: Sequence[Example]) -> str:
     digest = hashlib.sha256()
     for e in rows:
         row = (e.prompt_ids, e.completion_ids, e.label, e.group)
-        digest.update(repr(row if e.trained is None else (*row, e.trained)).encode())
+        more = (*(() if e.trained is None else (e.trained,)), *(() if e.weight == 1 else (e.weight,)))
+        digest.update(repr((*row, *more)).encode())
     return f"{len(rows):,} rows, SHA-256 {digest.hexdigest()[:16]}"
 
 

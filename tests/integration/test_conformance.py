@@ -129,6 +129,15 @@ MISTAKES = [
         {L3},
     ),
     (wrong.DetachedTerm, {(L3, f"{name}, first step", "gradient") for name in ("bnf", "dpo", "kto", "slic")}, {L3}),
+    (
+        wrong.WeightsIgnored,
+        {
+            (L1, "graded", "loss"),
+            (L1, "graded", "gradient"),
+            *((L3, f"{name}, weighted", "gradient") for name in ("bnf", "kto", "bco", "npo", "dpo", "orpo")),
+        },
+        {L1, L3},
+    ),
     (wrong.NoBaseline, {(L3, f"{name}, ordinary", "gradient") for name in ("kto", "bco")}, {L3}),
     (wrong.Normalised, {(L0, "n7_v17", "gradient"), (L1, "mixed", "gradient")}, {L0, SATURATION, L1}),
 ]
