@@ -4,9 +4,9 @@ The CLI makes its flags and `--help` from these classes; a YAML file holds the s
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import date
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from bnf_core.errors import UserError
 from bnf_core.models.lora import UNADAPTED
@@ -16,6 +16,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Template = Literal["auto", "chat", "plain"]
 FineTuneType = Literal["lora", "dora", "full"]
+ReferencePolicy = Literal["frozen", "refreshed", "previous"]
 
 
 @dataclass
@@ -156,6 +157,8 @@ class SamplingConfig:
 class TrainConfig:
     """One training run."""
 
+    command: ClassVar[str] = "train"  # of `bnf`, which takes these settings
+
     model: str
     """A checkpoint folder or a Hub model."""
     data: DataConfig
@@ -255,6 +258,72 @@ class TrainConfig:
     def flat(self) -> dict[str, Any]:
         """Every setting by its dotted name, as on the command line."""
         return dict(flat(self.as_dict()))
+
+
+@dataclass
+class OnlineConfig(TrainConfig):
+    """Train on the model's own samples: complete prompts, judge the completions, learn from them, and again. `data` are
+    the prompts, `valid` or `valid_fraction` held-out ones."""
+
+    command: ClassVar[str] = "online"
+
+    judge: str = ""
+    """What says how good a completion is: math, number, regex, json-schema, contains, equals, length, reasoning-gym,
+    reward-model, llm or module:function, with settings, as number(tolerance=0.01), or a weighted sum of them."""
+    label: str = "score >= 0.5"
+    """Which completions are chosen, by the judge's `score`: beside a number, beside the `mean` of the prompt's, or
+    `score in top 1` of them; the others are rejected."""
+    iterations: int = 100
+    """How often to sample."""
+    prompts_per_iteration: int = 8
+    """Prompts of an iteration, in a seeded order of all that there are."""
+    samples_per_prompt: int = 4
+    """Completions of each."""
+    updates_per_batch: int = 1
+    """Optimizer steps on the samples of an iteration; at 1 none is ever stale."""
+    reference_policy: ReferencePolicy = "frozen"
+    """`frozen`: the reference is the model without its adapter, or as it was at the start; `refreshed`: the policy as
+    it was some iterations ago; `previous`: the policy of the iteration before."""
+    refresh_every: int = 10
+    """With reference_policy refreshed: every so many iterations."""
+    sample: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=1.0))
+    sample_tokens: int = 256
+    """Longest completion."""
+    sample_batch_size: int = 32
+    """Completions drawn on each device at a time: memory and speed, not the result."""
+    judge_workers: int = 2
+    """Processes that judge, for each process of the run."""
+    judge_seconds: float = 10.0
+    """Longest judgement; a completion that takes longer has none."""
+    max_failed: float = 0.2
+    """Stop where the judge fails on a larger share of the completions of an iteration."""
+    eval_samples: int = 1
+    """Completions of each held-out prompt: 1 is greedy, more are sampled."""
+    save_every: int | None = 10
+
+    epochs: int = field(default=1, init=False)
+    max_steps: int | None = field(default=None, init=False)
+    batch_size: int = field(default=1, init=False)
+    auto_batch: bool = field(default=False, init=False)
+    reference: str | None = field(default=None, init=False)
+    sample_every: int | None = field(default=None, init=False)
+    sample_count: int = field(default=1, init=False)
+
+    def __post_init__(self) -> None:
+        names = ("iterations", "prompts_per_iteration", "samples_per_prompt", "updates_per_batch", "refresh_every")
+        for name in (*names, "sample_batch_size", "judge_workers", "eval_samples"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        _require(bool(self.judge), "judge", self.judge, "a judge, such as math or my_module:my_function")
+        _require(self.judge_seconds > 0, "judge_seconds", self.judge_seconds, "a number above 0")
+        _require(0 <= self.max_failed <= 1, "max_failed", self.max_failed, "a share from 0 to 1")
+        _require(not self.data.streaming, "data.streaming", True, "false: prompts are read whole")
+        self.batch_size = self.prompts_per_iteration * self.samples_per_prompt
+        self.max_steps = self.iterations * self.updates_per_batch
+        super().__post_init__()
+
+    def as_dict(self) -> dict[str, Any]:
+        given = {f.name for f in fields(self) if f.init}
+        return {name: value for name, value in super().as_dict().items() if name in given}
 
 
 @dataclass

@@ -137,11 +137,16 @@ class Engine(Protocol):
 
     def reference_log_odds(self, batch: Batch) -> Array:
         """(N,) float32 log-odds under the weights that training starts from: with the adapter off, or, where all
-        weights are trained, before the first step.
+        weights are trained, before the first step; after `refresh_reference`, under those of that moment.
 
         Raises:
-            RuntimeError: all weights are trained, and a step has been taken.
+            RuntimeError: all weights are trained, a step has been taken, and there are no others to go back to.
         """
+        ...
+
+    def refresh_reference(self) -> None:
+        """From here on the reference is the policy as it now is: a copy of what is trained, which becomes part of
+        `state`."""
         ...
 
     def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenScores:
@@ -172,8 +177,9 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Array | Shard]:
-        """All that training has changed, by name: `weights/…`, the optimizer's moments and step counts, and the
-        state of the generators that dropout draws from; what this process is to save."""
+        """All that training has changed, by name: `weights/…`, the optimizer's moments and step counts, the
+        reference's weights where it was refreshed, and the state of the generators that dropout draws from; what this
+        process is to save."""
         ...
 
     def load_state(self, state: Mapping[str, Array]) -> None:

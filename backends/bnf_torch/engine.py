@@ -26,7 +26,7 @@ from bnf_core.sampling import Completion, greedy
 from bnf_core.steps.limits import Limits
 from bnf_core.steps.scaling import loss_scales
 from bnf_core.storage.files import replacing
-from bnf_core.storage.shards import OPTIMIZER, WEIGHTS, Shard, put_under, require_same_shapes, under
+from bnf_core.storage.shards import OPTIMIZER, REFERENCE_WEIGHTS, WEIGHTS, Shard, put_under, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenScores
 from bnf_torch import adapter
 from bnf_torch.attention import LAYOUT
@@ -69,6 +69,7 @@ class TorchEngine:
         self.dtype = str(dtype or self.base.dtype).removeprefix("torch.")
         self.source = source
         self.steps_taken = False
+        self.reference_weights: dict[str, Tensor] = {}  # by name; empty: those that training starts from
         if gradient_checkpointing:
             checkpoint_activations(self.base)
         autocast = None if dtype in (None, torch.float32, self.base.dtype) else dtype
@@ -94,10 +95,28 @@ class TorchEngine:
     # Scoring
 
     def reference_log_odds(self, batch: Batch) -> Array:
+        if self.reference_weights:
+            self._exchange()
+            try:
+                return self.evaluate(batch, np.zeros(len(batch.targets), np.float32)).log_odds
+            finally:
+                self._exchange()
         if self.full and self.steps_taken:
             raise RuntimeError("all weights are trained and no longer those of the reference: compute it beforehand")
         with adapter.adapter_off(self.model):
             return self.evaluate(batch, np.zeros(len(batch.targets), np.float32)).log_odds
+
+    def refresh_reference(self) -> None:
+        self.reference_weights = {name: p.detach().clone() for name, p in self.trainable.items()}
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """The policy's weights and the reference's, each in the other's place; a second time puts them back."""
+        self._reshard()
+        for name, p in self.trainable.items():
+            policy = p.detach().clone()  # one at a time
+            p.copy_(self.reference_weights[name])
+            self.reference_weights[name].copy_(policy)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenScores:
@@ -210,6 +229,7 @@ class TorchEngine:
 
     def state(self) -> dict[str, Array | Shard]:
         parts: dict[str, Tensor] = put_under(WEIGHTS, self.trainable)
+        parts |= put_under(REFERENCE_WEIGHTS, self.reference_weights)
         if self.optimizer is not None:
             parts |= put_under(OPTIMIZER, dict(self.optimizer.state()))
         taken = {name: piece(tensor) for name, tensor in parts.items()}
@@ -223,6 +243,8 @@ class TorchEngine:
         self.load_weights(state)
         if self.optimizer is not None:
             self.optimizer.load_state(under(OPTIMIZER, state))
+        reference = under(REFERENCE_WEIGHTS, state)
+        self.reference_weights = {name: like(reference[name], self.trainable[name]) for name in reference}
         self.load_random_state(state)
         self.steps_taken = True
 

@@ -24,14 +24,13 @@ def sample(generate: Callable[..., Any], rows: Sequence[Completion], device: tor
     prompts = list(dict.fromkeys(row.prompt_ids for row in rows))
     of_row = torch.tensor([prompts.index(row.prompt_ids) for row in rows], device=device)
     ids, mask = (tensor.to(device) for tensor in _padded(prompts))  # (prompts, T)
-    settings: dict[str, Any] = {"synced_gpus": sharded, "return_dict_in_generate": True}
+    settings: dict[str, Any] = {"synced_gpus": sharded}
     first = _First()
     output = generate(ids, attention_mask=mask, generation_config=_config(1), logits_processor=[first], **settings)
     tokens = [row.next(first.logits[i]) for row, i in zip(rows, of_row.tolist(), strict=True)]
-    while_any = [i for i, row in enumerate(rows) if not row.done]
-    if not while_any and not sharded:
+    left = [i for i, row in enumerate(rows) if not row.done] or ([0] if sharded else [])
+    if not left:
         return
-    left = while_any or [0]
     of_row, open_rows = of_row[left], [rows[i] for i in left]
     ids = torch.cat([ids[of_row], torch.tensor([[tokens[i]] for i in left], device=device)], dim=1)
     mask = torch.cat([mask[of_row], torch.ones_like(ids[:, :1])], dim=1)
@@ -61,7 +60,9 @@ def _padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
 
 
 def _config(max_tokens: int) -> GenerationConfig:
-    return GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    return GenerationConfig(
+        max_new_tokens=max_tokens, do_sample=False, eos_token_id=None, pad_token_id=0, return_dict_in_generate=True
+    )
 
 
 class _First(LogitsProcessor):

@@ -20,7 +20,7 @@ LISTS = (list[str], list[int])
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 # Flags that mean a setting of another name.
-ALIASES = {"data": "data.path", "r": "lora.rank", "lr": "optimizer.learning_rate"}
+ALIASES = {"data": "data.path", "prompts": "data.path", "r": "lora.rank", "lr": "optimizer.learning_rate"}
 # Settings with a name and more, of which the name alone may be given.
 NAMED = ("objective",)
 

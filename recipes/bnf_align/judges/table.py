@@ -48,6 +48,18 @@ def parse_judge(expression: str) -> list[Term]:
     Raises:
         UserError: an unknown judge or setting, or no such expression.
     """
+    terms = parse_terms(expression)
+    for term in terms:
+        _check(term)
+    return terms
+
+
+def parse_terms(expression: str) -> list[Term]:
+    """The same, whatever the names are of.
+
+    Raises:
+        UserError: no such expression.
+    """
     terms, at = [], 0
     while True:
         match = TERM.match(expression, at)
@@ -55,7 +67,6 @@ def parse_judge(expression: str) -> list[Term]:
             raise _no_expression(expression)
         settings, at = _settings(expression, match.end())
         terms.append(Term(float(match["weight"] or 1.0), match["name"], settings))
-        _check(terms[-1])
         if at == len(expression):
             return terms
         if expression[at] != "+":

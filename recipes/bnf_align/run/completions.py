@@ -52,13 +52,14 @@ def completions(
     max_tokens: int,
     stops: Sequence[int],
     seed: int,
-    round: int = 0,
+    rounds: Sequence[int] | None = None,
     on_token: Callable[[Completion], None] | None = None,
 ) -> list[Completion]:
     """So many completions of each prompt to be drawn, those of one prompt side by side.
 
     Args:
-        seed, round: see `noise_key`.
+        seed: of the noise.
+        rounds: how often each prompt has been sampled before; default: never.
     """
 
     def decode(tokens: Sequence[int]) -> str:
@@ -74,7 +75,7 @@ def completions(
             decode=decode,
             on_token=on_token,
         )
-        for prompt in ids
+        for prompt, round in zip(ids, rounds or [0] * len(ids), strict=True)
         for sample in range(samples)
     ]
 

@@ -1,0 +1,210 @@
+"""The on-policy loop on a tiny model, on each backend: sampled, judged, learned from, and resumed bit-for-bit."""
+
+import io
+import json
+import math
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from rich.console import Console
+from test_resume import assert_same
+from test_train import QUIET
+
+import bnf_align.run.on_policy as module
+from bnf_align import cli
+from bnf_align.commands.online import online
+from bnf_align.commands.train import RunResult
+from bnf_align.judges.base import Judgement
+from bnf_align.judges.table import make_judge, parse_judge
+from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OnlineConfig, OptimizerConfig, SamplingConfig
+from bnf_core.errors import TrainingStopped, UserError
+
+pytestmark = pytest.mark.usefixtures("undrawn", "at_hand")
+
+TIMES = ("seconds", "tokens_per_second")
+PROMPTS = [{"prompt": [{"role": "user", "content": f"What is {i}?"}], "answer": i} for i in range(5)]
+JUDGE = "regex(pattern='[a-n]')"  # about half of what an untrained model says
+
+
+class AtHand:
+    """Judges in this process: starting others takes longer than the rest of a test."""
+
+    def __init__(self, expression: str, *, workers: int, time_limit: float):
+        self.judge = make_judge(parse_judge(expression))
+
+    def __call__(self, judged: Any) -> list[Judgement]:
+        found = []
+        for one in judged:
+            try:
+                score = self.judge(*one)
+                found.append(Judgement(None if score is None else float(score)))
+            except Exception as error:
+                found.append(Judgement(error=f"{type(error).__name__}: {error}"))
+        return found
+
+    def __enter__(self) -> "AtHand":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+
+@pytest.fixture(scope="module")
+def at_hand() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bnf_align.commands.online.Judges", AtHand)
+        yield
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    return path
+
+
+@pytest.fixture
+def settings(tiny_model: Path, prompts: Path, tmp_path: Path, backend_name: str) -> Callable[..., OnlineConfig]:
+    def make(output: str = "run", **overrides: Any) -> OnlineConfig:
+        common: dict[str, Any] = {
+            "judge": JUDGE,
+            "hardware": HardwareConfig(backend=backend_name, device="cpu", dtype="float32"),
+            "lora": LoraConfig(rank=4, alpha=8, dropout=0.1),
+            "optimizer": OptimizerConfig(learning_rate=1e-2, warmup_steps=1, epsilon=1e-5),
+            "iterations": 3,
+            "prompts_per_iteration": 3,
+            "samples_per_prompt": 4,
+            "updates_per_batch": 2,
+            "sample_tokens": 6,
+            "micro_batch_size": 5,
+            "save_every": 1,
+            "valid": str(prompts),
+        }
+        data = DataConfig(str(prompts), max_length=64)
+        return OnlineConfig(str(tiny_model), data, output=str(tmp_path / output), **(common | overrides))
+
+    return make
+
+
+def lines(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
+    logged = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in logged if line["kind"] == kind]
+
+
+def samples(folder: Path) -> list[dict[str, Any]]:
+    files = sorted((folder / "samples").glob("*.jsonl"))
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def test_every_sample_is_kept_and_learned_from(settings: Callable[..., OnlineConfig]) -> None:
+    result = online(settings(), QUIET)
+    rows, train = samples(result.folder), lines(result.folder)
+    assert len(rows) == 3 * 3 * 4 and [line["step"] for line in train] == list(range(1, 7))
+    for i in range(3):
+        of_iteration = [row for row in rows if row["iteration"] == i]
+        assert {row["policy_step"] for row in of_iteration} == {2 * i}
+        first, second = train[2 * i : 2 * i + 2]
+        assert first["tokens"] == second["tokens"] == sum(len(row["completion_ids"]) for row in of_iteration)
+        right = [row["label"] for row in of_iteration]
+        assert first["pass_at_1"] == pytest.approx(np.mean(right)) and "pass_at_1" not in second
+        groups = [right[at : at + 4] for at in range(0, 12, 4)]
+        assert first["pass_at_k"] == np.mean([any(g) for g in groups])
+        assert first["both_labels"] == np.mean([len(set(g)) == 2 for g in groups])
+        assert first["cut"] == np.mean([row["cut"] for row in of_iteration])
+        assert first["entropy"] > 0 and first["sampling_tokens_per_second"] > 0 < first["training_tokens_per_second"]
+    for row in rows:
+        assert row["label"] == (row["score"] >= 0.5) and row["error"] is None and row["seed"] == 0
+        assert len(row["log_probs"]) == len(row["completion_ids"]) <= 6
+        assert row["answer"] in range(5) and row["completion"][0]["role"] == "assistant"
+    # The first iteration's policy is the reference: the log-probabilities are the same numbers.
+    first = [row for row in rows if row["iteration"] == 0]
+    by_label = [np.sum(row["log_probs"]) for row in first if row["label"]]
+    assert train[0]["logps/chosen"] == pytest.approx(np.mean(by_label), abs=2e-4)
+    assert result.before is not None and result.after is not None and result.before["pass_at_1"] is not None
+
+
+def test_training_raises_what_the_judge_likes(settings: Callable[..., OnlineConfig]) -> None:
+    made = settings(
+        iterations=12,
+        prompts_per_iteration=5,
+        samples_per_prompt=8,
+        micro_batch_size=40,
+        updates_per_batch=1,
+        optimizer=OptimizerConfig(learning_rate=5e-2, schedule="constant", warmup_steps=0, epsilon=1e-5),
+        lora=LoraConfig(rank=4, alpha=8),
+        save_every=None,
+        valid=None,
+    )
+    train = lines(online(made, QUIET).folder)
+    early, late = (np.mean([line["pass_at_1"] for line in part]) for part in (train[:2], train[-3:]))
+    assert late > early + 0.2, [line["pass_at_1"] for line in train]
+
+
+@pytest.mark.parametrize("policy", ["frozen", "previous", "refreshed"])
+def test_a_run_that_is_stopped_anywhere_ends_as_one_that_was_not(
+    settings: Callable[..., OnlineConfig], monkeypatch: pytest.MonkeyPatch, policy: Any
+) -> None:
+    common = {"reference_policy": policy, "refresh_every": 1, "valid": None}
+    whole = online(settings("whole", **common), QUIET)
+    made = settings("stopped", **common)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    # After the samples of an iteration are drawn, before they are written, and in the midst of its updates.
+    for where in ("_labels", "_write"):
+        with monkeypatch.context() as patch:
+            patch.setattr(module.OnPolicy, where, killed)
+            with pytest.raises(Killed):
+                online(made, QUIET)
+        made = replace_run(made)
+    for stop in (1, 3, 4):
+        with monkeypatch.context() as patch:
+            original = module.OnPolicy.metrics
+
+            def metrics(self: Any, original: Any = original, stop: int = stop) -> Any:
+                if self.policy_step == stop:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return original(self)
+
+            patch.setattr(module.OnPolicy, "metrics", metrics)
+            with pytest.raises(TrainingStopped, match=f"after step {stop};.*bnf online --config .* --resume"):
+                online(made, QUIET)
+        made = replace_run(made)
+    online(made, QUIET)
+    same_run(Path(made.output), whole.folder)
+
+
+def replace_run(made: OnlineConfig) -> OnlineConfig:
+    """The same, resumed."""
+    from copy import copy
+
+    made = copy(made)
+    made.resume = True
+    return made
+
+
+def same_run(run: Path, expected: Path) -> None:
+    cut = [[{k: v for k, v in line.items() if "second" not in k} for line in lines(f)] for f in (run, expected)]
+    assert cut[0] == cut[1]
+    assert samples(run) == samples(expected)
+    assert_same_weights(run, expected)
+
+
+def assert_same_weights(run: Path, expected: Path) -> None:
+    from bnf_core.storage.checkpoints import Checkpoints
+
+    ends = [Checkpoints(folder / "checkpoints", 2).newest()[0] for folder in (run, expected)]
+    assert ends[0] is not None and ends[1] is not None and ends[0].step == ends[1].step
+    assert ends[0].arrays.keys() == ends[1].arrays.keys() and ends[0].position == ends[1].position
+    for name, value in ends[1].arrays.items():
+        np.testing.assert_array_equal(ends[0].arrays[name], value, err_msg=name)
