@@ -100,6 +100,12 @@ class DataConfig:
 
     path: str
     """A .jsonl, .json, .csv or .parquet file, a folder with train and valid files, or a Hub data set."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our columns by their names in the data, such as {prompt: question, completion: answer, label: correct}; default:
+    the shape of rows is recognised."""
+    label: str | None = None
+    """A rule that makes labels of another column, such as "score >= 4", "rank <= 1", "score > mean" (of the prompt's
+    completions) or "score in top 1"; or the name of a column of labels that are 0 and 1 or text."""
     template: Template = "auto"
     """`auto`: the chat template for messages, plain strings as they are; `chat`: the chat template for both;
     `plain`: never."""

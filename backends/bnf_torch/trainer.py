@@ -23,7 +23,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from bnf_core.config import DataConfig, HardwareConfig, OptimizerConfig, Template
-from bnf_core.data.feedback import FeedbackTokenizer
+from bnf_core.data.feedback import FeedbackTokenizer, Tally
 from bnf_core.data.sources import load_feedback
 from bnf_core.data.streaming import FeedbackStream
 from bnf_core.data.tokenization import Tokenized, load_tokenizer, pad_id
@@ -33,7 +33,7 @@ from bnf_core.objectives import Objective, parse
 from bnf_core.processes import Processes
 from bnf_core.steps import steps as plan
 from bnf_core.steps.baseline import Baseline
-from bnf_core.steps.batching import MicroBatching, Rows, require_units
+from bnf_core.steps.batching import MicroBatching, Rows, require_units, require_weights
 from bnf_core.steps.metrics import Meter
 from bnf_core.steps.reference import NoReference, Reference, ReferenceCache
 from bnf_core.steps.steps import Step
@@ -42,7 +42,7 @@ from bnf_core.storage.digests import rows_digest
 from bnf_core.storage.files import agreed
 from bnf_core.storage.reference_folder import StoredReference, fingerprint, open_reference
 from bnf_core.storage.shards import BASELINE, REFERENCE, put_under, under
-from bnf_core.types import Batch, Example, Position, Unit
+from bnf_core.types import Batch, Example, Position
 from bnf_torch import adapter
 from bnf_torch.engine import TorchEngine
 from bnf_torch.model import load_model, resolve_dtype
@@ -82,6 +82,11 @@ class BNFConfig(TrainingArguments):
 
     max_length: int = 1024
     """Longest row in tokens; a longer prompt is cut from the left."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our columns by their names in the data, such as {"completion": "answer"}; default: the shape of rows is
+    recognised."""
+    label: str | None = None
+    """A rule that makes labels of another column, such as "score >= 4"; see docs/data.md."""
     template: Template = "auto"
     """`auto`: the chat template for messages, plain strings as they are; `chat`: for both; `plain`: never."""
     chat_template: str | None = None
@@ -120,6 +125,8 @@ class BNFConfig(TrainingArguments):
         """How rows become tokens."""
         return DataConfig(
             path="",
+            columns=self.columns,
+            label=self.label,
             template=self.template,
             chat_template=self.chat_template,
             template_kwargs=self.template_kwargs,
@@ -170,7 +177,7 @@ class BNFTrainer(Trainer):
             raise UserError(f"objective {self.objective.name} needs no reference, and reference is given: leave it out")
         folder = resolve_model(model) if isinstance(model, str) else Path(str(model.name_or_path))
         tokenizer = processing_class or load_tokenizer(folder)
-        self.tokens = _Tokens(tokenizer, args, self.objective.unit)
+        self.tokens = _Tokens(tokenizer, args, self.objective)
         self.rows = None if train_dataset is None else self.tokens.training_rows(train_dataset)
         self.held_out: list[tuple[Feed, list[Example]]] = []  # what has been tokenised
         self.resumed: tuple[str, Checkpoint] | None = None
@@ -434,8 +441,8 @@ class _Epoch(TrainerCallback):
 class _Tokens:
     """Rows of feedback as tokens; what is skipped or cut is logged."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: BNFConfig, unit: Unit):
-        self.tokenizer, self.args, self.unit = tokenizer, args, unit
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: BNFConfig, objective: Objective):
+        self.tokenizer, self.args, self.objective = tokenizer, args, objective
         self.pad = pad_id(tokenizer)
         self.feedback = FeedbackTokenizer.of(tokenizer, args.data)
 
@@ -443,24 +450,27 @@ class _Tokens:
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         if isinstance(data, str) or hasattr(data, "__len__"):
-            return Rows(self.examples(data, "train"), seed, self.unit)
-        report = partial(self._report, whole=False)
+            return Rows(self.examples(data, "train"), seed, self.objective.unit)
+        report, unit = partial(self._report, whole=False), self.objective.unit
         return self.feedback.stream(
-            data, "train", shuffle_buffer=args.shuffle_buffer, seed=seed, unit=self.unit, report=report
+            data, "train", shuffle_buffer=args.shuffle_buffer, seed=seed, unit=unit, report=report
         )
 
     def examples(self, data: Feed, split: str) -> list[Example]:
-        loaded = load_feedback(data, split, self.args.skip_bad_rows)
+        loaded = load_feedback(data, split, self.args.skip_bad_rows, self.feedback.reading)
         for message in loaded.skipped:
             logger.warning("skipped: %s", message)
+        for note in Tally(self.args.max_length, neither=loaded.neither).notes():
+            logger.warning("%s", note)
         if loaded.unused:
             logger.warning("columns that are not used: %s", ", ".join(sorted(loaded.unused)))
         tokens = self.feedback(loaded.rows)
         self._report(tokens)
-        require_units(tokens.examples, self.unit)
+        require_units(tokens.examples, self.objective.unit)
         return tokens.examples
 
     def _report(self, tokens: Tokenized, whole: bool = True) -> None:
+        require_weights(tokens.examples, self.objective)
         for message in tokens.skipped:
             logger.warning("skipped: %s", message)
         for note in self.feedback.tally(tokens).notes(whole):

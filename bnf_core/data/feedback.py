@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from bnf_core.config import DataConfig, Template
+from bnf_core.data.reading import Reading
 from bnf_core.data.records import Feedback
 from bnf_core.data.rendering import Chat, chat_of
 from bnf_core.data.streaming import FeedbackStream
@@ -25,6 +26,7 @@ class Tally:
     prompts_cut: int = 0
     completions_cut: int = 0
     reopened: int = 0
+    neither: int = 0  # left out, because their label or weight is 0
 
     def add(self, tokens: Tokenized) -> None:
         self.rows += len(tokens.examples)
@@ -44,6 +46,10 @@ class Tally:
             notes.append(
                 f"longer than {self.max_length} tokens: {self.prompts_cut:,} prompts cut from the left, "
                 f"{self.completions_cut:,} completions from the right"
+            )
+        if self.neither:
+            notes.append(
+                f"{self.neither:,} completions are left out: a label or weight of 0 says neither chosen nor rejected"
             )
         if self.reopened:
             notes.append(
@@ -67,15 +73,17 @@ class FeedbackTokenizer:
     max_length: int
     skip_bad_rows: bool
     chat: Chat = field(default_factory=Chat)
+    reading: Reading = field(default_factory=Reading)
 
     @classmethod
     def of(cls, tokenizer: "Tokenizer", config: DataConfig) -> "FeedbackTokenizer":
         """As the settings say.
 
         Raises:
-            UserError: `data.chat_template` is a file that cannot be read.
+            UserError: `data.chat_template` is a file that cannot be read, or `data.label` no rule.
         """
-        return cls(tokenizer, config.template, config.max_length, config.skip_bad_rows, chat_of(config))
+        chat, reading = chat_of(config), Reading.of(config)
+        return cls(tokenizer, config.template, config.max_length, config.skip_bad_rows, chat, reading)
 
     def __call__(self, rows: Sequence[Feedback]) -> Tokenized:
         """Rows that `sources.load_feedback` has read, as examples with counts of what was cut and skipped.
@@ -118,6 +126,7 @@ class FeedbackTokenizer:
             seed=seed,
             skip_bad_rows=self.skip_bad_rows,
             unit=unit,
+            reading=self.reading,
         )
 
     def tally(self, *tokens: Tokenized) -> Tally:

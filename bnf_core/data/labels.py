@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bnf_core.data.messages import RowError, named
+from bnf_core.data.messages import NUMBER, Cell, RowError, named
 from bnf_core.errors import UserError
 
 Value = float | bool | str  # what a row holds for a rule to judge
 
+GRADED = "a number from -1 to 1"
 CHOSEN, REJECTED, NEITHER = 1.0, -1.0, 0.0
 
 COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
@@ -135,6 +136,82 @@ class LabelRule:
         return _best(numbers if self.comparison == "top" else [-number for number in numbers], int(self.value))
 
 
+class Labels:
+    """How the labels of one source are read: by a rule, or from the column `label`.
+
+    Without a rule a label is true or false, or a number with a point from −1.0 to 1.0. A rule that names a column of
+    labels takes 0 and 1 and text as well, where all rows of a file are of one kind.
+    """
+
+    def __init__(self, rule: LabelRule | None = None):
+        self.rule = rule
+        self._kinds: dict[str, tuple[str, str]] = {}  # by file: the kind of its first row, and where that is
+        self._first: dict[float, str] = {}  # graded labels by themselves: where 0 and 1 are first, and one between
+
+    @property
+    def compares(self) -> bool:
+        return self.rule is not None and self.rule.compares
+
+    def read(self, fields: Mapping[str, Any], source: str, within: str = "") -> Value:
+        """As `LabelRule.read`."""
+        if self.rule is None:
+            label = _unambiguous(fields.get("label"), f"{within}.label" if within else "label", source)
+            self._first.setdefault(label if isinstance(label, float) and label in (0.0, 1.0) else 0.5, source)
+            return label
+        value = self.rule.read(fields, source, within)
+        if not self.rule.comparison:
+            kind, first = self._kinds.setdefault(source.rpartition(":")[0], (kind_of_label(value), source))
+            if kind != kind_of_label(value):
+                raise RowError(
+                    source,
+                    f"{within}.{self.rule.field}" if within else self.rule.field,
+                    f"is {named(value)} where {first} has {kind}, expected one kind in all rows",
+                    f'Write all alike, or set data.label to a rule, such as "{self.rule.field} > 0"',
+                )
+        return value
+
+    def check(self) -> None:
+        """When all rows have been read.
+
+        Raises:
+            UserError: all labels are 0.0 and 1.0, which says neither that 0.0 is rejected nor that it is neither.
+        """
+        if self._first.keys() == {0.0, 1.0}:
+            raise UserError(
+                f"{self._first[0.0]}: label is 0.0, and all labels are 0.0 or 1.0: expected true and false, or graded "
+                'labels. Set data.label to "label == 1" if 0.0 is rejected, or to "label" if it is neither chosen nor '
+                "rejected"
+            )
+
+    def of(self, values: Sequence[Value]) -> list[float]:
+        """As `LabelRule.labels`."""
+        return (self.rule or LabelRule("label")).labels(values)
+
+
+def _unambiguous(value: Any, field: str, source: str) -> Value:
+    """A label that means one thing whoever wrote it."""
+    meant = value.meant() if isinstance(value, Cell) else value
+    if isinstance(meant, bool) or kind_of_label(meant) == GRADED:
+        return bool(meant) if isinstance(meant, bool) else float(meant)
+    if isinstance(value, str) or not _is_number(value):
+        raise RowError(
+            source,
+            field,
+            f"is {named(value)}, expected true or false",
+            "Write true (chosen) or false (rejected) without quotes, or set data.label to a rule",
+        )
+    if isinstance(value, float):
+        problem = f"is {named(value)}, expected true or false, or a number from -1.0 to 1.0"
+        raise RowError(source, field, problem, f'Set data.label to a rule, such as "{field} >= 4"')
+    raise RowError(
+        source,
+        field,
+        f"is {named(value)}, expected true or false",
+        "Write true for a chosen completion and false for a rejected one, as in 1 -> true, 0 -> false, or set "
+        f'data.label to a rule, such as "{field} == 1"',
+    )
+
+
 def look_up(row: Mapping[str, Any], path: str) -> Any:
     """What stands under a name, or under a path of names with dots between them; None: nothing."""
     if row.get(path) is not None:
@@ -155,10 +232,11 @@ def kind_of_label(value: Any) -> str:
         return '"true" or "false"' if value.strip().casefold() in ("true", "false") else ""
     if isinstance(value, int):
         return "0 or 1" if value in (0, 1) else ""
-    return "a number from -1 to 1" if isinstance(value, float) and -1 <= value <= 1 else ""
+    return GRADED if isinstance(value, float) and -1 <= value <= 1 else ""
 
 
 def _as_label(value: Any, field: str, source: str) -> Value:
+    value = value.meant() if isinstance(value, Cell) else value
     if not kind_of_label(value):
         raise RowError(
             source,
@@ -200,7 +278,7 @@ def _is_number(value: Any) -> bool:
 
 def _finite(value: Any) -> float | None:
     """A number, or text that is one; None: it is neither, or not finite."""
-    if isinstance(value, str) and not re.fullmatch(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", value):
+    if isinstance(value, str) and not re.fullmatch(NUMBER, value.strip()):
         return None
     if not isinstance(value, str) and not _is_number(value):
         return None

@@ -1,6 +1,7 @@
 """Chat messages and tools as people keep them, checked and brought into one form."""
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,7 +29,25 @@ class RowError(UserError):
     def __init__(self, source: str, field: str, problem: str, remedy: str) -> None:
         self.source = source
         self.field = field
+        self.problem = problem
+        self.remedy = remedy
         super().__init__(f"{source}: {field + ': ' if field else ''}{problem}. {remedy}.")
+
+
+class Cell(str):
+    """Text of a table that has nothing else, such as CSV: it may be meant as a number or a truth value."""
+
+    def meant(self) -> bool | int | float | str:
+        """What JSON would say of it."""
+        text = self.strip()
+        if text.casefold() in ("true", "false"):
+            return text.casefold() == "true"
+        if re.fullmatch(r"[-+]?\d{1,18}", text):
+            return int(text)
+        return float(text) if re.fullmatch(NUMBER, text) else str(self)
+
+
+NUMBER = r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d{1,2})?"
 
 
 def plain(value: Any) -> Any:
@@ -59,7 +78,7 @@ def text_or_messages(value: Any, field: str, source: str) -> Text:
     """
     if isinstance(value, str):
         check_unicode(value, field, source)
-        return value
+        return str(value)
     if not isinstance(value, list):
         raise RowError(
             source,
@@ -103,6 +122,8 @@ def _message(message: Any, field: str, source: str) -> Message:
                 source, f"{field}.{key}", f"is {named(message[key])}, expected text", "Only text can be trained on"
             )
         check_unicode(message[key], f"{field}.{key}", source)
+    for key in message.keys() - {"role", "content", *REASONING}:  # a template may write it
+        check_unicode(json.dumps(message[key], ensure_ascii=False, default=str), f"{field}.{key}", source)
     if calls:
         message["tool_calls"] = calls
     if not trained:
@@ -214,6 +235,7 @@ def template_kwargs_of(value: Any, source: str) -> dict[str, Any] | None:
             f"is {named(kwargs)}, expected an object",
             'Write what the template takes by name, such as {"enable_thinking": false}',
         )
+    check_unicode(json.dumps(kwargs, ensure_ascii=False, default=str), "chat_template_kwargs", source)
     return dict(kwargs) if kwargs else None
 
 

@@ -15,7 +15,8 @@ import numpy as np
 
 from bnf_core.data.messages import RowError, Text
 from bnf_core.data.readers import READERS, RawRow, number_rows
-from bnf_core.data.records import Feedback, parse_row, unused_columns
+from bnf_core.data.reading import Reading, RowReader
+from bnf_core.data.records import Feedback
 from bnf_core.errors import UserError
 from bnf_core.storage.digests import files_digest
 
@@ -39,40 +40,47 @@ class LoadedFeedback:
     rows: list[Feedback]
     skipped: list[str]  # the message of every bad row, when they are to be skipped
     unused: set[str] = field(default_factory=set)  # columns that are passed over
+    shape: str = ""  # of the rows, in words
+    neither: int = 0  # completions whose label or weight is 0, which are left out
 
 
 def load_feedback(
-    path_or_rows: str | Iterable[Any], split: str = "train", skip_bad_rows: bool = False
+    path_or_rows: str | Iterable[Any],
+    split: str = "train",
+    skip_bad_rows: bool = False,
+    reading: Reading | None = None,
 ) -> LoadedFeedback:
     """Read feedback from wherever it is, all of it into memory.
 
     Args:
         path_or_rows: a .jsonl, .json, .csv or .parquet file, a folder with train, valid and test files of those
-            kinds, or a Hub data set as owner/name; or rows from Python, mappings.
+            kinds or one that `datasets` saved, or a Hub data set as owner/name; or rows from Python, mappings.
         split: train, valid or test; a single file is the split it is asked for.
         skip_bad_rows: list bad rows in `skipped` instead of stopping at the first.
+        reading: the names of columns, and how labels are made.
     Raises:
         RowError: a bad row, unless they are to be skipped.
         UserError: nothing there, not readable, no such split, no row or no good row.
     """
+    reader = RowReader(reading)
     source = find_source(path_or_rows, split) if isinstance(path_or_rows, str) else source_of(path_or_rows, split)
-    loaded = LoadedFeedback([], [])
+    found: list[Feedback] = []
+    skipped: list[str] = []
     for row in source.read():
         try:
-            columns = row.columns()
-            loaded.rows.extend(parse_row(columns, row.source))
-            loaded.unused.update(unused_columns(columns))
+            found.extend(reader(row.columns(), row.source))
         except RowError as error:
             if not skip_bad_rows:
                 raise
-            loaded.skipped.append(str(error))
-    if loaded.skipped and not loaded.rows:
-        raise UserError(
-            f"{source.name}: none of its {len(loaded.skipped)} rows is usable; the first: {loaded.skipped[0]}"
-        )
-    if not loaded.rows:
+            skipped.append(str(error))
+    rows = reader.finish(found, (group_of(row) for row in found))
+    if reader.neither and not rows:
+        raise nothing_said(source.name, reader.neither)
+    if skipped and not rows:
+        raise UserError(f"{source.name}: none of its {len(skipped)} rows is usable; the first: {skipped[0]}")
+    if not rows:
         raise no_rows(source.name, split)
-    return loaded
+    return LoadedFeedback(rows, skipped, reader.unused, reader.described(), reader.neither)
 
 
 def read_rows(path_or_name: str, split: str) -> Iterator[tuple[str, Any]]:
@@ -93,6 +101,13 @@ def no_rows(name: str, split: str) -> UserError:
     return UserError(f"{name}: no rows in the {split} split. Expected at least one row of feedback.")
 
 
+def nothing_said(name: str, neither: int) -> UserError:
+    return UserError(
+        f"{name}: the labels or weights of all {neither} completions are 0: expected chosen or rejected ones. Mend "
+        "them, or data.label"
+    )
+
+
 def has_split(path_or_name: str, split: str) -> bool:
     """Whether `load_feedback(path_or_name, split)` has data of its own for that split.
 
@@ -104,6 +119,8 @@ def has_split(path_or_name: str, split: str) -> bool:
     path = Path(path_or_name).expanduser()
     names = _split_names(split)
     if path.is_dir():
+        if is_saved(path):
+            return split == "train" if _is_one(path) else _saved_split(path, names) is not None
         return bool(_split_files(path, names))
     if path.exists():
         return split == "train"
@@ -125,6 +142,11 @@ def prompt_group(prompt: Text, *given: Any) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=kind).digest()) >> 1
 
 
+def group_of(row: Feedback) -> int:
+    """`prompt_group` of a row."""
+    return prompt_group(row.prompt, row.tools, row.template_kwargs)
+
+
 def pair_number(source: str) -> int:
     """A number below 2^63, not 0, for the pair that stands at file:line."""
     return int.from_bytes(hashlib.blake2b(source.encode(), digest_size=8, person=b"pair").digest()) >> 1 | 1
@@ -144,7 +166,7 @@ def split_by_prompt(rows: Sequence[Feedback], fraction: float, seed: int) -> tup
     """
     if not 0 < fraction < 1:
         raise UserError(f"the share of prompts to hold out is {fraction}: expected a number above 0 and below 1")
-    groups = [prompt_group(row.prompt, row.tools, row.template_kwargs) for row in rows]
+    groups = [group_of(row) for row in rows]
     prompts = list(dict.fromkeys(groups))  # in order of appearance
     count = len(prompts)
     if count < 2:
@@ -173,6 +195,8 @@ def find_source(path_or_name: str, split: str, streaming: bool = False) -> Sourc
     """
     path = Path(path_or_name).expanduser()
     names = _split_names(split)
+    if path.is_dir() and is_saved(path):
+        return _saved(path, names)
     if path.is_dir():
         files = _split_files(path, names)
         if not files:
@@ -289,6 +313,45 @@ def _check_shards(folder: Path, files: Sequence[Path], split: str) -> None:
             f"{folder}: the {split} split is {wanted} files by their names, found {len(files)}: "
             f"{', '.join(p.name for p in files[:4])}. Fetch the missing ones, and keep no others."
         )
+
+
+# What `save_to_disk` of datasets wrote: a data set, or several by the names of their splits
+
+ONE, SEVERAL = "state.json", "dataset_dict.json"
+
+
+def is_saved(folder: Path) -> bool:
+    return _is_one(folder) or (folder / SEVERAL).is_file()
+
+
+def _is_one(folder: Path) -> bool:
+    return (folder / ONE).is_file() and (folder / "dataset_info.json").is_file()
+
+
+def _saved_split(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if _is_one(folder / name)), None)
+
+
+def _saved(folder: Path, names: Sequence[str]) -> Source:
+    found = folder if _is_one(folder) else _saved_split(folder, names)
+    if found is None:
+        held = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "none"
+        raise UserError(f"{folder}: no {names[0]} split in this saved data set, only {held}")
+    files = sorted(found.glob("*.arrow"))
+    stamps = {path: _stamp(path) for path in files}
+    return Source(str(found), partial(_read_saved, found, stamps), files)
+
+
+def _read_saved(folder: Path, stamps: dict[Path, tuple[int, int]]) -> Iterator[RawRow]:
+    import datasets
+
+    for path, stamp in stamps.items():
+        _check_unchanged(path, stamp)
+    try:
+        yield from number_rows(datasets.load_from_disk(str(folder)), str(folder))
+    except Exception as error:  # a missing shard, a broken one, one of a later version: each raises its own
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder}: the saved data set cannot be read: {why}. Save it again") from error
 
 
 # The Hub

@@ -13,8 +13,9 @@ from numpy.random import PCG64
 
 from bnf_core.data.messages import RowError
 from bnf_core.data.readers import RawRow
-from bnf_core.data.records import Feedback, parse_row, unused_columns
-from bnf_core.data.sources import find_source, no_rows, source_of
+from bnf_core.data.reading import Reading, RowReader
+from bnf_core.data.records import Feedback
+from bnf_core.data.sources import find_source, no_rows, nothing_said, source_of
 from bnf_core.errors import UserError
 from bnf_core.types import Example, Position, Unit
 
@@ -39,6 +40,7 @@ class FeedbackStream:
         seed: a non-negative integer.
         skip_bad_rows: list bad rows in `skipped` instead of stopping at the first.
         unit: what the loss compares. A pair is never parted: a batch may have one row more than asked for.
+        reading: the names of columns, and how labels are made.
     Raises:
         UserError: nothing there, no such split, no buffer, or a loss that compares all rows of a prompt.
     """
@@ -53,6 +55,7 @@ class FeedbackStream:
         seed: int,
         skip_bad_rows: bool = False,
         unit: Unit = "row",
+        reading: Reading | None = None,
     ) -> None:
         if unit == "prompt":
             raise UserError("this objective compares all rows of a prompt, which streamed data do not hold together")
@@ -66,7 +69,8 @@ class FeedbackStream:
         self.skip_bad_rows = skip_bad_rows
         self.unit = unit
         self.skipped: list[str] = []  # the first messages of bad rows, each once
-        self.unused: set[str] = set()  # columns that are passed over
+        self._reading = reading
+        self.reader = RowReader(reading, alone=True)
         self.skipped_count = 0  # bad rows met so far; what is met in two epochs counts twice
 
     def batches(self, batch_size: int, position: Position | None = None) -> Iterator[tuple[list[Example], Position]]:
@@ -95,6 +99,17 @@ class FeedbackStream:
             if batch:
                 yield batch, after
             at = {"epoch": at["epoch"] + 1, "rows": 0, "examples": 0}
+
+    def shape(self) -> str:
+        """What the first row is of; nothing where it is bad, or there is none."""
+        reader = RowReader(self._reading, alone=True)
+        for row in self.source.read():
+            try:
+                reader(row.columns(), row.source)
+            except RowError:
+                return ""
+            return reader.described()
+        return ""
 
     def examples(self, epoch: int = 0, chunk: int = 1000) -> Iterator[Example]:
         """The examples of one epoch, tokenised `chunk` rows at a time.
@@ -130,9 +145,7 @@ class FeedbackStream:
         parsed: list[list[Feedback]] = []
         for row in part:
             try:
-                columns = row.columns()
-                parsed.append(parse_row(columns, row.source))
-                self.unused |= unused_columns(columns)
+                parsed.append(self.reader(row.columns(), row.source))
             except RowError as error:
                 parsed.append(self._skip(error))
         flat = [feedback for several in parsed for feedback in several]
@@ -171,6 +184,8 @@ class FeedbackStream:
         return UserError(f"{self.source.name}: not the data that the run began with: {problem}. Give it the same data.")
 
     def _nothing(self, epoch: int, rows: int) -> UserError:
+        if rows and not self.skipped:
+            return nothing_said(self.source.name, self.reader.neither)
         if rows:
             return UserError(f"{self.source.name}: none of its {rows} rows is usable; the first: {self.skipped[0]}")
         if epoch:

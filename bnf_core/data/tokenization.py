@@ -102,6 +102,7 @@ def tokenize(
                     pair=pair_number(row.source) if row.paired else 0,
                     source=row.source,
                     trained=None if cut.trained is None else tuple(cut.trained),
+                    weight=row.weight,
                 )
             )
         if progress is not None:

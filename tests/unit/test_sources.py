@@ -473,6 +473,8 @@ def test_the_rows_and_messages_of_the_docs_are_real(tmp_path: Path) -> None:
     docs = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
     rows = "".join(re.findall(r"```json\n(.*?)```", docs, re.S))
     assert len(load_feedback(write(tmp_path / "docs.jsonl", rows)).rows) == 7
+    lists = re.findall(r"```jsonl\n(.*?)```", docs, re.S)[0]
+    assert [row.weight for row in load_feedback(write(tmp_path / "lists.jsonl", lists)).rows] == [1, 0.5, 2, 2]
     bad = [
         '{"prompt": "2 + 2 =", "completion": " 4", "label": true}',
         '{"prompt": "2 + 2 =", "completion": " 5", "label": "no"}',
@@ -486,3 +488,25 @@ def test_the_rows_and_messages_of_the_docs_are_real(tmp_path: Path) -> None:
     skipped = load_feedback(path, skip_bad_rows=True).skipped
     (shown,) = re.findall(r"```\n(feedback\.jsonl:2.*?)```", docs, re.S)
     assert "\n".join(skipped).replace(path, "feedback.jsonl") + "\n" == shown
+
+
+def test_what_datasets_saved_to_disk_is_read(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"prompt": "q", "completion": text, "label": text == "a"} for text in "abc"]
+    one = datasets.Dataset.from_list(rows)
+    one.save_to_disk(tmp_path / "one", num_shards=2)
+    both = datasets.DatasetDict({"train": one, "validation": one.select([2])})
+    both.save_to_disk(tmp_path / "both")
+    loaded = load_feedback(str(tmp_path / "one"))
+    assert [(row.completion, row.label) for row in loaded.rows] == [("a", True), ("b", False), ("c", False)]
+    assert loaded.rows[1].source == f"{tmp_path / 'one'}:2"
+    assert len(load_feedback(str(tmp_path / "both")).rows) == 3
+    assert [row.completion for row in load_feedback(str(tmp_path / "both"), "valid").rows] == ["c"]
+    assert [has_split(str(tmp_path / "both"), split) for split in ("train", "valid", "test")] == [True, True, False]
+    assert [has_split(str(tmp_path / "one"), split) for split in ("train", "valid")] == [True, False]
+    assert digest(str(tmp_path / "one"), "train") != digest(str(tmp_path / "both"), "valid")
+    with pytest.raises(UserError, match=r"no test split in this saved data set, only train, validation"):
+        load_feedback(str(tmp_path / "both"), "test")
+    next((tmp_path / "one").glob("*.arrow")).unlink()
+    with pytest.raises(UserError, match="the saved data set cannot be read"):
+        load_feedback(str(tmp_path / "one"))

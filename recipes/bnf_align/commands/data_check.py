@@ -24,7 +24,8 @@ from bnf_align.run.progress import bar
 from bnf_core.config import DataCheckConfig, DataConfig
 from bnf_core.data import sources
 from bnf_core.data.messages import RowError, Text
-from bnf_core.data.records import Feedback, parse_row, unused_columns
+from bnf_core.data.reading import Reading, RowReader
+from bnf_core.data.records import Feedback
 from bnf_core.data.rendering import chat_of
 from bnf_core.data.tokenization import load_tokenizer, tokenize
 from bnf_core.errors import UserError
@@ -69,6 +70,8 @@ class CheckedFile:
     prompts_with_both: int  # with a completion labelled true and one labelled false
     reopened: int  # completions whose turn the chat template opens otherwise than it writes a finished one
     unused: set[str]  # columns that are passed over
+    shape: str  # of the rows, in words
+    neither: int  # completions whose label or weight is 0
 
 
 @dataclass
@@ -227,23 +230,22 @@ def _check(
     console: Console,
 ) -> CheckedFile:
     bad_rows: list[str] = []
-    feedback: list[Feedback] = []
+    parsed: list[Feedback] = []
     sizes: list[Size] = []
-    unused: set[str] = set()
     reopened = 0
+    reader = RowReader(Reading.of(config))
     with bar(f"check {Path(name).name}", len(rows), console) as progress:
-        for at in range(0, len(rows), CHUNK):
-            parsed: list[Feedback] = []
-            for source, row in rows[at : at + CHUNK]:
-                try:
-                    if isinstance(row, RowError):
-                        raise row
-                    parsed.extend(parse_row(row, source))
-                    unused |= unused_columns(row)
-                except RowError as error:
-                    bad_rows.append(str(error))
-                progress.advance()
-            measured, refused, differ = _measure(parsed, config, tokenizer)
+        for source, row in rows:
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                parsed.extend(reader(row, source))
+            except RowError as error:
+                bad_rows.append(str(error))
+            progress.advance()
+        feedback = reader.finish(parsed, (sources.group_of(row) for row in parsed))
+        for at in range(0, len(feedback), CHUNK):
+            measured, refused, differ = _measure(feedback[at : at + CHUNK], config, tokenizer)
             if positions is not None:
                 lengths = [(size.source, min(size.whole, config.max_length)) for size in measured]
                 too_many = [too_long(source, length, positions) for source, length in lengths if length > positions]
@@ -251,14 +253,14 @@ def _check(
             sizes += measured
             reopened += differ
             bad_rows += refused
-            feedback += parsed
     for item in feedback:
         repeats.add(item)
     labels: dict[int, set[bool]] = {}
     for item in feedback:
-        labels.setdefault(sources.prompt_group(item.prompt, item.tools, item.template_kwargs), set()).add(item.label)
+        labels.setdefault(sources.group_of(item), set()).add(item.label)
     both = sum(len(found) == 2 for found in labels.values())
-    return CheckedFile(len(rows), bad_rows, sizes, len(labels), both, reopened, unused)
+    found = reader.unused, reader.described(), reader.neither
+    return CheckedFile(len(rows), bad_rows, sizes, len(labels), both, reopened, *found)
 
 
 def _measure(
@@ -345,6 +347,7 @@ def _counts(file: CheckedFile) -> dict[str, int]:
         "prompts": file.prompts,
         "prompts_with_both": file.prompts_with_both,
         "reopened": file.reopened,
+        "neither": file.neither,
     }
 
 
@@ -355,6 +358,9 @@ def _print(report: DataReport, config: DataConfig, console: Console) -> None:
     def line(text: str, style: str = "") -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
+    for name, file in report.files.items():
+        if file.shape:
+            line(f"{name}: {file.shape}")
     for message in report.bad_rows:
         line(message, "red")
     console.print(_summary(report))
@@ -368,6 +374,8 @@ def _print(report: DataReport, config: DataConfig, console: Console) -> None:
             line(f"  and {len(places) - EXAMPLES:,} more", "dim")
     if unused := set().union(*(file.unused for file in report.files.values())):
         line(f"columns that are not used: {', '.join(sorted(unused))}", "yellow")
+    if neither := sum(file.neither for file in report.files.values()):
+        line(f"completions that are left out, because their label or weight is 0: {neither:,}", "yellow")
     if differ := sum(file.reopened for file in report.files.values()):
         line(
             f"completions that follow the turn as generation opens it, otherwise than finished ones: {differ:,}",

@@ -11,14 +11,17 @@ from transformers import PreTrainedTokenizerBase
 from bnf_core.config import DataConfig, TrainConfig
 from bnf_core.data import sources
 from bnf_core.data.feedback import FeedbackTokenizer, Tally
+from bnf_core.data.reading import Reading
 from bnf_core.data.records import Feedback
 from bnf_core.data.rendering import asks_for_date, chat_of
 from bnf_core.data.streaming import FeedbackStream
+from bnf_core.data.tokenization import Tokenized
 from bnf_core.errors import UserError
-from bnf_core.steps.batching import Rows, require_units, rows_alone
+from bnf_core.objectives import Objective
+from bnf_core.steps.batching import Rows, require_units, require_weights, rows_alone
 from bnf_core.steps.steps import Data
 from bnf_core.storage.digests import json_digest, rows_digest, tokenizer_digest
-from bnf_core.types import Example, Unit
+from bnf_core.types import Example
 
 
 def load_split(
@@ -40,10 +43,10 @@ def read_once(
     Raises:
         UserError: a missing file or a bad row.
     """
-    rows, tally = _stream(split, config, tokenizer)
+    rows, tally = _stream(split, config, tokenizer, console)
     yield from rows.examples()
     _list_skipped(rows.skipped, rows.source.name, console, rows.skipped_count)
-    _list_unused(rows.unused, console)
+    _list_unused(rows.reader.unused, console)
     tell(tally, console)
 
 
@@ -69,10 +72,11 @@ def _stream(
     split: str,
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
+    console: Console,
     *,
     shuffle_buffer: int = 1,
     seed: int = 0,
-    unit: Unit = "row",
+    objective: Objective | None = None,
 ) -> tuple[FeedbackStream, Tally]:
     """The tokenised rows of one split, read as they are needed, and what became of those that were; in the order of
     the data, unless it is shuffled.
@@ -82,7 +86,16 @@ def _stream(
     """
     feedback = FeedbackTokenizer.of(tokenizer, config)
     tally = feedback.tally()
-    rows = feedback.stream(config.path, split, shuffle_buffer=shuffle_buffer, seed=seed, unit=unit, report=tally.add)
+
+    def report(tokens: Tokenized) -> None:
+        if objective is not None:
+            require_weights(tokens.examples, objective)
+        tally.add(tokens)
+        tally.neither = rows.reader.neither
+
+    unit = objective.unit if objective else "row"
+    rows = feedback.stream(config.path, split, shuffle_buffer=shuffle_buffer, seed=seed, unit=unit, report=report)
+    _tell_shape(rows.source.name, rows.shape(), console)
     return rows, tally
 
 
@@ -130,13 +143,13 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, 
     train = _rows(data.path, "train", data, console)
     if valid is None and config.valid_fraction > 0:
         train, valid = sources.split_by_prompt(train, config.valid_fraction, config.seed)
-    unit = config.make_objective().unit
-    examples = _of_units(_tokenized(train, "train", data, tokenizer, console), "train", unit, data, console)
+    objective = config.make_objective()
+    examples = _of_units(_tokenized(train, "train", data, tokenizer, console), "train", objective, data, console)
     return TrainingData(
-        rows=Rows(examples, config.seed, unit),
+        rows=Rows(examples, config.seed, objective.unit),
         examples=examples,
         digest=rows_digest(examples),
-        held_out=_held_out(valid, unit, data, tokenizer, console),
+        held_out=_held_out(valid, objective, data, tokenizer, console),
     )
 
 
@@ -149,30 +162,42 @@ def _streamed(
             "valid_fraction cannot hold out rows of streamed data: give held-out rows in a file, with --valid"
         )
 
-    unit = config.make_objective().unit
-    rows, tally = _stream("train", data, tokenizer, shuffle_buffer=data.shuffle_buffer, seed=config.seed, unit=unit)
+    objective = config.make_objective()
+    rows, tally = _stream(
+        "train", data, tokenizer, console, shuffle_buffer=data.shuffle_buffer, seed=config.seed, objective=objective
+    )
     made = [f"{sources.digest(data.path, 'train')}, tokenizer {tokenizer_digest(tokenizer)}"]
     if template := chat_of(data).template:
         made.append(f"chat template {json_digest(template)}")
+    if data.label or data.columns:
+        made.append(f"columns and labels {json_digest([data.columns, data.label])}")
     return TrainingData(
         rows=rows,
         examples=None,
         digest=", ".join(made),
-        held_out=_held_out(valid, unit, data, tokenizer, console),
+        held_out=_held_out(valid, objective, data, tokenizer, console),
         tally=tally,
     )
 
 
 def _held_out(
-    rows: list[Feedback] | None, unit: Unit, config: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
+    rows: list[Feedback] | None,
+    objective: Objective,
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    console: Console,
 ) -> list[Example] | None:
     if rows is None:
         return None
-    return _of_units(_tokenized(rows, "valid", config, tokenizer, console), "valid", unit, config, console)
+    return _of_units(_tokenized(rows, "valid", config, tokenizer, console), "valid", objective, config, console)
 
 
-def _of_units(examples: list[Example], name: str, unit: Unit, config: DataConfig, console: Console) -> list[Example]:
+def _of_units(
+    examples: list[Example], name: str, objective: Objective, config: DataConfig, console: Console
+) -> list[Example]:
     """Without the rows that the objective has nothing to compare with, where bad rows are to be skipped."""
+    require_weights(examples, objective)
+    unit = objective.unit
     alone = rows_alone(examples, unit) if config.skip_bad_rows else []
     if alone:
         console.print(f"[yellow]skipped {len(alone)} rows of {name} that lack what this objective compares[/yellow]")
@@ -182,9 +207,11 @@ def _of_units(examples: list[Example], name: str, unit: Unit, config: DataConfig
 
 
 def _rows(path: str, split: str, config: DataConfig, console: Console) -> list[Feedback]:
-    loaded = sources.load_feedback(path, split, skip_bad_rows=config.skip_bad_rows)
+    loaded = sources.load_feedback(path, split, config.skip_bad_rows, Reading.of(config))
+    _tell_shape(path, loaded.shape, console)
     _list_skipped(loaded.skipped, path, console)
     _list_unused(loaded.unused, console)
+    tell(Tally(config.max_length, neither=loaded.neither), console)
     return loaded.rows
 
 
@@ -207,6 +234,11 @@ def _tokenized(
             "[dim]  plain strings are used as they are; --template chat wraps them in the chat template[/dim]"
         )
     return examples
+
+
+def _tell_shape(name: str, shape: str, console: Console) -> None:
+    if shape:
+        console.print(f"{name}: {shape}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _list_unused(columns: Collection[str], console: Console) -> None:
