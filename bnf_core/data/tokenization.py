@@ -7,7 +7,7 @@ as " " and "Paris" into " Paris".
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -76,23 +76,27 @@ def tokenize(
     skipped: list[str] = []
     prompts_cut = completions_cut = reopened = 0
     for at in range(0, len(rows), CHUNK):
-        chunk: list[tuple[Feedback, Rendered]] = []
+        chunk: list[tuple[Feedback, Rendered | None]] = []
         for row in rows[at : at + CHUNK]:
             try:
-                chunk.append((row, renderer.row(row)))
+                chunk.append((row, None if _drawn_here(row, renderer, tokenizer) else renderer.row(row)))
             except RowError as error:
                 _skip(error, skipped, skip_bad_rows)
-        ids = _encode([text for _, rendered in chunk for text in _texts(rendered)], tokenizer)
+        ids = _encode([text for _, rendered in chunk if rendered for text in _texts(rendered)], tokenizer)
         for row, rendered in chunk:
             try:
-                whole = _split(rendered, ids, tokenizer, added, row.source)
+                if rendered is None:
+                    assert row.ids is not None
+                    whole = _Tokens(list(row.ids.prompt), list(row.ids.completion), None)
+                else:
+                    whole = _split(rendered, ids, tokenizer, added, row.source)
                 cut = _cut(whole, max_length, tokenizer.bos_token_id, row.source)
             except RowError as error:
                 _skip(error, skipped, skip_bad_rows)
                 continue
             prompts_cut += len(cut.prompt) < len(whole.prompt)
             completions_cut += len(cut.completion) < len(whole.completion)
-            reopened += rendered.reopened
+            reopened += rendered is not None and rendered.reopened
             examples.append(
                 Example(
                     tuple(cut.prompt),
@@ -119,6 +123,7 @@ def prompt_ids(
     source: str = "prompt",
     chat: Chat | None = None,
     tools: list[Tool] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids from which to generate a completion, as `tokenize` would begin the row; never cut.
 
@@ -128,16 +133,36 @@ def prompt_ids(
         template: as for `tokenize`.
         source: what to call the prompt in messages.
         chat: as for `tokenize`.
-        tools: what the chat template is given besides.
+        tools, kwargs: what the chat template is given besides.
     Raises:
         UserError: as for `tokenize`.
     """
-    text, templated = Renderer(tokenizer, template, chat).prompt(prompt, source, tools)
+    return _prompt_ids(Renderer(tokenizer, template, chat), tokenizer, prompt, source, tools, kwargs)
+
+
+def _prompt_ids(
+    renderer: Renderer,
+    tokenizer: "Tokenizer",
+    prompt: Text,
+    source: str,
+    tools: list[Tool] | None,
+    kwargs: Mapping[str, Any] | None,
+) -> list[int]:
+    text, templated = renderer.prompt(prompt, source, tools, kwargs)
     leading = [] if templated else _leading_ids(text, not text, tokenizer, _added_before(tokenizer))
     ids = leading + _encode([text], tokenizer)[text]
     if not ids:
         raise _no_prompt(source, text)
     return ids
+
+
+def _drawn_here(row: Feedback, renderer: Renderer, tokenizer: "Tokenizer") -> bool:
+    """Whether a row has the tokens that a model drew, and this tokenizer and chat template make the same of its prompt.
+    Then what was drawn is trained: its text may well have other tokens. Otherwise the text is."""
+    if row.ids is None:
+        return False
+    ids = _prompt_ids(renderer, tokenizer, row.prompt, row.source, row.tools, row.template_kwargs)
+    return tuple(ids) == row.ids.prompt
 
 
 def load_tokenizer(folder: Path) -> "Tokenizer":

@@ -1,8 +1,6 @@
 """The on-policy loop on a tiny model, on each backend: sampled, judged, learned from, and resumed bit-for-bit."""
 
-import io
 import json
-import math
 import os
 import signal
 from collections.abc import Callable
@@ -12,23 +10,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from rich.console import Console
-from test_resume import assert_same
 from test_train import QUIET
 
 import bnf_align.run.on_policy as module
-from bnf_align import cli
 from bnf_align.commands.online import online
-from bnf_align.commands.train import RunResult
 from bnf_align.judges.base import Judgement
 from bnf_align.judges.table import make_judge, parse_judge
-from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OnlineConfig, OptimizerConfig, SamplingConfig
-from bnf_core.errors import TrainingStopped, UserError
+from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OnlineConfig, OptimizerConfig
+from bnf_core.data.feedback import FeedbackTokenizer
+from bnf_core.data.sources import load_feedback
+from bnf_core.data.tokenization import load_tokenizer
+from bnf_core.errors import TrainingStopped
+from bnf_core.types import Example
 
 pytestmark = pytest.mark.usefixtures("undrawn", "at_hand")
 
 TIMES = ("seconds", "tokens_per_second")
 PROMPTS = [{"prompt": [{"role": "user", "content": f"What is {i}?"}], "answer": i} for i in range(5)]
+CHAT_OF_ANOTHER = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|end|>{% endfor %}[assistant]"
 JUDGE = "regex(pattern='[a-n]')"  # about half of what an untrained model says
 
 
@@ -144,6 +143,30 @@ def test_training_raises_what_the_judge_likes(settings: Callable[..., OnlineConf
     train = lines(online(made, QUIET).folder)
     early, late = (np.mean([line["pass_at_1"] for line in part]) for part in (train[:2], train[-3:]))
     assert late > early + 0.2, [line["pass_at_1"] for line in train]
+
+
+def test_samples_are_feedback_of_the_tokens_that_were_drawn(settings: Callable[..., OnlineConfig]) -> None:
+    made = settings(iterations=1, updates_per_batch=1, valid=None)
+    learned: list[list[Example]] = []
+    original = module.OnPolicy._examples
+
+    def kept(self: Any, *args: Any) -> list[Example]:
+        learned.append(original(self, *args))
+        return learned[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.OnPolicy, "_examples", kept)
+        result = online(made, QUIET)
+    tokenizer = load_tokenizer(Path(made.model))
+    rows = load_feedback(str(result.folder / "samples")).rows
+    examples = FeedbackTokenizer.of(tokenizer, made.data)(rows).examples
+    assert [(e.prompt_ids, e.completion_ids, e.label, e.group) for e in examples] == [
+        (e.prompt_ids, e.completion_ids, e.label, e.group) for e in learned[0]
+    ]
+    by_text = FeedbackTokenizer.of(tokenizer, replace(made.data, chat_template=CHAT_OF_ANOTHER))(
+        [row for row in rows if row.completion[0]["content"].strip()]  # type: ignore[index]
+    )
+    assert all(e.completion_ids[-1] == tokenizer.eos_token_id for e in by_text.examples)
 
 
 @pytest.mark.parametrize("policy", ["frozen", "previous", "refreshed"])

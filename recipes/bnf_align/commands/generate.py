@@ -29,7 +29,7 @@ def generate(config: GenerateConfig, console: Console) -> Iterator[tuple[Prompt,
     folder = resolve_model(config.model)
     tokenizer = load_tokenizer(folder)
     chat = Chat.of(config.chat_template, config.template_kwargs)
-    ids = [prompt_ids(p.text, tokenizer, config.template, p.source, chat, p.tools) for p in prompts]
+    ids = [prompt_ids(p.text, tokenizer, config.template, p.source, chat, p.tools, p.template_kwargs) for p in prompts]
     engine = registry.get(config.hardware.backend).load(
         folder,
         device=config.hardware.device,

@@ -145,9 +145,7 @@ def _tokens(prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, confi
     chat, data = chat_of(config.data), config.data
     made = []
     for p in prompts:
-        kwargs = p.template_kwargs or {}
-        its = chat if not kwargs else type(chat)(chat.template, {**chat.kwargs, **kwargs}, chat.day)
-        ids = tuple(prompt_ids(p.text, tokenizer, data.template, p.source, its, p.tools))
+        ids = tuple(prompt_ids(p.text, tokenizer, data.template, p.source, chat, p.tools, p.template_kwargs))
         if len(ids) + config.sample_tokens > data.max_length:
             raise UserError(
                 f"{p.source}: a prompt of {len(ids)} tokens and a completion of up to {config.sample_tokens} are more "

@@ -24,6 +24,7 @@ from bnf_align.run.completions import completions, draw
 from bnf_core.config import OnlineConfig, SamplingConfig
 from bnf_core.data.labels import NEITHER, LabelRule
 from bnf_core.data.prompts import Prompt
+from bnf_core.data.records import USED
 from bnf_core.data.sources import pair_number, prompt_group
 from bnf_core.errors import TrainingStopped
 from bnf_core.objectives import Objective
@@ -299,7 +300,8 @@ def _row(
     said = sample.text if isinstance(prompt.text, str) else [{"role": "assistant", "content": sample.text}]
     whole = None if label is None else bool(label > 0) if abs(label) == 1 else label
     return {
-        **prompt.row,
+        **{column: value for column, value in prompt.row.items() if column not in USED},
+        **{column: prompt.row[column] for column in ("tools", "chat_template_kwargs") if column in prompt.row},
         "prompt": prompt.text,
         "completion": said,
         "label": whole,
