@@ -109,8 +109,8 @@ def parse_row(row: Any, source: str, labels: Labels | None = None) -> list[Feedb
         if ids is None:  # what a model said may be anything
             _check_completion(completion, "completion", prompt, source)
         value = labels.read(row, source)
-        label, score = (1.0, value) if labels.compares else (*labels.of([value]), None)
-        return [replace(shared.feedback(completion, label, score), ids=ids)]
+        label = 1.0 if labels.compares else labels.of([value])[0]
+        return [replace(shared.feedback(completion, label, value if labels.compares else None), ids=ids)]
     if labels.rule is not None:
         raise RowError(
             source,

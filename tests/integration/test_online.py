@@ -1,6 +1,8 @@
 """The on-policy loop on a tiny model, on each backend: sampled, judged, learned from, and resumed bit-for-bit."""
 
+import io
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -10,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from test_train import QUIET
 
 import bnf_align.run.on_policy as module
+from bnf_align import cli
 from bnf_align.commands.online import online
 from bnf_align.judges.base import Judgement
 from bnf_align.judges.table import make_judge, parse_judge
@@ -169,6 +173,133 @@ def test_samples_are_feedback_of_the_tokens_that_were_drawn(settings: Callable[.
     assert all(e.completion_ids[-1] == tokenizer.eos_token_id for e in by_text.examples)
 
 
+FLAKY = """
+calls = []
+def judge(prompt, completion, row):
+    calls.append(completion)
+    if len(calls) % 6 == 0:
+        raise ValueError("no idea")
+    return None if len(calls) % 6 == 1 else len(calls) % 2
+"""
+
+
+def test_a_judge_that_fails_is_counted_shown_and_at_last_ends_the_run(
+    settings: Callable[..., OnlineConfig], tmp_path: Path
+) -> None:
+    (tmp_path / "flaky.py").write_text(FLAKY)
+    judge = f"{tmp_path}/flaky.py:judge"
+    console = Console(file=io.StringIO(), width=400)
+    result = online(settings(judge=judge, iterations=2, updates_per_batch=1, valid=None), console)
+    said = console.file.getvalue()  # type: ignore[attr-defined]
+    assert said.count("the judge failed on 2 of 12 completions; the first: ValueError: no idea") == 1
+    assert [(line["failed"], line["unlabelled"]) for line in lines(result.folder)] == [(2 / 12, 4 / 12)] * 2
+    unlabelled = [row for row in samples(result.folder) if row["label"] is None]
+    assert len(unlabelled) == 8 and {row["error"] for row in unlabelled} == {None, "ValueError: no idea"}
+    with pytest.raises(TrainingStopped, match=r"failed on 2 of 12 completions; the first: ValueError: no idea.*0.1"):
+        online(settings("other", judge=judge, max_failed=0.1), QUIET)
+
+
+def test_an_objective_of_pairs_learns_from_prompts_with_both_labels(settings: Callable[..., OnlineConfig]) -> None:
+    result = online(settings(objective="dpo", iterations=2, updates_per_batch=1, valid=None), QUIET)
+    for i, line in enumerate(lines(result.folder)):
+        rows = [row for row in samples(result.folder) if row["iteration"] == i]
+        of_prompt = [[row for row in rows if row["answer"] == n] for n in range(5)]
+        learned = []
+        for some in of_prompt:
+            chosen, rejected = ([row for row in some if row["label"] == label] for label in (True, False))
+            count = min(len(chosen), len(rejected))
+            learned += [*chosen[:count], *rejected[:count]]
+        assert line["tokens"] == sum(len(row["completion_ids"]) for row in learned) > 0
+
+
+def test_nothing_to_learn_from_ends_the_run(
+    settings: Callable[..., OnlineConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BARREN", 3)
+    made = settings(objective="dpo", judge="length(most=0)", valid=None)
+    with pytest.raises(TrainingStopped, match=r"3 iterations in a row gave nothing to learn from.*score >= 0.5"):
+        online(made, QUIET)
+    assert len(samples(Path(made.output))) == 3 * 12
+
+
+def test_labels_may_compare_the_samples_of_a_prompt(settings: Callable[..., OnlineConfig], tmp_path: Path) -> None:
+    (tmp_path / "size.py").write_text("def judge(prompt, completion, row):\n    return len(completion)\n")
+    made = settings(judge=f"{tmp_path}/size.py:judge", label="score in top 1", iterations=1, valid=None)
+    rows = samples(online(made, QUIET).folder)
+    for number in {row["answer"] for row in rows}:
+        scores = {row["label"]: row["score"] for row in rows if row["answer"] == number}
+        assert scores.get(True, math.inf) > scores.get(False, -math.inf)
+    assert {row["label"] for row in rows} >= {True, False}
+
+
+def test_the_reference_of_all_weights_is_a_copy(settings: Callable[..., OnlineConfig]) -> None:
+    made = settings(fine_tune_type="full", iterations=2, updates_per_batch=1, valid=None, save_every=1)
+    result = online(made, QUIET)
+    first, second = lines(result.folder)
+    assert first["log_odds_shift/chosen"] == pytest.approx(0.0, abs=1e-5)
+    assert abs(second["log_odds_shift/chosen"]) > 1e-3  # the policy has moved, and the reference has not
+    whole = samples(result.folder)
+    online(replace_run(replace_iterations(made, 3)), QUIET)
+    assert samples(result.folder)[: len(whole)] == whole
+
+
+def test_both_backends_take_the_same_road(tiny_model: Path, prompts: Path, tmp_path: Path) -> None:
+    runs = {}
+    for name in ("torch", "mlx"):
+        pytest.importorskip({"torch": "peft", "mlx": "mlx_lm"}[name])
+        made = OnlineConfig(
+            str(tiny_model),
+            DataConfig(str(prompts), max_length=64),
+            output=str(tmp_path / name),
+            judge=JUDGE,
+            hardware=HardwareConfig(backend=name, device="cpu", dtype="float32"),
+            lora=LoraConfig(rank=4, alpha=8),
+            optimizer=OptimizerConfig(learning_rate=5e-3, warmup_steps=1, epsilon=1e-5),
+            iterations=3,
+            updates_per_batch=2,
+            prompts_per_iteration=3,
+            sample_tokens=6,
+            reference_policy="previous",
+        )
+        runs[name] = online(made, QUIET).folder
+    drawn = {name: [(r["prompt_ids"], r["completion_ids"], r["label"]) for r in samples(f)] for name, f in runs.items()}
+    assert drawn["torch"] == drawn["mlx"]
+    for a, b in zip(lines(runs["torch"]), lines(runs["mlx"]), strict=True):
+        for metric in ("loss", "grad_norm", "entropy", "log_odds_shift/chosen", "pass_at_1"):
+            assert (metric in b) == (metric in a)
+            if metric in a:
+                assert b[metric] == pytest.approx(a[metric], rel=1e-3, abs=1e-4), metric
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "judge is ''"),
+        (["--judge", "maths"], "unknown judge 'maths': did you mean math?"),
+        (["--judge", "math", "--label", "score >"], "score >"),
+        (["--judge", "math", "--sample-tokens", "99"], "prompts.jsonl:1: a prompt of"),
+        (["--judge", "math", "--samples-per-prompt", "0"], "samples_per_prompt is 0"),
+        (["--judge", "math", "--epochs", "2"], "unknown setting 'epochs'"),
+        (["--judge", "math", "--prompts", "nowhere.txt"], "nowhere.txt: cannot be read"),
+    ],
+)
+def test_what_cannot_be_done_is_said(
+    settings: Callable[..., OnlineConfig], capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    made = settings()
+    given = ["--model", made.model, "--prompts", made.data.path, "--max-length", "64", "--output", made.output]
+    assert cli.run(["online", *given, "--backend", made.hardware.backend, *words]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_prompts_are_held_out(settings: Callable[..., OnlineConfig]) -> None:
+    made = settings(iterations=1, valid=None, valid_fraction=0.4, eval_samples=2)
+    result = online(made, QUIET)
+    before, after = lines(result.folder, "eval")
+    assert {row["answer"] for row in samples(result.folder)} < set(range(5))
+    assert before["step"] == 0 and after["step"] == 2 and 0 <= before["pass_at_1"] <= before["pass_at_k"] <= 1
+
+
 @pytest.mark.parametrize("policy", ["frozen", "previous", "refreshed"])
 def test_a_run_that_is_stopped_anywhere_ends_as_one_that_was_not(
     settings: Callable[..., OnlineConfig], monkeypatch: pytest.MonkeyPatch, policy: Any
@@ -205,6 +336,15 @@ def test_a_run_that_is_stopped_anywhere_ends_as_one_that_was_not(
         made = replace_run(made)
     online(made, QUIET)
     same_run(Path(made.output), whole.folder)
+
+
+def replace_iterations(made: OnlineConfig, iterations: int) -> OnlineConfig:
+    """The same, longer: a setting on which the schedule depends, so that resuming has to be told so."""
+    from copy import copy
+
+    made = copy(made)
+    made.iterations, made.max_steps, made.resume_anyway = iterations, iterations * made.updates_per_batch, True
+    return made
 
 
 def replace_run(made: OnlineConfig) -> OnlineConfig:

@@ -83,7 +83,7 @@ class OnlineTraining(Training):
         self.rows.policy_step = step.number + 1
         entropy, tokens = self.processes.sum(np.array(_entropy(scores)))
         metrics = self.rows.metrics()
-        more: Metrics = {"entropy": float(entropy / tokens)} | metrics
+        more: Metrics = {"entropy": float(entropy / tokens), **metrics}
         if metrics:
             sampling, judging = metrics["sampling_seconds"] or 0.0, metrics["judging_seconds"] or 0.0
             learning = time.perf_counter() - self.started - sampling - judging

@@ -96,4 +96,4 @@ def _made() -> None:
 
 def _score(prompt: Text, completion: str, row: Row) -> float | None:
     assert not isinstance(_judge, UserError)
-    return _judge(prompt, completion, row)  # type: ignore[no-any-return]
+    return _judge(prompt, completion, row)

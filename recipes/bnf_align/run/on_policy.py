@@ -37,7 +37,7 @@ from bnf_core.steps.batching import MicroBatching, epoch_order, require_weights,
 from bnf_core.steps.metrics import Metrics
 from bnf_core.steps.reference import Reference
 from bnf_core.storage.files import agreed, replace_file
-from bnf_core.types import Example, Position, Unit
+from bnf_core.types import Array, Example, Position, Unit
 
 BARREN = 20  # iterations in a row without a row to learn from end a run
 Row = dict[str, Any]
@@ -287,7 +287,11 @@ class OnPolicy:
                     path.unlink()
 
 
-NOTHING = {"keys": np.zeros(0, np.uint64), "lengths": np.zeros(0, np.int32), "log_odds": np.zeros(0, np.float32)}
+NOTHING: dict[str, Array] = {
+    "keys": np.zeros(0, np.uint64),
+    "lengths": np.zeros(0, np.int32),
+    "log_odds": np.zeros(0, np.float32),
+}
 
 
 def _file(iteration: int, kind: str = "train") -> str:
