@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from bnf_core.config import SamplingConfig, Template
 from bnf_core.data.messages import Text
 from bnf_core.data.rendering import Chat
 from bnf_core.data.tokenization import prompt_ids
+from bnf_core.processes import ALONE, Processes
 from bnf_core.protocol import Engine
 from bnf_core.sampling import GREEDY, Completion, Sampler, noise_key
 
@@ -80,20 +82,26 @@ def completions(
     ]
 
 
-def draw(sampler: Sampler, rows: Sequence[Completion], batch_size: int) -> None:
+def draw(sampler: Sampler, rows: Sequence[Completion], batch_size: int, processes: Processes = ALONE) -> None:
     """Draw them, so many at a time, those of about as long prompts together; one prompt's are not parted where they
-    fit."""
+    fit. All processes of a run call it together, each with its own rows or with none."""
+    batches = _batches(rows, batch_size)
+    count = max(int(other[0]) for other in processes.gather(np.array([len(batches)])))
+    for i in range(count):
+        # Where a model is dealt over processes, all have to compute as often as any one.
+        sampler.sample(batches[i] if i < len(batches) else [Completion([0], max_tokens=1)])
+
+
+def _batches(rows: Sequence[Completion], batch_size: int) -> list[list[Completion]]:
     units: dict[tuple[int, ...], list[Completion]] = {}
     for row in rows:
         units.setdefault(row.prompt_ids, []).append(row)
-    batch: list[Completion] = []
+    batches: list[list[Completion]] = [[]]
     for unit in sorted(units.values(), key=lambda unit: len(unit[0].prompt_ids)):
-        if batch and len(batch) + len(unit) > batch_size:
-            sampler.sample(batch)
-            batch = []
-        batch += unit
-        while len(batch) > batch_size:
-            sampler.sample(batch[:batch_size])
-            batch = batch[batch_size:]
-    if batch:
-        sampler.sample(batch)
+        if batches[-1] and len(batches[-1]) + len(unit) > batch_size:
+            batches.append([])
+        batches[-1] += unit
+        while len(batches[-1]) > batch_size:
+            batches.append(batches[-1][batch_size:])
+            del batches[-2][batch_size:]
+    return [batch for batch in batches if batch]

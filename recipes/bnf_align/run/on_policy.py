@@ -216,7 +216,7 @@ class OnPolicy:
                 seed=config.seed,
                 rounds=[rounds[i] for i in mine],
             )
-            draw(self.sampler, rows, config.sample_batch_size)
+            draw(self.sampler, rows, config.sample_batch_size, self.processes)
             sampled = time.perf_counter()
             places = [i for i in mine for _ in range(samples)]
             judgements = self.judges(
