@@ -12,7 +12,7 @@ from invariance import WAYS, command, launch
 
 FLAGS = "--iterations 3 --prompts-per-iteration 3 --samples-per-prompt 4 --updates-per-batch 2 --sample-tokens 6"
 FLAGS += " --rank 4 --alpha 8 --lr 5e-3 --warmup-steps 1 --epsilon 1e-2 --max-length 64 --micro-batch-size 3"
-FLAGS += " --stop [a,e,9] --reference-policy previous --device cpu --dtype float32 --sample-batch-size 4 --eval-every 2"
+FLAGS += " --stop [a,e,i] --reference-policy previous --device cpu --dtype float32 --sample-batch-size 4 --eval-every 2"
 PAIRS = [
     pytest.param(way, marks=mark.marks) for mark in BACKENDS for way, (name, _) in WAYS.items() if name in mark.values
 ]
