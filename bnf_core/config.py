@@ -16,6 +16,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Template = Literal["auto", "chat", "plain"]
 FineTuneType = Literal["lora", "dora", "full"]
+ServerKind = Literal["vllm", "mlx-lm"]
 ReferencePolicy = Literal["frozen", "refreshed", "previous"]
 
 
@@ -297,6 +298,11 @@ class OnlineConfig(TrainConfig):
     """Longest completion."""
     sample_batch_size: int = 32
     """Completions drawn on each device at a time: memory and speed, not the result."""
+    sampler: str | None = None
+    """Sample on other machines: the address of a server that speaks the OpenAI completions protocol, up to, not
+    including, /completions, such as http://localhost:8000/v1; default: this run samples itself."""
+    sampler_kind: ServerKind = "vllm"
+    """What answers there."""
     judge_workers: int = 2
     """Processes that judge, for each process of the run."""
     judge_seconds: float = 10.0
@@ -322,6 +328,8 @@ class OnlineConfig(TrainConfig):
         _require(bool(self.judge), "judge", self.judge, "a judge, such as math or my_module:my_function")
         _require(self.judge_seconds > 0, "judge_seconds", self.judge_seconds, "a number above 0")
         _require(0 <= self.max_failed <= 1, "max_failed", self.max_failed, "a share from 0 to 1")
+        remote = self.sampler is not None and self.fine_tune_type != "lora"
+        _require(not remote, "fine_tune_type", self.fine_tune_type, "lora, which is what a server can reload")
         _require(not self.data.streaming, "data.streaming", True, "false: prompts are read whole")
         self.batch_size = self.prompts_per_iteration * self.samples_per_prompt
         self.max_steps = self.iterations * self.updates_per_batch

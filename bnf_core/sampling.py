@@ -87,6 +87,24 @@ class Completion:
             default=0,
         )
 
+    @property
+    def sampling(self) -> SamplingConfig:
+        return self._sampling
+
+    @property
+    def key(self) -> int:
+        return self._key
+
+    def fill(self, ids: Sequence[int], log_probs: Sequence[float], cut: bool) -> None:
+        """Take what somebody else has drawn, up to a token that ends it here.
+
+        Args:
+            cut: whether it ended at `max_tokens`.
+        """
+        end = next((i + 1 for i, token in enumerate(ids) if token in self._stop_ids), None)
+        self.ids, self.log_probs = list(ids)[:end], list(log_probs)[:end]
+        self.cut, self.done = cut and end is None, True
+
     def next(self, logits: Array) -> int:
         """Choose the next token.
 

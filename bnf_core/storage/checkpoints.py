@@ -50,7 +50,15 @@ FREE |= {f"sample.{f.name}" for f in fields(SamplingConfig)}
 FREE |= {"micro_batch_size", "auto_batch", "group_by_length", "packing", "share_prompts", "gradient_checkpointing"}
 # Of a run that samples its rows, which are drawn by some of these.
 FREE_ONLINE = {name for name in FREE if name.partition(".")[0] not in ("sample", "sample_tokens")}
-FREE_ONLINE |= {"sample_batch_size", "judge_workers", "judge_seconds", "max_failed", "eval_samples"}
+FREE_ONLINE |= {
+    "sample_batch_size",
+    "sampler",
+    "sampler_kind",
+    "judge_workers",
+    "judge_seconds",
+    "max_failed",
+    "eval_samples",
+}
 # Settings that matter only through the rows and weights they lead to, which are compared themselves.
 SOURCES = ("model", "data.", "valid")  # as the names begin
 STREAM_SOURCES = ("model", "data.path", "valid")  # of a stream, files are compared, not rows: in full

@@ -120,6 +120,7 @@ def test_every_sample_is_kept_and_learned_from(settings: Callable[..., OnlineCon
         assert first["pass_at_k"] == np.mean([any(g) for g in groups])
         assert first["both_labels"] == np.mean([len(set(g)) == 2 for g in groups])
         assert first["cut"] == np.mean([row["cut"] for row in of_iteration])
+        assert (i or first["sampler_gap"] < 1e-4) and "sampler_gap" not in second  # dropout parts them later
         assert first["entropy"] > 0 and first["sampling_tokens_per_second"] > 0 < first["training_tokens_per_second"]
     for row in rows:
         assert row["label"] == (row["score"] >= 0.5) and row["error"] is None and row["seed"] == 0

@@ -1,7 +1,7 @@
 """`bnf online`: complete prompts, judge the completions, learn from them, and again."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,9 @@ from bnf_align.judges.pool import Judges
 from bnf_align.judges.table import parse_terms
 from bnf_align.run.feedback import TrainingData
 from bnf_align.run.on_policy import OnPolicy, TokenPrompt
+from bnf_align.run.remote import RemoteSampler, require_layout
 from bnf_align.run.scoring import table
+from bnf_core import registry
 from bnf_core.config import OnlineConfig
 from bnf_core.data import sources
 from bnf_core.data.labels import LabelRule
@@ -22,11 +24,12 @@ from bnf_core.data.prompts import Prompt, load_prompts
 from bnf_core.data.rendering import chat_of
 from bnf_core.data.tokenization import prompt_ids
 from bnf_core.errors import UserError
+from bnf_core.models.model_folder import resolve_model
 from bnf_core.objectives.numpy_ops import NumPyOps
 from bnf_core.steps.metrics import Metrics
 from bnf_core.steps.steps import Step
 from bnf_core.storage.digests import json_digest
-from bnf_core.types import TokenScores
+from bnf_core.types import Array, Batch, TokenScores
 
 
 def online(config: OnlineConfig, console: Console) -> RunResult:
@@ -63,12 +66,26 @@ class OnlineTraining(Training):
         self.rows = self.data.rows
         self.rows.begin(
             self.engine,
+            remote=self._remote() if self.config.sampler else None,
             objective=self.objective,
             reference=self.reference,
             batching=self.batching,
             folder=self.folder.path,
             stops=self.stops,
             pad=self.pad,
+        )
+
+    def _remote(self) -> RemoteSampler:
+        config = self.config
+        assert config.sampler is not None
+        require_layout(config.sampler_kind, registry.get(config.hardware.backend).adapter_layout)
+        return RemoteSampler(
+            config.sampler,
+            config.sampler_kind,
+            model=resolve_model(config.model),
+            folder=self.folder.path / "sampler",
+            requests=config.sample_batch_size,
+            tokenizer=self.tokenizer,
         )
 
     def _steps(self, start: int) -> Any:
@@ -81,10 +98,12 @@ class OnlineTraining(Training):
 
     def _more(self, step: Step, scores: list[TokenScores]) -> Metrics:
         self.rows.policy_step = step.number + 1
-        entropy, tokens = self.processes.sum(np.array(_entropy(scores)))
-        metrics = self.rows.metrics()
+        metrics, drawn = self.rows.metrics(), self.rows.drawn
+        sums = [_seen(batch, some, drawn) for (batch, _), some in zip(step.batches, scores, strict=True)]
+        entropy, gap, tokens = self.processes.sum(np.sum([np.zeros(3), *sums], axis=0))
         more: Metrics = {"entropy": float(entropy / tokens), **metrics}
         if metrics:
+            more["sampler_gap"] = float(gap / tokens)
             sampling, judging = metrics["sampling_seconds"] or 0.0, metrics["judging_seconds"] or 0.0
             learning = time.perf_counter() - self.started - sampling - judging
             more["sampling_tokens_per_second"] = (metrics["sampled_tokens"] or 0.0) / sampling
@@ -103,15 +122,16 @@ class OnlineTraining(Training):
         return bool(self.rows.held_out)
 
 
-def _entropy(scores: Sequence[TokenScores]) -> tuple[float, int]:
-    """Of the policy at each token that was scored, in nats, summed; and how many tokens."""
-    ops, total, count = NumPyOps(), 0.0, 0
-    for some in scores:
-        odds, other = some.log_odds.astype(np.float64), some.other_entropy.astype(np.float64)
-        p, q = (np.exp(-ops.softplus(sign * odds)) for sign in (-1, 1))
-        total += float((p * ops.softplus(-odds) + q * (ops.softplus(odds) + other)).sum())
-        count += len(odds)
-    return total, count
+def _seen(batch: Batch, scores: TokenScores, drawn: Mapping[int, float]) -> Array:
+    """Of the tokens of a batch, summed: the policy's entropy in nats; how far their log-probabilities are, row by row,
+    from those that the sampler gave; and how many they are."""
+    ops = NumPyOps()
+    odds, other = scores.log_odds.astype(np.float64), scores.other_entropy.astype(np.float64)
+    log_p, log_rest = -ops.softplus(-odds), -ops.softplus(odds)
+    entropy = -np.exp(log_p) * log_p + np.exp(log_rest) * (other - log_rest)
+    rows = np.bincount(batch.sequence_ids, weights=log_p, minlength=len(batch.keys))
+    gap = sum(abs(row - drawn[key]) for row, key in zip(rows, batch.keys.tolist(), strict=True))
+    return np.array([entropy.sum(), gap, len(odds)])
 
 
 def _prompts(config: OnlineConfig) -> tuple[list[Prompt], list[Prompt]]:

@@ -8,6 +8,7 @@ the policy that drew them, whether it was `cut` at the longest completion, and w
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bnf_align.judges.pool import Judges
 from bnf_align.run.completions import completions, draw
+from bnf_align.run.remote import RemoteSampler
 from bnf_core.config import OnlineConfig, SamplingConfig
 from bnf_core.data.labels import NEITHER, LabelRule
 from bnf_core.data.prompts import Prompt
@@ -30,7 +32,7 @@ from bnf_core.errors import TrainingStopped
 from bnf_core.objectives import Objective
 from bnf_core.processes import Processes
 from bnf_core.protocol import Engine
-from bnf_core.sampling import GREEDY, Sampler
+from bnf_core.sampling import GREEDY
 from bnf_core.steps import steps
 from bnf_core.steps.baseline import mismatched
 from bnf_core.steps.batching import MicroBatching, epoch_order, require_weights, rows_alone
@@ -88,6 +90,7 @@ class OnPolicy:
         self.judges, self.console = judges, console
         self.rule = LabelRule.parse(config.label)
         self.policy_step = 0  # optimizer steps taken
+        self.drawn: dict[int, float] = {}  # by the keys of an iteration's rows: the sampler's Σ log p
         self._metrics: Metrics = {}
         self._barren = 0
         self._failures_shown = False
@@ -96,7 +99,7 @@ class OnPolicy:
         self,
         engine: Engine,
         *,
-        sampler: Sampler | None = None,
+        remote: RemoteSampler | None = None,
         objective: Objective,
         reference: Reference,
         batching: MicroBatching,
@@ -104,7 +107,7 @@ class OnPolicy:
         stops: Sequence[int],
         pad: int,
     ) -> None:
-        self.engine, self.sampler, self.processes = engine, sampler or engine, engine.processes
+        self.engine, self.remote, self.processes = engine, remote, engine.processes
         self.objective, self.reference, self.batching = objective, reference, batching
         self.folder, self.stops, self.pad = folder / "samples", stops, pad
 
@@ -189,6 +192,7 @@ class OnPolicy:
             )
             for line, row in enumerate(rows, 1)
         ]
+        self.drawn = {e.key: math.fsum(row["log_probs"]) for e, row in zip(examples, rows, strict=True)}
         require_weights(examples, self.objective)
         unit: Unit = self.objective.unit
         examples = _paired(examples) if unit == "pair" else examples
@@ -204,6 +208,8 @@ class OnPolicy:
         this one."""
         config, mine = self.config, range(len(prompts))[self.processes.share(prompts)]
         made: list[Sample] = []
+        if self.remote is not None:
+            self.remote.refresh(self.engine, self.policy_step)
         with agreed(self.processes):
             began = time.perf_counter()
             rows = completions(
@@ -216,7 +222,7 @@ class OnPolicy:
                 seed=config.seed,
                 rounds=[rounds[i] for i in mine],
             )
-            draw(self.sampler, rows, config.sample_batch_size, self.processes)
+            draw(self.remote or self.engine, rows, config.sample_batch_size, self.processes)
             sampled = time.perf_counter()
             places = [i for i in mine for _ in range(samples)]
             judgements = self.judges(
