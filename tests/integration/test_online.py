@@ -4,7 +4,9 @@ import io
 import json
 import math
 import os
+import random
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,9 @@ import pytest
 from rich.console import Console
 from test_train import QUIET
 
+import bnf_align.commands.online as commands
 import bnf_align.run.on_policy as module
+import forked
 from bnf_align import cli
 from bnf_align.commands.online import online
 from bnf_align.judges.base import Judgement
@@ -240,7 +244,7 @@ def test_the_reference_of_all_weights_is_a_copy(settings: Callable[..., OnlineCo
     assert first["log_odds_shift/chosen"] == pytest.approx(0.0, abs=1e-5)
     assert abs(second["log_odds_shift/chosen"]) > 1e-3  # the policy has moved, and the reference has not
     whole = samples(result.folder)
-    online(replace_run(replace_iterations(made, 3)), QUIET)
+    online(replace(made, iterations=3, resume=True, resume_anyway=True), QUIET)
     assert samples(result.folder)[: len(whole)] == whole
 
 
@@ -321,7 +325,7 @@ def test_a_run_that_is_stopped_anywhere_ends_as_one_that_was_not(
             patch.setattr(module.OnPolicy, where, killed)
             with pytest.raises(Killed):
                 online(made, QUIET)
-        made = replace_run(made)
+        made = replace(made, resume=True)
     for stop in (1, 3, 4):
         with monkeypatch.context() as patch:
             original = module.OnPolicy.metrics
@@ -334,27 +338,33 @@ def test_a_run_that_is_stopped_anywhere_ends_as_one_that_was_not(
             patch.setattr(module.OnPolicy, "metrics", metrics)
             with pytest.raises(TrainingStopped, match=f"after step {stop};.*bnf online --config .* --resume"):
                 online(made, QUIET)
-        made = replace_run(made)
+        made = replace(made, resume=True)
     online(made, QUIET)
     same_run(Path(made.output), whole.folder)
 
 
-def replace_iterations(made: OnlineConfig, iterations: int) -> OnlineConfig:
-    """The same, longer: a setting on which the schedule depends, so that resuming has to be told so."""
-    from copy import copy
-
-    made = copy(made)
-    made.iterations, made.max_steps, made.resume_anyway = iterations, iterations * made.updates_per_batch, True
-    return made
+def _online(made: OnlineConfig, quick: bool) -> None:
+    if quick:
+        commands.Judges = AtHand  # type: ignore[assignment, misc]
+    online(made, QUIET)
 
 
-def replace_run(made: OnlineConfig) -> OnlineConfig:
-    """The same, resumed."""
-    from copy import copy
-
-    made = copy(made)
-    made.resume = True
-    return made
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(settings: Callable[..., OnlineConfig], kills: int) -> None:
+    made = settings(iterations=12, valid=None, reference_policy="previous")
+    whole = online(replace(made, output=f"{made.output}-whole"), QUIET).folder
+    rng, killed = random.Random(0), 0
+    log, count = Path(made.output, "metrics.jsonl"), len(lines(whole))
+    for attempt, moment in enumerate(sorted(rng.randrange(1, count) for _ in range(kills))):
+        process = forked.start(_online, replace(made, resume=attempt > 0), kills == 2)
+        while process.is_alive() and not (log.exists() and log.read_bytes().count(b"\n") >= moment):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.1))  # of which sampling takes most
+        process.kill()
+        killed += forked.ended(process) == -signal.SIGKILL
+    assert killed >= kills * 0.75
+    online(replace(made, resume=True), QUIET)
+    same_run(Path(made.output), whole)
 
 
 def same_run(run: Path, expected: Path) -> None:

@@ -4,7 +4,6 @@ here is all that happens around them."""
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -102,8 +101,7 @@ def run_training(
     tokenizer = load_tokenizer(checkpoint)
     begun = recorded_setting(Path(config.output), "data.date") if config.resume else None
     referred = recorded_date(config.reference) if config.reference else None
-    config = copy(config)  # not `replace`, which cannot be told of settings that follow from others
-    config.data = with_date(config.data, tokenizer, begun, referred)
+    config = replace(config, data=with_date(config.data, tokenizer, begun, referred))
     data = load(config, tokenizer, console)
     facts = run_facts(config, checkpoint, data.digest, data.held_out_digest)
     for name, value in (config.flat() | facts).items():
@@ -123,7 +121,7 @@ def run_training(
             seed=config.seed,
         )
         if config.auto_batch:
-            config.micro_batch_size = auto_micro_batch(config, checkpoint, data, engine)
+            config = replace(config, micro_batch_size=auto_micro_batch(config, checkpoint, data, engine))
             console.print(f"{config.micro_batch_size} rows at a time fit into the free memory", highlight=False)
         return training(config, engine, data, facts, checkpoint, tokenizer, console).run()
 
