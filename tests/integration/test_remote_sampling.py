@@ -89,7 +89,7 @@ def test_a_server_samples_from_the_policy_as_it_is(
             assert (not sums and line[name] is None) or line[name] == pytest.approx(np.mean(sums), abs=1e-3)
         assert line["sampler_gap"] < 1e-4
     assert abs(train[1]["log_odds_shift/chosen"]) > 1e-2  # which has moved by then
-    assert sorted(path.name for path in (run / "sampler").iterdir()) == ["adapter-000000", "adapter-000001"]
+    assert sorted(path.name[:14] for path in (run / "sampler").iterdir()) == ["adapter-000000", "adapter-000001"]
 
 
 def test_what_no_server_can_do_is_said(tiny_model: Path, prompts: Path, tmp_path: Path) -> None:  # noqa: F811

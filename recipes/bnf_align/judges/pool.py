@@ -51,7 +51,9 @@ class Judges:
     def _start(self) -> None:
         # Not forked: the run's own process has threads, and perhaps a GPU.
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPool(self._workers, initializer=_make, initargs=(self._terms, sys.path), context=context)
+        self._pool = ProcessPool(
+            self._workers, initializer=_make, initargs=(self._terms, [*sys.path, os.getcwd()]), context=context
+        )
         self._pool.schedule(_made).result()
 
     def _result(self, future: "Future[float | None]") -> Judgement:

@@ -4,6 +4,8 @@ Both have more in it than OpenAI has, and need it here: the tokens that were dra
 as it now is, which they read from a folder that this run writes and their machine sees.
 """
 
+import os
+import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.models.adapters import Layout
 from bnf_core.protocol import Engine
 from bnf_core.sampling import Completion
+from bnf_core.storage.files import agreed
 
 LAYOUTS: dict[ServerKind, Layout] = {"vllm": "peft", "mlx-lm": "mlx"}
 KEPT = 2  # adapters in the folder; a server may still read the one before
@@ -48,18 +51,25 @@ class RemoteSampler:
         self.url, self.kind, self.model, self.folder = url.rstrip("/"), kind, model.resolve(), folder
         self.requests, self.tokenizer = requests, tokenizer
         self._adapter: Path | None = None
+        self._step = -1
 
     def refresh(self, engine: Engine, step: int) -> None:
         """Have the server sample from the policy as it now is. All processes call it, and the first one saves."""
-        self._adapter = (self.folder / f"adapter-{step:06d}").resolve()
+        if step == self._step:
+            return
+        # A name that no adapter had before, not even one of a run that this one resumes: servers keep what they read.
+        token = engine.processes.gather_bytes(secrets.token_hex(4).encode())[0].decode()
+        before, self._step = self._adapter, step
+        self._adapter = (self.folder / f"adapter-{step:06d}-{token}").resolve()
         engine.save(self._adapter)
-        if engine.processes.rank == 0:
-            if self.kind == "vllm":
-                body = {"lora_name": self._adapter.name, "lora_path": str(self._adapter)}
-                self._ask("load_lora_adapter", body)
-            for old in sorted(self.folder.glob("adapter-*"))[:-KEPT]:
-                shutil.rmtree(old, ignore_errors=True)
-        engine.processes.barrier()
+        with agreed(engine.processes):
+            if engine.processes.rank == 0:
+                if self.kind == "vllm":
+                    self._ask("load_lora_adapter", {"lora_name": self._adapter.name, "lora_path": str(self._adapter)})
+                    if before is not None:
+                        self._ask("unload_lora_adapter", {"lora_name": before.name})
+                for old in sorted(self.folder.glob("adapter-*"), key=os.path.getmtime)[:-KEPT]:
+                    shutil.rmtree(old, ignore_errors=True)
 
     def sample(self, rows: Sequence[Completion]) -> None:
         """As an engine's.
