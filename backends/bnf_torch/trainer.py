@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -55,18 +55,35 @@ Feed = str | Iterable[Mapping[str, Any]]  # rows of feedback, or the name of a f
 
 STATE = "state"  # the folder in a checkpoint that training goes on from
 
-# Settings of TrainingArguments that would be passed over, and the values that do no harm.
-UNSUPPORTED: Mapping[str, Any] = {
-    "fp16": False,
-    "deepspeed": None,
-    "fsdp": None,
-    "parallelism_config": None,
-    "torch_compile": False,
-    "label_smoothing_factor": 0.0,
-    "auto_find_batch_size": False,
-    "dataloader_drop_last": False,
-    "use_liger_kernel": False,
-}
+# Settings of TrainingArguments that would have no effect, or one that BNF does not allow; at their defaults they are
+# accepted. With some, what to do instead.
+REFUSED: Mapping[str, str] = {
+    "fp16": "use bf16",
+    "fp16_full_eval": "evaluation is computed as training is",
+    "bf16_full_eval": "evaluation is computed as training is: use bf16",
+    "fsdp": "shard with `accelerate launch`, as docs/cluster.md says",
+    "fsdp_config": "shard with `accelerate launch`, as docs/cluster.md says",
+    "deepspeed": "shard with `accelerate launch`, as docs/cluster.md says",
+    "train_sampling_strategy": "rows are shuffled, and `group_by_length` puts similar lengths together",
+    "ignore_data_skip": "a run resumes at its place in the data",
+    "neftune_noise_alpha": "the reference would be noisy as well",
+    "include_num_input_tokens_seen": "the metric `tokens` counts them",
+    "dataloader_drop_last": "no row is dropped",
+    "average_tokens_across_devices": "a loss is the mean over all devices",
+} | dict.fromkeys(
+    (
+        *("accelerator_config", "activation_checkpointing_kwargs", "auto_find_batch_size", "batch_eval_metrics"),
+        *("dataloader_in_order", "dataloader_multiprocessing_context", "dataloader_num_workers"),
+        *("dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+        *("ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters"),
+        *("ddp_static_graph", "ddp_timeout", "debug", "enable_jit_checkpoint", "eval_accumulation_steps"),
+        *("eval_do_concat_batches", "eval_use_gather_object", "gradient_checkpointing_kwargs", "include_for_metrics"),
+        *("label_names", "label_smoothing_factor", "length_column_name", "liger_kernel_config", "optim_target_modules"),
+        *("parallelism_config", "prediction_loss_only", "save_on_each_node", "torch_compile", "torch_compile_backend"),
+        *("torch_compile_mode", "torch_empty_cache_steps", "use_cache", "use_liger_kernel"),
+    ),
+    "",
+)
 
 
 @dataclass
@@ -112,11 +129,12 @@ class BNFConfig(TrainingArguments):
     """What is minimised, such as `dpo(beta=0.1)`; `bnf objectives` lists them."""
 
     def __post_init__(self) -> None:
-        for name, harmless in UNSUPPORTED.items():
-            value = getattr(self, name, harmless)
-            if value and value != harmless:
-                hint = ": shard with `accelerate launch`, as docs/cluster.md says" if name == "fsdp" else ""
-                raise UserError(f"{name} is {value!r}, which BNFTrainer does not support{hint}")
+        defaults = {setting.name: setting.default for setting in fields(TrainingArguments)}
+        for name, hint in REFUSED.items():
+            value, default = getattr(self, name, None), defaults.get(name)
+            if value != default and (value or default is True):
+                instead = f": {hint}" if hint else ""
+                raise UserError(f"{name} is {value!r}, which BNFTrainer does not support{instead}")
         processes()  # joined on our terms, before accelerate would on its own
         super().__post_init__()
 

@@ -60,6 +60,7 @@ def replacing(folder: Path, processes: Processes = ALONE) -> Iterator[Path]:
         processes.barrier()  # all have written
         with agreed(processes):
             if first:
+                let_others_read(partial)
                 for path in partial.rglob("*"):
                     sync(path)
                 sync(partial)
@@ -73,6 +74,13 @@ def replacing(folder: Path, processes: Processes = ALONE) -> Iterator[Path]:
         raise
     if first:
         shutil.rmtree(replaced, ignore_errors=True)
+
+
+def let_others_read(folder: Path) -> None:
+    """Give the files of a folder the mode that its maker's umask gives new ones. Safetensors makes files that only
+    their owner can read, whatever the umask."""
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(path.parent.stat().st_mode & 0o666)
 
 
 def replace_file(path: Path, content: str | bytes) -> None:

@@ -61,13 +61,10 @@ def write_state(path: Path, state: State) -> None:
     described = {name: {"start": shard.start, "shape": list(shard.shape)} for name, shard in shards.items()}
     # safetensors takes an array's memory as it lies; ascontiguousarray would give a number a dimension.
     arrays = {n: np.asarray(v.array if isinstance(v, Shard) else v, order="C") for n, v in state.items()}
-    path.touch()
-    mode = path.stat().st_mode
     try:
         save_file(arrays, path, metadata={"pieces": json.dumps(described)})
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    path.chmod(mode)  # safetensors leaves a file that only its owner can read
     sync(path)
 
 

@@ -455,7 +455,7 @@ def test_all_checks_every_installed_backend_and_says_what_it_left_out(
         (("--all", "--device", "abacus"), "no installed backend has it"),
         (("--all", "--tier", "abacus"), "unknown tier 'abacus': expected auto, cpu, cuda, tf32, metal"),
         (("--backend", "numpy", "--report", "report.pdf"), "ends in .html or .json"),
-        (("--backend", "numpy", "--report", "no/such/folder/r.html"), "no folder no/such/folder"),
+        (("--backend", "numpy", "--report", "/proc/no/r.html"), "report /proc/no/r.html: its folder cannot be made"),
     ):
         code, error = bnf(*words)
         assert code == 2 and message in error, (words, error)

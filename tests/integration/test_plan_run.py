@@ -77,7 +77,7 @@ def _runtime(backend: str) -> float:
         pytest.param("lora", "float32", 0.0, 1, True, marks=pytest.mark.slow),
         pytest.param("lora", "bfloat16", 0.0, 1, False, marks=pytest.mark.slow),
         pytest.param("dora", "float32", 0.1, 1, False, marks=pytest.mark.slow),
-        ("full", "float32", 0.0, 1, False),
+        pytest.param("full", "float32", 0.0, 1, False, marks=pytest.mark.slow),
     ],
 )
 def test_the_predicted_peak_is_that_of_a_run(

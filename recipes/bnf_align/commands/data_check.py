@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bnf_align.run.pictures import AFTER, CHOSEN, PLAIN, REJECTED, save
 from bnf_align.run.progress import bar
+from bnf_align.run.results import result_file
 from bnf_core.config import DataCheckConfig, DataConfig
 from bnf_core.data import sources
 from bnf_core.data.messages import RowError, Text
@@ -32,6 +33,7 @@ from bnf_core.errors import UserError
 from bnf_core.models.model_config import position_limit, resolved_config
 from bnf_core.models.model_folder import ALLOWED, HUB_ID
 from bnf_core.steps.limits import too_long
+from bnf_core.storage.files import replace_file
 
 CHUNK = 500  # rows tokenised in one call
 EXAMPLES = 3  # how many rows of each finding are printed; the report has them all
@@ -153,6 +155,8 @@ def data_check(config: DataCheckConfig, console: Console) -> DataReport:
         UserError: no such data, model or split, no rows at all, a tokenizer without what the rows need, or a
             report or picture that cannot be written.
     """
+    written = None if config.report is None else result_file(config.report, "report")
+    drawn = None if config.picture is None else result_file(config.picture, "picture")
     folder = None if config.model is None else _folder(config.model)
     tokenizer = None if folder is None else load_tokenizer(folder)
     positions = None if folder is None else position_limit(resolved_config(folder))
@@ -167,10 +171,10 @@ def data_check(config: DataCheckConfig, console: Console) -> DataReport:
     )
     _print(report, config.data, console)
     try:
-        if config.report:
-            _with_folder(config.report).write_text(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
-        if config.picture and report.sizes:
-            save(figure(report), _with_folder(config.picture))
+        if written is not None:
+            replace_file(written, json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
+        if drawn is not None and report.sizes:
+            save(figure(report), drawn)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from error
     return report
@@ -479,12 +483,6 @@ def figure(report: DataReport) -> Figure:
         axes.set_axisbelow(True)
     prompts.set_ylabel("rows")
     return result
-
-
-def _with_folder(name: str) -> Path:
-    path = Path(name).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 Config = DataCheckConfig

@@ -82,6 +82,7 @@ class _Typist:
 
 
 Config = GenerateConfig
+POSITIONAL = ("--prompt",)
 
 
 def run(config: GenerateConfig, console: Console) -> int:

@@ -131,6 +131,7 @@ def _duration(seconds: float) -> str:
 
 
 Config = TrainConfig
+POSITIONAL = ("--data",)
 
 
 def run(config: TrainConfig, console: Console) -> int:

@@ -143,6 +143,7 @@ def _compute(
 
 
 Config = ReferenceConfig
+POSITIONAL = ("--data",)
 
 
 def run(config: ReferenceConfig, console: Console) -> int:

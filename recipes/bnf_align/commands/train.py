@@ -415,6 +415,7 @@ def _signed(value: float | None) -> str:
 
 
 Config = TrainConfig
+POSITIONAL = ("--data",)
 
 
 def run(config: TrainConfig, console: Console) -> int:
