@@ -93,7 +93,7 @@ def bench_sampling(config: BenchSamplingConfig, console: Console) -> None:
 
 
 def _prompt(vocab: int, seed: int, length: int) -> list[int]:
-    return np.random.Generator(np.random.PCG64(seed)).integers(vocab, size=length).tolist()  # type: ignore[no-any-return]
+    return np.random.Generator(np.random.PCG64(seed)).integers(vocab, size=length).tolist()
 
 
 def _transformers(engine: Any, prompts: Sequence[list[int]], tokens: int) -> Callable[[], None]:
@@ -124,7 +124,7 @@ def _mlx_lm(engine: Any, prompts: Sequence[list[int]], tokens: int) -> Callable[
         with mx.stream(engine.device):
             stream = mx.default_stream(engine.device)
             generator = BatchGenerator(engine.model, sampler=make_sampler(temp=1.0), stream=stream)
-            generator.insert(prompts, [tokens] * len(prompts))
+            generator.insert(list(prompts), [tokens] * len(prompts))
             while generator.next_generated():
                 pass
             generator.close()

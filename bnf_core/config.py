@@ -289,8 +289,8 @@ class OnlineConfig(TrainConfig):
     updates_per_batch: int = 1
     """Optimizer steps on the samples of an iteration; at 1 none is ever stale."""
     reference_policy: ReferencePolicy = "frozen"
-    """`frozen`: the reference is the model without its adapter, or as it was at the start; `refreshed`: the policy as
-    it was some iterations ago; `previous`: the policy of the iteration before."""
+    """`frozen`: the reference is the policy as it was at the start; `refreshed`: as it was some iterations ago;
+    `previous`: as it was in the iteration before."""
     refresh_every: int = 10
     """With reference_policy refreshed: every so many iterations."""
     sample: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=1.0))

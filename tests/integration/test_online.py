@@ -248,6 +248,15 @@ def test_the_reference_of_all_weights_is_a_copy(settings: Callable[..., OnlineCo
     assert samples(result.folder)[: len(whole)] == whole
 
 
+def test_an_adapter_that_is_trained_on_is_where_the_reference_stays(settings: Callable[..., OnlineConfig]) -> None:
+    common = {"valid": None, "iterations": 1, "lora": LoraConfig(rank=4, alpha=8)}
+    first = online(settings("first", **common), QUIET)
+    result = online(settings("second", adapter=str(first.trained), **common), QUIET)
+    before, after = lines(result.folder)
+    assert before["log_odds_shift/chosen"] == pytest.approx(0.0, abs=1e-5)
+    assert before["sampler_gap"] < 1e-4 < abs(after["log_odds_shift/chosen"])
+
+
 def test_both_backends_take_the_same_road(tiny_model: Path, prompts: Path, tmp_path: Path) -> None:
     runs = {}
     for name in ("torch", "mlx"):

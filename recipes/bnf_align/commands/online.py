@@ -92,8 +92,13 @@ class OnlineTraining(Training):
         self.rows.policy_step = start
         return super()._steps(start)
 
+    @property
+    def _loses_reference(self) -> bool:
+        """A run that trains an adapter on starts from it, and not from the model without it."""
+        return super()._loses_reference or self.config.adapter is not None
+
     def _keep_reference(self) -> None:
-        """A second copy of the weights: rows to come cannot be scored beforehand."""
+        """A second copy of what is trained: rows to come cannot be scored beforehand."""
         self.engine.refresh_reference()
 
     def _more(self, step: Step, scores: list[TokenScores]) -> Metrics:

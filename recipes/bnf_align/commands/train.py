@@ -177,7 +177,7 @@ class Training:
             bar("train", self.num_steps - start, self.console) as self.progress,
             Interrupts() as self.interrupts,
         ):
-            if self.config.fine_tune_type == "full" and start == 0 and self.objective.needs_reference:
+            if start == 0 and self.objective.needs_reference and self._loses_reference:
                 self._keep_reference()
             self.samples = self._samples(start)
             self._watch(start)
@@ -341,8 +341,13 @@ class Training:
             f"{self.folder.trained}. Rows of the batch: {', '.join(e.source for e in step.examples)}"
         )
 
+    @property
+    def _loses_reference(self) -> bool:
+        """Whether the model cannot go back to its reference once it is trained: it has no adapter to switch off."""
+        return self.config.fine_tune_type == "full"
+
     def _keep_reference(self) -> None:
-        """Where all weights are trained there is no adapter to switch off: the reference is computed beforehand."""
+        """The reference is computed beforehand."""
         examples = self.data.examples
         if examples is None:
             if self.config.reference is None:
