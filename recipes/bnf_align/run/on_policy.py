@@ -74,7 +74,7 @@ class OnPolicy:
     Args:
         prompts: to sample from.
         held_out: to evaluate on.
-        rule: from scores to labels.
+        judges: what scores completions, of which `config.label` makes labels.
     """
 
     def __init__(
@@ -152,7 +152,6 @@ class OnPolicy:
         prompts = [self.prompts[orders[r][p % len(self.prompts)]] for p, r in zip(places, rounds, strict=True)]
         self._refresh(config.reference_policy == "refreshed" and iteration % config.refresh_every == 0 < iteration)
         found, seconds = self._judged(prompts, config.samples_per_prompt, config.sample, rounds)
-        self._check_failures(found)
         labels = self._labels(found)
         about = {"iteration": iteration, "seed": config.seed, "policy_step": self.policy_step}
         rows = [
@@ -160,6 +159,7 @@ class OnPolicy:
             for s, label in zip(found, labels, strict=True)
         ]
         self._write(iteration, rows)
+        self._check_failures(found)
         self._metrics = _metrics(found, labels) | seconds
         examples = self._examples([row for row in rows if row["label"] is not None], iteration)
         self.reference.load_state(NOTHING)  # rows of iterations before are not met again

@@ -125,6 +125,7 @@ def _before_and_after(axes: Axes, evals: list[Line]) -> None:
     names = {
         "preference_accuracy": "chosen answer likelier\nthan the rejected one",
         "answer_accuracy": "generated answer\nright",
+        "pass_at_1": "completion right,\nas the judge sees it",
     }
     ticks: list[str] = []
     for name, text in names.items():
