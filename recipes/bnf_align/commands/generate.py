@@ -37,7 +37,7 @@ def generate(config: GenerateConfig, console: Console) -> Iterator[tuple[Prompt,
         adapter=Path(config.adapter) if config.adapter else None,
     )
     stops = stop_ids(tokenizer, *([folder, Path(config.adapter)] if config.adapter else [folder]), chat=chat)
-    alone = len(prompts) * config.samples == 1 and config.output is None
+    alone = config.prompt is not None and config.samples == 1 and config.output is None
     rows = completions(
         tokenizer,
         ids,
@@ -48,6 +48,10 @@ def generate(config: GenerateConfig, console: Console) -> Iterator[tuple[Prompt,
         seed=config.seed,
         on_token=_Typist() if alone else None,
     )
+    if alone:  # without a bar, which would hold back half a line
+        draw(engine, rows, 1)
+        yield prompts[0], rows[0]
+        return
     size = max(config.batch_size // config.samples, 1)  # prompts at a time
     with bar("generate", -(-len(prompts) // size), console) as progress:
         for at in range(0, len(prompts), size):
