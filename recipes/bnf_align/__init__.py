@@ -1,8 +1,8 @@
 """Align language models with the Bidirectional Negative Feedback loss. Nothing loads before it is used.
 
-`train`, `online`, `evaluate` and `generate` are the commands of `bnf` as functions; `BNFTrainer` and `BNFConfig` are for those
-who know transformers' Trainer; `linear_bnf_loss` is that of the backend at hand; `objectives` is what training can
-minimise.
+`train`, `online`, `evaluate` and `generate` are the commands of `bnf` as functions; `BNFTrainer` and `BNFConfig` are
+for those who know transformers' Trainer; `linear_bnf_loss` is that of the backend at hand; `objectives` is what
+training can minimise.
 """
 
 from importlib import import_module
