@@ -331,6 +331,10 @@ class OnlineConfig(TrainConfig):
         remote = self.sampler is not None and self.fine_tune_type != "lora"
         _require(not remote, "fine_tune_type", self.fine_tune_type, "lora, which is what a server can reload")
         _require(not self.data.streaming, "data.streaming", True, "false: prompts are read whole")
+        _require(not self.data.skip_bad_rows, "data.skip_bad_rows", True, "false: a prompt is not passed over")
+        _require(self.data.label is None, "data.label", self.data.label, "nothing: `label` makes labels of scores")
+        others = sorted(self.data.columns.keys() - {"prompt"})
+        _require(not others, "data.columns", self.data.columns, "the column of prompts alone")
         self.batch_size = self.prompts_per_iteration * self.samples_per_prompt
         self.max_steps = self.iterations * self.updates_per_batch
         super().__post_init__()

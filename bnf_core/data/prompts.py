@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bnf_core.data.labels import look_up
 from bnf_core.data.messages import RowError, Text, Tool, named, plain, template_kwargs_of, text_or_messages, tools_of
 from bnf_core.data.sources import no_rows, read_rows
 from bnf_core.errors import UserError
@@ -20,13 +21,14 @@ class Prompt:
     template_kwargs: dict[str, Any] | None = None
 
 
-def load_prompts(path: str, split: str = "train") -> list[Prompt]:
+def load_prompts(path: str, split: str = "train", column: str = "prompt") -> list[Prompt]:
     """Each prompt once, in the order in which they are met.
 
     Args:
-        path: a .txt file with a prompt a line, or any form that feedback comes in, with a column `prompt`; the first of
-            several rows of one prompt counts.
+        path: a .txt file with a prompt a line, or any form that feedback comes in; the first of several rows of one
+            prompt counts.
         split: train, valid or test.
+        column: which holds the prompt, a name or a path of names with dots between them.
     Raises:
         UserError: nothing there, or a row without a prompt.
     """
@@ -41,21 +43,22 @@ def load_prompts(path: str, split: str = "train") -> list[Prompt]:
         rows = list(read_rows(path, split))
     prompts: dict[str, Prompt] = {}
     for source, row in rows:
-        prompt = _parse(row, source)
+        prompt = _parse(row, source, "prompt" if file.suffix.lower() == ".txt" else column)
         prompts.setdefault(json.dumps([prompt.text, prompt.tools, prompt.template_kwargs], sort_keys=True), prompt)
     if not prompts:
         raise no_rows(path, split)
     return list(prompts.values())
 
 
-def _parse(row: Any, source: str) -> Prompt:
+def _parse(row: Any, source: str, column: str) -> Prompt:
     if isinstance(row, RowError):
         raise row
     if not isinstance(row, Mapping):
-        raise RowError(source, "", f"found {named(row)}, expected an object", "Give each prompt a row with a `prompt`")
-    row = {str(column): plain(value) for column, value in row.items()}
-    if not row.get("prompt"):
-        raise RowError(source, "prompt", f"no such column: found {', '.join(row) or 'none'}", "Add it")
-    text = text_or_messages(row["prompt"], "prompt", source)
+        raise RowError(source, "", f"found {named(row)}, expected an object", f"Give each prompt a row with {column}")
+    row = {str(name): plain(value) for name, value in row.items()}
+    if not (found := look_up(row, column)):
+        remedy = "Add it, or name the one that holds prompts, as with --data.columns '{prompt: question}'"
+        raise RowError(source, column, f"no such column: found {', '.join(row) or 'none'}", remedy)
+    text = text_or_messages(found, column, source)
     tools, kwargs = tools_of(row.get("tools"), source), template_kwargs_of(row.get("chat_template_kwargs"), source)
     return Prompt(text, row, source, tools, kwargs)

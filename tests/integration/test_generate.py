@@ -54,7 +54,7 @@ def test_one_prompt_is_streamed(said: Any, tmp_path: Path) -> None:
         ([], "either prompt or prompts"),
         (["--prompt", "a", "--temperature", "-1"], "temperature is -1"),
         (["--prompts", "nowhere.txt"], "nowhere.txt: cannot be read"),
-        (["--prompts", "rows.jsonl"], "rows.jsonl:2: prompt: no such column: found question. Add it"),
+        (["--prompts", "rows.jsonl"], "rows.jsonl:2: prompt: no such column: found question. Add it, or name"),
     ],
 )
 def test_what_cannot_be_done_is_said(

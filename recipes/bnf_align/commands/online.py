@@ -141,12 +141,13 @@ def _seen(batch: Batch, scores: TokenScores, drawn: Mapping[int, float]) -> Arra
 
 def _prompts(config: OnlineConfig) -> tuple[list[Prompt], list[Prompt]]:
     """To train on, and held out."""
-    train = _load(config.data.path, "train", config.seed)
+    column = config.data.columns.get("prompt", "prompt")
+    train = _load(config.data.path, "train", column, config.seed)
     if config.valid is not None:
-        return train, _load(config.valid, "valid", config.seed + 1)
+        return train, _load(config.valid, "valid", column, config.seed + 1)
     is_file = config.data.path.startswith(PREFIX) or config.data.path.lower().endswith(".txt")
     if not is_file and sources.has_split(config.data.path, "valid"):
-        return train, load_prompts(config.data.path, "valid")
+        return train, load_prompts(config.data.path, "valid", column)
     if config.valid_fraction == 0:
         return train, []
     count = min(max(round(config.valid_fraction * len(train)), 1), len(train) - 1)
@@ -155,9 +156,9 @@ def _prompts(config: OnlineConfig) -> tuple[list[Prompt], list[Prompt]]:
     return [p for i, p in enumerate(train) if i not in held_out], [p for i, p in enumerate(train) if i in held_out]
 
 
-def _load(path: str, split: str, seed: int) -> list[Prompt]:
+def _load(path: str, split: str, column: str, seed: int) -> list[Prompt]:
     if not path.startswith(PREFIX):
-        return load_prompts(path, split)
+        return load_prompts(path, split, column)
     (term,) = parse_terms(path.removeprefix(PREFIX))
     return gym_prompts(term.name, term.settings, seed)
 
