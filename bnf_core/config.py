@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 from bnf_core.data.labels import LabelRule
 from bnf_core.errors import UserError
@@ -22,6 +22,8 @@ Schedule = Literal["constant", "linear", "cosine"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Template = Literal["auto", "chat", "plain"]
 FineTuneType = Literal["lora", "dora", "full"]
+ServerKind = Literal["vllm", "mlx-lm"]
+ReferencePolicy = Literal["frozen", "refreshed", "previous"]
 
 
 @dataclass
@@ -235,8 +237,36 @@ class DataConfig:
 
 
 @dataclass
+class SamplingConfig:
+    """How the tokens of a completion are chosen."""
+
+    temperature: float = 0.0
+    """0: always the likeliest token; 1: as likely as the model says; between: likely ones more often."""
+    top_p: float = 1.0
+    """Choose among the fewest tokens that have this share of the probability (nucleus sampling, arXiv 1904.09751)."""
+    top_k: int = 0
+    """Choose among so many of the likeliest tokens; 0: all."""
+    min_p: float = 0.0
+    """Choose among tokens at least so likely beside the likeliest one (arXiv 2407.01082)."""
+    repetition_penalty: float = 1.0
+    """Divide the logits of tokens of the prompt and the completion by this (arXiv 1909.05858); 1: do not."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a completion, and are not part of it."""
+
+    def __post_init__(self) -> None:
+        _require(self.temperature >= 0, "temperature", self.temperature, "a number of at least 0")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "a share above 0, up to 1")
+        _require(self.top_k >= 0, "top_k", self.top_k, "an integer of at least 0")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "a share from 0 to 1")
+        _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a number above 0")
+        _require(all(self.stop), "stop", self.stop, "strings of at least one character")
+
+
+@dataclass
 class TrainConfig:
     """One training run."""
+
+    command: ClassVar[str] = "train"  # of `bnf`, which takes these settings
 
     model: str
     """A checkpoint folder or a Hub model."""
@@ -302,6 +332,7 @@ class TrainConfig:
     """How many prompts to complete."""
     sample_tokens: int = 128
     """Longest sample."""
+    sample: SamplingConfig = field(default_factory=SamplingConfig)
     report_to: list[str] = field(default_factory=list)
     """Where metrics go besides metrics.jsonl: tensorboard, wandb, trackio."""
     seed: int = 0
@@ -355,6 +386,85 @@ class TrainConfig:
     def flat(self) -> dict[str, Any]:
         """Every setting by its dotted name, as on the command line."""
         return dict(flat(self.as_dict()))
+
+
+@dataclass
+class OnlineConfig(TrainConfig):
+    """Train on the model's own samples: complete prompts, judge the completions, learn from them, and again. `data` are
+    the prompts, `valid` or `valid_fraction` held-out ones."""
+
+    command: ClassVar[str] = "online"
+
+    judge: str = ""
+    """What says how good a completion is: math, number, regex, json-schema, contains, equals, length, reasoning-gym,
+    reward-model, llm or module:function, with settings, as number(tolerance=0.01), or a weighted sum of them."""
+    label: str = "score >= 0.5"
+    """Which completions are chosen, by the judge's `score`: beside a number, beside the `mean` of the prompt's, or
+    `score in top 1` of them; the others are rejected."""
+    iterations: int = 100
+    """How often to sample."""
+    prompts_per_iteration: int = 8
+    """Prompts of an iteration, in a seeded order of all that there are."""
+    samples_per_prompt: int = 4
+    """Completions of each."""
+    updates_per_batch: int = 1
+    """Optimizer steps on the samples of an iteration; at 1 none is ever stale."""
+    reference_policy: ReferencePolicy = "frozen"
+    """`frozen`: the reference is the policy as it was at the start; `refreshed`: as it was some iterations ago;
+    `previous`: as it was in the iteration before."""
+    refresh_every: int = 10
+    """With reference_policy refreshed: every so many iterations."""
+    sample: SamplingConfig = field(default_factory=lambda: SamplingConfig(temperature=1.0))
+    sample_tokens: int = 256
+    """Longest completion."""
+    sample_batch_size: int = 32
+    """Completions drawn on each device at a time: memory and speed, not the result."""
+    sampler: str | None = None
+    """Sample on other machines: the address of a server that speaks the OpenAI completions protocol, up to, not
+    including, /completions, such as http://localhost:8000/v1; default: this run samples itself."""
+    sampler_kind: ServerKind = "vllm"
+    """What answers there."""
+    judge_workers: int = 2
+    """Processes that judge, for each process of the run."""
+    judge_seconds: float = 10.0
+    """Longest judgement; a completion that takes longer has none."""
+    max_failed: float = 0.2
+    """Stop where the judge fails on a larger share of the completions of an iteration."""
+    eval_samples: int = 1
+    """Completions of each held-out prompt: 1 is greedy, more are sampled."""
+    save_every: int | None = 10
+
+    epochs: int = field(default=1, init=False)
+    max_steps: int | None = field(default=None, init=False)
+    batch_size: int = field(default=1, init=False)
+    auto_batch: bool = field(default=False, init=False)
+    reference: str | None = field(default=None, init=False)
+    sample_every: int | None = field(default=None, init=False)
+    sample_count: int = field(default=1, init=False)
+
+    def __post_init__(self) -> None:
+        names = ("iterations", "prompts_per_iteration", "samples_per_prompt", "updates_per_batch", "refresh_every")
+        for name in (*names, "sample_batch_size", "judge_workers", "eval_samples"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        _require(bool(self.judge), "judge", self.judge, "a judge, such as math or my_module:my_function")
+        _require(self.judge_seconds > 0, "judge_seconds", self.judge_seconds, "a number above 0")
+        _require(0 <= self.max_failed <= 1, "max_failed", self.max_failed, "a share from 0 to 1")
+        remote = self.sampler is not None and self.fine_tune_type != "lora"
+        _require(not remote, "fine_tune_type", self.fine_tune_type, "lora, which is what a server can reload")
+        _require(isinstance(self.data.path, str), "data", self.data.path, "one source of prompts")
+        _require(isinstance(self.valid, str | None), "valid", self.valid, "one source of held-out prompts")
+        _require(not self.data.streaming, "data.streaming", True, "false: prompts are read whole")
+        _require(not self.data.skip_bad_rows, "data.skip_bad_rows", True, "false: a prompt is not passed over")
+        _require(self.data.label is None, "data.label", self.data.label, "nothing: `label` makes labels of scores")
+        others = sorted(self.data.columns.keys() - {"prompt"})
+        _require(not others, "data.columns", self.data.columns, "the column of prompts alone")
+        self.batch_size = self.prompts_per_iteration * self.samples_per_prompt
+        self.max_steps = self.iterations * self.updates_per_batch
+        super().__post_init__()
+
+    def as_dict(self) -> dict[str, Any]:
+        given = {f.name for f in fields(self) if f.init}
+        return {name: value for name, value in super().as_dict().items() if name in given}
 
 
 @dataclass
@@ -413,12 +523,19 @@ class DataCacheConfig:
 
 @dataclass
 class GenerateConfig:
-    """Greedy completion of a prompt."""
+    """Complete a prompt, or many from a file; greedily, unless `temperature` is above 0."""
 
     model: str
     """A checkpoint folder or a Hub model."""
-    prompt: str
+    prompt: str | None = None
     """What the user says."""
+    prompts: str | None = None
+    """Instead of one prompt, a file of them: .txt with one a line, or what `data.path` of `bnf train` takes, with a
+    column prompt."""
+    split: str = "valid"
+    """Which file of a folder of prompts: train, valid or test."""
+    output: str | None = None
+    """Write completions to this .jsonl file; default: the terminal."""
     adapter: str | None = None
     """An adapter folder."""
     template: Template = "chat"
@@ -427,12 +544,25 @@ class GenerateConfig:
     """As `data.chat_template` of `bnf train`."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """As `data.template_kwargs` of `bnf train`."""
+    samples: int = 1
+    """Completions of each prompt."""
+    sample: SamplingConfig = field(default_factory=SamplingConfig)
     max_tokens: int = 256
     """Longest completion."""
+    batch_size: int = 16
+    """Completions at a time: memory and speed, not the result."""
+    seed: int = 0
+    """Of the samples."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
 
     def __post_init__(self) -> None:
-        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer of at least 1")
+        for name in ("max_tokens", "samples", "batch_size"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "an integer of at least 1")
+        _require((self.prompt is None) != (self.prompts is None), "prompt", self.prompt, "either prompt or prompts")
+        _require(self.seed >= 0, "seed", self.seed, "an integer of at least 0")
+        _require(self.split in ("train", "valid", "test"), "split", self.split, "train, valid or test")
+        ending = (self.output or ".jsonl").lower()
+        _require(ending.endswith(".jsonl"), "output", self.output, "a name that ends in .jsonl")
 
 
 @dataclass

@@ -7,7 +7,7 @@ as " " and "Paris" into " Paris".
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntFlag
 from pathlib import Path
@@ -116,16 +116,20 @@ def tokenize_some(
         )
     added, renderer = _added_before(tokenizer), Renderer(tokenizer, template, chat)
     tokens = Tokenized([], [], [])
-    texts: list[tuple[Feedback, Rendered]] = []
+    texts: list[tuple[Feedback, Rendered | None]] = []
     for row in rows:
         try:
-            texts.append((row, renderer.row(row)))
+            texts.append((row, None if _drawn_here(row, renderer, tokenizer) else renderer.row(row)))
         except RowError as error:
             _skip(error, tokens.skipped, skip_bad_rows)
-    ids = _encode([text for _, rendered in texts for text in _texts(rendered)], tokenizer)
+    ids = _encode([text for _, rendered in texts if rendered for text in _texts(rendered)], tokenizer)
     for row, rendered in texts:
         try:
-            whole = _split(rendered, ids, tokenizer, added, row.source)
+            if rendered is None:
+                assert row.ids is not None
+                whole = _Tokens(list(row.ids.prompt), list(row.ids.completion), None)
+            else:
+                whole = _split(rendered, ids, tokenizer, added, row.source)
             cut = _cut(whole, max_length, tokenizer.bos_token_id, row.source)
         except RowError as error:
             _skip(error, tokens.skipped, skip_bad_rows)
@@ -133,8 +137,8 @@ def tokenize_some(
         tokens.fates.append(
             (Fate.PROMPT_CUT if len(cut.prompt) < len(whole.prompt) else Fate(0))
             | (Fate.COMPLETION_CUT if len(cut.completion) < len(whole.completion) else Fate(0))
-            | (Fate.REOPENED if rendered.reopened else Fate(0))
-            | (Fate(0) if rendered.templated else Fate.VERBATIM)
+            | (Fate.REOPENED if rendered is not None and rendered.reopened else Fate(0))
+            | (Fate(0) if rendered is None or rendered.templated else Fate.VERBATIM)
         )
         tokens.examples.append(
             Example(
@@ -162,6 +166,7 @@ def prompt_ids(
     source: str = "prompt",
     chat: Chat | None = None,
     tools: list[Tool] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Token ids from which to generate a completion, as `tokenize` would begin the row; never cut.
 
@@ -171,16 +176,36 @@ def prompt_ids(
         template: as for `tokenize`.
         source: what to call the prompt in messages.
         chat: as for `tokenize`.
-        tools: what the chat template is given besides.
+        tools, kwargs: what the chat template is given besides.
     Raises:
         UserError: as for `tokenize`.
     """
-    text, templated = Renderer(tokenizer, template, chat).prompt(prompt, source, tools)
+    return _prompt_ids(Renderer(tokenizer, template, chat), tokenizer, prompt, source, tools, kwargs)
+
+
+def _prompt_ids(
+    renderer: Renderer,
+    tokenizer: "Tokenizer",
+    prompt: Text,
+    source: str,
+    tools: list[Tool] | None,
+    kwargs: Mapping[str, Any] | None,
+) -> list[int]:
+    text, templated = renderer.prompt(prompt, source, tools, kwargs)
     leading = [] if templated else _leading_ids(text, not text, tokenizer, _added_before(tokenizer))
     ids = leading + _encode([text], tokenizer)[text]
     if not ids:
         raise _no_prompt(source, text)
     return ids
+
+
+def _drawn_here(row: Feedback, renderer: Renderer, tokenizer: "Tokenizer") -> bool:
+    """Whether a row has the tokens that a model drew, and this tokenizer and chat template make the same of its prompt.
+    Then what was drawn is trained: its text may well have other tokens. Otherwise the text is."""
+    if row.ids is None:
+        return False
+    ids = _prompt_ids(renderer, tokenizer, row.prompt, row.source, row.tools, row.template_kwargs)
+    return tuple(ids) == row.ids.prompt
 
 
 def load_tokenizer(folder: Path) -> "Tokenizer":

@@ -8,6 +8,7 @@ it loads: default, that of `config.hardware`.
 # By name, with dashes for the module's underscores: one line of help.
 COMMANDS = {
     "train": "align a model on chosen and rejected completions",
+    "online": "align a model on its own samples, as a judge sees them",
     "plan": "say what a run would take: memory, largest batch, steps, time",
     "evaluate": "score labelled completions under a model",
     "reference": "compute the reference of feedback once, for any number of runs",

@@ -5,9 +5,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -47,6 +48,7 @@ from bnf_core.types import Position, TokenScores
 
 # More to measure at each evaluation, such as the accuracy of generated answers.
 Evaluator = Callable[[Engine], Metrics]
+C = TypeVar("C", bound=TrainConfig)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,31 @@ class RunResult:
 def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = None) -> RunResult:
     """Train, and leave an adapter or model in the run folder with its checkpoints, config, metrics and picture.
 
+    Raises:
+        As `run_training`.
+    """
+
+    def load(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, console: Console) -> TrainingData:
+        data = load_training_data(config, tokenizer, console)
+        if config.sample_every and not data.held_out:
+            raise UserError("sample_every needs held-out rows, whose prompts it completes: give some with --valid")
+        return data
+
+    return run_training(config, console, load, partial(Training, evaluator=evaluator))
+
+
+def run_training(
+    config: C,
+    console: Console,
+    load: Callable[[C, PreTrainedTokenizerBase, Console], TrainingData],
+    training: Callable[..., "Training"],
+) -> RunResult:
+    """What every kind of training begins with: the processes, the model's folder, its tokenizer, the data and the
+    engine, in this order, so that what is wrong is found early.
+
+    Args:
+        load: the data, by the settings as they then are.
+        training: `Training`, or what is made of it.
     Raises:
         UserError: bad input; nothing has been written by then but an empty run folder.
         TrainingStopped: the loss or gradient is not finite (the last good weights are saved), an interrupt (after
@@ -79,9 +106,7 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
     begun = recorded_setting(Path(config.output), "data.date") if config.resume else None
     referred = recorded_date(config.reference) if config.reference else None
     config = replace(config, data=with_date(config.data, tokenizer, begun, referred))
-    data = load_training_data(config, tokenizer, console)
-    if config.sample_every and not data.held_out:
-        raise UserError("sample_every needs held-out rows, whose prompts it completes: give some with --valid")
+    data = load(config, tokenizer, console)
     facts = run_facts(config, checkpoint, data.digest, data.held_out_digest)
     for name, value in (config.flat() | facts).items():
         processes.require_same(name, str(value))
@@ -110,10 +135,10 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
         if config.auto_batch:
             config = replace(config, micro_batch_size=auto_micro_batch(config, checkpoint, data, engine))
             console.print(f"{config.micro_batch_size} rows at a time fit into the free memory", highlight=False)
-        return _Training(config, engine, data, facts, checkpoint, tokenizer, console, evaluator).run()
+        return training(config, engine, data, facts, checkpoint, tokenizer, console).run()
 
 
-class _Training:
+class Training:
     """One run: the steps it still has to take, and what is done after each. Every process runs the same code; only
     the first one writes."""
 
@@ -126,7 +151,7 @@ class _Training:
         checkpoint: Path,
         tokenizer: PreTrainedTokenizerBase,
         console: Console,
-        evaluator: Evaluator | None,
+        evaluator: Evaluator | None = None,
     ):
         self.config, self.engine, self.data, self.facts = config, engine, data, facts
         self.console, self.evaluator, self.tokenizer = console, evaluator, tokenizer
@@ -165,8 +190,8 @@ class _Training:
             bar("train", self.num_steps - start, self.console) as self.progress,
             Interrupts() as self.interrupts,
         ):
-            if self.config.fine_tune_type == "full" and start == 0 and self.objective.needs_reference:
-                self._compute_reference()
+            if start == 0 and self.objective.needs_reference and self._loses_reference:
+                self._keep_reference()
             self.samples = self._samples(start)
             self._watch(start)
             self.started = time.perf_counter()
@@ -216,7 +241,7 @@ class _Training:
         for (batch, ref_log_odds), measured in zip(step.batches, scores, strict=True):
             meter.add(batch, measured, ref_log_odds, step.baseline)
         meter.gather(self.processes)
-        metrics, done = meter.result(), step.number + 1
+        metrics, done, more = meter.result(), step.number + 1, self._more(step, scores)
         if not math.isfinite(norm):
             self._not_finite(step, metrics)
         self.position = step.position
@@ -231,13 +256,15 @@ class _Training:
                 "grad_norm": norm,
                 "tokens_per_second": speed,
                 "seconds": seconds,
-            },
+            }
+            | more,
         )
         self.progress.advance(
             loss=f"{metrics['loss']:+.3f}",
             chosen=_signed(metrics[SHIFT_CHOSEN]),
             rejected=_signed(metrics[SHIFT_REJECTED]),
             **{"tok/s": f"{speed:,.0f}"},
+            **self._watched(more),
         )
         last = done == self.num_steps
         if last or _due(done, self.config.save_every):
@@ -247,21 +274,20 @@ class _Training:
         self._watch(done)
         self.started = time.perf_counter()
 
+    def _more(self, step: Step, scores: list[TokenScores]) -> Metrics:
+        """What a kind of training reports besides."""
+        return {}
+
+    def _watched(self, more: Metrics) -> dict[str, str]:
+        """Which of it the live line shows."""
+        return {}
+
     def _watch(self, step: int) -> None:
         """What users watch: held-out metrics and samples, where they are due."""
         if self._evaluation_due(step):
             try:
                 with self.interrupts.at_once(allowed=self.processes.count == 1):
-                    metrics = score_sets(
-                        self.engine,
-                        self.reference,
-                        self.data.held_out,
-                        self.batching,
-                        self.pad,
-                        self.console,
-                        self.objective,
-                    )
-                    metrics |= self.evaluator(self.engine) if self.evaluator else {}
+                    metrics = self._evaluate()
             except KeyboardInterrupt:
                 self._stop(step)
             self.evaluations[step] = metrics
@@ -269,6 +295,18 @@ class _Training:
         if self.samples and _due(step, self.config.sample_every):
             with self.folder.writing():
                 self.samples.write(step, self.engine)
+
+    def _evaluate(self) -> Metrics:
+        """Of what is held out."""
+        metrics = score_sets(
+            self.engine, self.reference, self.data.held_out, self.batching, self.pad, self.console, self.objective
+        )
+        return metrics | (self.evaluator(self.engine) if self.evaluator else {})
+
+    @property
+    def _holds_out(self) -> bool:
+        """Whether there is anything to evaluate."""
+        return bool(self.data.held_out)
 
     def _samples(self, start: int) -> Samples | None:
         if self.config.sample_every is None or not self.data.held_out:
@@ -281,11 +319,13 @@ class _Training:
                 self.stops,
                 count=self.config.sample_count,
                 max_tokens=self.config.sample_tokens,
+                sampling=self.config.sample,
+                seed=self.config.seed,
                 start=start,
             )
 
     def _evaluation_due(self, step: int) -> bool:
-        if not self.data.held_out or step in self.evaluations:
+        if not self._holds_out or step in self.evaluations:
             return False
         return step in (0, self.num_steps) or _due(step, self.config.eval_every)
 
@@ -319,8 +359,13 @@ class _Training:
             f"{self.folder.trained}. Rows of the batch: {', '.join(e.source for e in step.examples)}"
         )
 
-    def _compute_reference(self) -> None:
-        """Where all weights are trained there is no adapter to switch off: the reference is computed beforehand."""
+    @property
+    def _loses_reference(self) -> bool:
+        """Whether the model cannot go back to its reference once it is trained: it has no adapter to switch off."""
+        return self.config.fine_tune_type == "full"
+
+    def _keep_reference(self) -> None:
+        """The reference is computed beforehand."""
         examples = self.data.examples
         if examples is None:
             if self.config.reference is None:

@@ -145,7 +145,10 @@ def _before_and_after(axes: Axes, evals: list[Line]) -> None:
         f"{prefix}preference_accuracy": f"{name}:\n{likelier}" if name else likelier
         for prefix, name in _sets(evals).items()
     }
-    names["answer_accuracy"] = "generated answer\nright"
+    names |= {
+        "answer_accuracy": "generated answer\nright",
+        "pass_at_1": "completion right,\nas the judge sees it",
+    }
     ticks: list[str] = []
     for name, text in names.items():
         points = _points(evals, name)

@@ -44,7 +44,7 @@ class RunFolder:
 
     @property
     def how_to_resume(self) -> str:
-        return f"bnf train --config {self.path / 'config.yaml'} --resume"
+        return f"bnf {self._config.command} --config {self.path / 'config.yaml'} --resume"
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -97,7 +97,7 @@ class RunFolder:
         try:
             if held:  # the metrics go last: as long as they are there, the folder counts as holding a run
                 shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
-                for name in ("adapter", "model", "tensorboard"):
+                for name in ("adapter", "model", "tensorboard", "samples", "sampler"):
                     shutil.rmtree(self.path / name, ignore_errors=True)
                 for name in ("samples.jsonl", "samples.md", "trackers.json", "metrics.jsonl"):
                     (self.path / name).unlink(missing_ok=True)
