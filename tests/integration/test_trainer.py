@@ -369,7 +369,7 @@ def test_settings_without_effect_are_refused(tmp_path, setting, message):
         settings(tmp_path, **setting)
 
 
-def test_rules_columns_and_weights_are_those_of_the_command_line(tiny_model, tmp_path, caplog):
+def test_rules_columns_and_weights_are_those_of_the_command_line(tiny_model, tmp_path):
     rows = [{"question": "2 + 2 =", "completion": f" {i}", "score": i % 3, "weight": 1 + i % 2} for i in range(6)]
     given = {"columns": {"prompt": "question"}, "label": "score > mean"}
     trainer = BNFTrainer(str(tiny_model), settings(tmp_path, **given), rows)
