@@ -235,7 +235,7 @@ def test_the_picture_holds_every_row_on_its_side(tokenizer_folder: Path, feedbac
     [
         (["--split", "vaild"], "split is 'vaild': expected train, valid, test or all"),
         (["--picture", "p.pdf"], "expected a name that ends in .png or .svg"),
-        (["--report", "."], "cannot be written"),
+        (["--report", "."], "is a folder: expected the name of a file"),
         (["--model", "./nowhere"], "no such folder"),
         (["--model", "owner/nowhere"], "its tokenizer cannot be fetched"),
         (["--data", "missing.jsonl"], "no such file or folder"),
