@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from bnf_align.commands.reference import open_reference
 from bnf_align.run.auto_batch import auto_micro_batch
+from bnf_align.run.card import card
 from bnf_align.run.feedback import TrainingData, load_training_data, tell, with_date
 from bnf_align.run.interrupts import Interrupts
 from bnf_align.run.pictures import run_picture
@@ -38,6 +39,7 @@ from bnf_core.steps.metrics import SHIFT_CHOSEN, SHIFT_REJECTED, Meter, Metrics
 from bnf_core.steps.reference import NoReference, Reference, ReferenceCache
 from bnf_core.steps.steps import Step
 from bnf_core.storage.checkpoints import MODEL_WEIGHTS, Change, Facts, changes, run_facts
+from bnf_core.storage.files import replace_file
 from bnf_core.storage.reference_folder import recorded_date
 from bnf_core.storage.shards import BASELINE, REFERENCE, put_under, under
 from bnf_core.types import Position, TokenScores
@@ -189,6 +191,8 @@ class Training:
         picture = self.folder.path / "run.png"
         if self.first:
             with self.folder.writing():
+                text = card(self.config, self.facts, self.evaluations.get(0), after)
+                replace_file(self.folder.trained / "README.md", text)
                 picture = run_picture(self.folder.path)
         return RunResult(self.folder.path, self.folder.trained, picture, self.evaluations.get(0), after, self.first)
 
