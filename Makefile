@@ -5,13 +5,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-unit test-slow lint bench openblas clean
+.PHONY: help install demo test test-unit test-slow lint docs docs-serve bench openblas clean
 help:
 	@echo "make demo [BACKEND=torch|mlx]  align a small model, show before and after (some minutes)"
 	@echo "make test                      linters and type checker, then unit, integration and distributed tests"
 	@echo "make test-unit                 the tests that take seconds"
 	@echo "make test-slow                 the tests on two real models, and every arrangement of a run"
 	@echo "make lint                      ruff, mypy, deptry"
+	@echo "make docs, make docs-serve     the documentation site, into site/ or on http://localhost:8000"
 	@echo "make bench                     what there is to measure, and how"
 	@echo "make clean                     remove .venv and caches; runs and models stay"
 
@@ -68,11 +69,22 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 	$(BIN)/deptry .
 
+$(VENV)/.docs: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+docs-serve: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
 # Measurements take minutes and a model, so each is started by hand.
 bench:
 	@echo "$(BIN)/python -m benchmarks.loss --backend torch|mlx                             the loss alone"
 	@echo "$(BIN)/python -m benchmarks.step --backend torch|mlx --model MODEL --data FILE   a whole step"
 	@echo "$(BIN)/python -m benchmarks.growth --backend torch|mlx --model MODEL             how both grow"
+	@echo "$(BIN)/python -m benchmarks.tokens --model MODEL --data FILE                        making tokens"
 	@echo "docs/performance.md says what is measured, and what to install to measure others beside it"
 
 clean:

@@ -1,12 +1,16 @@
-"""Other trainers on MLX, for `python -m benchmarks.step`: mlx-lm's LoRA fine-tuning and mlx-lm-lora's DPO.
+"""Other trainers on MLX, for `python -m benchmarks.step`: mlx-lm's LoRA fine-tuning, and DPO and KTO as mlx-lm-lora,
+mlx-tune and unsloth_zoo have them.
 
-Each takes the very tokens that `bnf train` would, and its own loop, batches and optimizer.
+Each takes the very tokens that `bnf train` would, and its own loop, batches and optimizer. Gradient checkpointing is
+off.
 """
 
 import importlib.util
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -15,6 +19,7 @@ from mlx import optimizers
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from bnf_core.config import LoraConfig
+from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.steps.batching import pairs
 from bnf_core.types import Example
 from bnf_mlx import adapter
@@ -23,6 +28,8 @@ from bnf_mlx.model import load_model, resolve_device, resolve_dtype
 Train = Callable[[Callable[[], None]], None]  # trains, and calls what it is given after every step
 
 SFT, DPO = "mlx-lm LoRA SFT", "mlx-lm-lora DPO"
+TUNE_DPO, TUNE_KTO = "mlx-tune DPO, reference precomputed", "mlx-tune KTO, without reference and baseline"
+UNSLOTH_DPO, UNSLOTH_KTO = "unsloth_zoo DPO, reference precomputed", "unsloth_zoo KTO, reference precomputed"
 
 
 def peers(
@@ -64,6 +71,82 @@ def peers(
             training_callback=_AfterStep(after_step),
         )
 
+    def tune(kind: str) -> Callable[[Callable[[], None], Path], None]:
+        def train(after_step: Callable[[], None], folder: Path) -> None:
+            from mlx_tune import rl_trainers
+
+            # It saves after every step, which it tells nobody of else.
+            rl_trainers._save_adapters_and_config = lambda holder, path: holder.after_step()
+            options: dict[str, Any] = {"max_steps": steps, "logging_steps": 1, "save_steps": 1}
+            options["output_dir"] = str(folder)
+            held = SimpleNamespace(model=adapter.add_adapter(loaded(), lora, 0), after_step=after_step)
+            tokens = SimpleNamespace(encode=list, pad_token_id=0)  # what it would encode are tokens already
+            columns: list[dict[str, Any]]
+            if kind == TUNE_DPO:
+                columns = [
+                    {"prompt": a.prompt_ids, "chosen": a.completion_ids, "rejected": b.completion_ids}
+                    for a, b in pairs(rows)
+                ]
+                args = rl_trainers.DPOConfig(per_device_train_batch_size=len(rows) // 2, **options)
+                rl_trainers.DPOTrainer(held, columns, tokenizer=tokens, args=args).train()
+            else:
+                columns = [
+                    {"prompt": row.prompt_ids, "completion": row.completion_ids, "label": row.label} for row in rows
+                ]
+                args = rl_trainers.KTOConfig(per_device_train_batch_size=len(rows), **options)
+                rl_trainers.KTOTrainer(held, columns, tokenizer=tokens, args=args).train()
+
+        return train
+
+    def unsloth(kind: str) -> Callable[[Callable[[], None], Path], None]:
+        def train(after_step: Callable[[], None], folder: Path) -> None:
+            os.environ.setdefault("UNSLOTH_ZOO_DISABLE_GPU_INIT", "1")  # or it asks for unsloth, off Apple silicon
+            from unsloth_zoo.mlx import trainer as unsloth_trainer
+
+            tokenizer = load_tokenizer(model)
+
+            def text(ids: Sequence[int]) -> str:
+                found = str(tokenizer.decode(list(ids)))
+                if tokenizer(found, add_special_tokens=False)["input_ids"] != list(ids):
+                    raise ValueError("its trainers take text, and these tokens are no text's")
+                return found
+
+            options: dict[str, Any] = {
+                "max_steps": steps,
+                "gradient_accumulation_steps": 1,
+                "gradient_checkpointing": False,
+                "warmup_steps": 0,
+                "append_eos": False,
+                "max_seq_length": 2048,
+                "disable_memory_limits": True,
+                "precompute_ref_log_probs": True,
+                "output_dir": str(folder),
+            }
+            columns: list[dict[str, Any]]
+            policy = adapter.add_adapter(loaded(), lora, 0)
+            if kind == UNSLOTH_DPO:
+                columns = [
+                    {
+                        "prompt": text(a.prompt_ids),
+                        "chosen": text(a.completion_ids),
+                        "rejected": text(b.completion_ids),
+                    }
+                    for a, b in pairs(rows)
+                ]
+                args = unsloth_trainer.MLXDPOConfig(per_device_train_batch_size=len(rows) // 2, **options)
+                made = unsloth_trainer.MLXDPOTrainer(policy, tokenizer, columns, args=args)
+            else:
+                columns = [
+                    {"prompt": text(row.prompt_ids), "completion": text(row.completion_ids), "label": row.label}
+                    for row in rows
+                ]
+                args = unsloth_trainer.MLXKTOConfig(per_device_train_batch_size=len(rows), **options)
+                made = unsloth_trainer.MLXKTOTrainer(policy, tokenizer, columns, args=args)
+            made.add_step_callback(lambda *_, **__: after_step())
+            made.train()
+
+        return train
+
     def placed(train: Callable[[Callable[[], None], Path], None]) -> Train:
         def run(after_step: Callable[[], None]) -> None:
             with tempfile.TemporaryDirectory() as folder, mx.stream(where):
@@ -71,9 +154,18 @@ def peers(
 
         return run
 
-    if importlib.util.find_spec("mlx_lm_lora") is None:
-        return {SFT: placed(sft), DPO: "not installed: pip install 'bnf-align[bench]'"}
-    return {SFT: placed(sft), DPO: placed(dpo)}
+    found: dict[str, Train | str] = {SFT: placed(sft)}
+    packages: dict[str, tuple[str, dict[str, Callable[[Callable[[], None], Path], None]]]] = {
+        "mlx_lm_lora": ("'bnf-align[bench]'", {DPO: dpo}),
+        # What these ask for does not fit together with what stands here, though they run beside it.
+        "mlx_tune": ("--no-deps mlx-tune mlx-embeddings mlx-vlm", {kind: tune(kind) for kind in (TUNE_DPO, TUNE_KTO)}),
+        "unsloth_zoo": ("--no-deps unsloth_zoo", {kind: unsloth(kind) for kind in (UNSLOTH_DPO, UNSLOTH_KTO)}),
+    }
+    for package, (wanted, contenders) in packages.items():
+        absent = importlib.util.find_spec(package) is None
+        for name, train in contenders.items():
+            found[name] = f"not installed: pip install {wanted}" if absent else placed(train)
+    return found
 
 
 def _pair(good: Example, bad: Example) -> dict[str, Any]:

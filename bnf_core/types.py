@@ -24,6 +24,7 @@ class Example:
     pair: int = 0  # the chosen and the rejected row of one pair share a number; 0: it is none's
     source: str = ""  # file:line, for messages
     trained: tuple[bool, ...] | None = None  # which tokens of the completion are trained, one at least; None: all
+    weight: float = 1.0  # how much the row counts: the size of a graded label times the row's own weight
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -89,8 +90,9 @@ class Batch:
     positions: Array  # (N,) int64
     targets: Array  # (N,) int32
     sequence_ids: Array  # (N,) int32, the sequence in this batch, 0..S
-    coefficients: Array  # (N,) float32: label / (|y| · sequences in the global batch)
+    coefficients: Array  # (N,) float32: label · weight / (|y| · sequences in the global batch)
     labels: Array  # (S,) int32: +1 chosen, −1 rejected
+    weights: Array  # (S,) float32, `Example.weight`
     groups: Array  # (S,) int64, `Example.group`
     pairs: Array  # (P, 2) int32: the chosen and the rejected sequence of each pair in this batch
     counts: Counts  # of the global batch

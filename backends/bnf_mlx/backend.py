@@ -146,8 +146,8 @@ class MLXBackend(Backend):
             facts["cpu matrix product"] = f"{speed:.1f} GFLOP/s"
             if speed < SLOW_GFLOPS:
                 facts["cpu matrix product"] += (
-                    " is slow: install OpenBLAS (Debian, Ubuntu: libopenblas0-pthread) and set "
-                    f"LD_PRELOAD=/usr/lib/{platform.machine()}-linux-gnu/openblas-pthread/libopenblas.so.0"
+                    " is slow: install OpenBLAS (Debian, Ubuntu: sudo apt install libopenblas0-pthread), "
+                    "which `bnf` then preloads by itself, unless LD_PRELOAD is set"
                 )
         return facts
 

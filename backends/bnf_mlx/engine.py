@@ -15,14 +15,16 @@ from bnf_core.config import OptimizerConfig
 from bnf_core.objectives import Objective
 from bnf_core.objectives.bnf import BNF
 from bnf_core.processes import ALONE, Processes
+from bnf_core.sampling import Completion, greedy
 from bnf_core.steps.scaling import loss_scales
 from bnf_core.storage.files import agreed
-from bnf_core.storage.shards import OPTIMIZER, WEIGHTS, Shard, put_under, require_same_shapes, under
+from bnf_core.storage.shards import OPTIMIZER, REFERENCE_WEIGHTS, WEIGHTS, Shard, put_under, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenScores
 from bnf_mlx import adapter
 from bnf_mlx.model import Checkpoint
 from bnf_mlx.optimizer import Optimizer, flat
 from bnf_mlx.processes import in_order, sum_over
+from bnf_mlx.sampling import sample
 from bnf_mlx.scored import Gradients, MicroStep, ScoredModel
 
 
@@ -58,6 +60,7 @@ class MLXEngine:
         self.deterministic = deterministic
         self.processes = processes
         self.dtype = _dtype(model)
+        self.reference_weights: dict[str, mx.array] = {}  # by name; empty: those that training starts from
         self.scored = ScoredModel(
             model,
             device,
@@ -74,10 +77,20 @@ class MLXEngine:
         return self.scored.shares_prompts
 
     def reference_log_odds(self, batch: Batch) -> Array:
+        if self.reference_weights:
+            policy = flat(self.model.trainable_parameters())
+            self.model.update(tree_unflatten(list(self.reference_weights.items())))
+            try:
+                return self.evaluate(batch, np.zeros(len(batch.targets), np.float32)).log_odds
+            finally:
+                self.model.update(tree_unflatten(list(policy.items())))
         if self.whole and self.optimizer and self.optimizer.step:
             raise RuntimeError("all weights are trained, so the reference had to be computed before the first step")
         with adapter.adapter_off(self.model):
             return self.evaluate(batch, np.zeros(len(batch.targets), np.float32)).log_odds
+
+    def refresh_reference(self) -> None:
+        self.reference_weights = flat(self.model.trainable_parameters())  # training makes others, and leaves these
 
     def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenScores:
         if len(batch.targets) == 0:
@@ -137,6 +150,7 @@ class MLXEngine:
             }
             if self.processes.rank == 0:  # what all have alike
                 state |= put_under(WEIGHTS, _to_numpy(flat(self.model.trainable_parameters())))
+                state |= put_under(REFERENCE_WEIGHTS, _to_numpy(self.reference_weights))
                 if self.optimizer is not None:
                     state |= put_under(OPTIMIZER, _to_numpy(self.optimizer.state()))
             return state
@@ -148,27 +162,20 @@ class MLXEngine:
             self.model.update(tree_unflatten([(name, mx.array(weights[name])) for name in trainable]))
             if self.optimizer is not None:
                 self.optimizer.load_state({name: mx.array(a) for name, a in under(OPTIMIZER, state).items()})
+            reference = under(REFERENCE_WEIGHTS, state)
+            self.reference_weights = {name: mx.array(reference[name]) for name in reference}
             keys = state["random/key"]  # (processes, 2)
             high, low = (int(half) for half in keys[self.processes.rank % len(keys)])
             mx.random.seed(high << 32 | low)  # a key is its seed's two halves
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
-        from mlx_lm.generate import BatchGenerator
-
-        self.scored.limits.require_prompts(prompts, max_tokens)
+    def sample(self, rows: Sequence[Completion]) -> None:
+        self.scored.limits.require_rows(rows)
         self.model.eval()
         with mx.stream(self.device):
-            generator = BatchGenerator(
-                self.model, stop_tokens=[[token] for token in stop_ids], stream=mx.default_stream(self.device)
-            )
-            rows = generator.insert([list(prompt) for prompt in prompts], [max_tokens] * len(prompts))
-            completions: dict[int, list[int]] = {row: [] for row in rows}
-            while responses := generator.next_generated():
-                for response in responses:
-                    if response.finish_reason != "stop":
-                        completions[response.uid].append(response.token)
-            generator.close()
-        return [completions[row] for row in rows]
+            sample(self.model, rows, self.device)
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
+        return greedy(self, prompts, max_tokens, stop_ids)
 
     def save(self, folder: Path) -> None:
         with agreed(self.processes):

@@ -60,6 +60,8 @@ def load_model(folder: Path, device: mx.Device, dtype: mx.Dtype | None) -> nn.Mo
     try:
         with mx.stream(device):
             config = full_config(folder)
+            if config.get("model_file") is not None:  # older versions of mlx-lm would run it
+                raise UserError(f"{folder} brings code of its own, {config['model_file']}, which is never run")
             model, _ = mlx_lm_load(folder, lazy=True, model_config=without_ignored_scaling(config))
             correct(model, config, folder)
             if dtype is not None:

@@ -3,8 +3,8 @@
 import json
 import re
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -246,8 +246,20 @@ def save_adapter(model: PeftModel | PreTrainedModel, tensors: Mapping[str, Tenso
     """
     if not isinstance(model, PeftModel):
         raise UserError("there is no adapter to save")
-    # With what an adapter keeps and does not train, such as random projections. Of the rest PEFT takes nothing.
-    model.save_pretrained(str(folder), state_dict=model.state_dict() | dict(tensors), save_embedding_layers=False)
+    with _without_card(model):
+        # With what an adapter keeps and does not train, such as random projections. Of the rest PEFT takes nothing.
+        model.save_pretrained(str(folder), state_dict=model.state_dict() | dict(tensors), save_embedding_layers=False)
+
+
+@contextmanager
+def _without_card(model: PeftModel) -> Iterator[None]:
+    """PEFT would write a model card that has nothing but headings."""
+    named = cast(Any, model)
+    named.create_or_update_model_card = lambda output_dir: None
+    try:
+        yield
+    finally:
+        del named.create_or_update_model_card
 
 
 def fuse(model: Path, adapter: Path, output: Path, dtype: str) -> None:

@@ -3,7 +3,7 @@
 import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +23,7 @@ from transformers import (
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from bnf_core.config import DataConfig, HardwareConfig, OptimizerConfig, Template
-from bnf_core.data.feedback import FeedbackTokenizer
+from bnf_core.data.feedback import FeedbackTokenizer, Tally
 from bnf_core.data.sources import load_feedback
 from bnf_core.data.streaming import FeedbackStream
 from bnf_core.data.tokenization import Tokenized, load_tokenizer, pad_id
@@ -33,7 +33,7 @@ from bnf_core.objectives import Objective, parse
 from bnf_core.processes import Processes
 from bnf_core.steps import steps as plan
 from bnf_core.steps.baseline import Baseline
-from bnf_core.steps.batching import MicroBatching, Rows, require_units
+from bnf_core.steps.batching import MicroBatching, Rows, require_units, require_weights
 from bnf_core.steps.metrics import Meter
 from bnf_core.steps.reference import NoReference, Reference, ReferenceCache
 from bnf_core.steps.steps import Step
@@ -42,7 +42,7 @@ from bnf_core.storage.digests import rows_digest
 from bnf_core.storage.files import agreed
 from bnf_core.storage.reference_folder import StoredReference, fingerprint, open_reference
 from bnf_core.storage.shards import BASELINE, REFERENCE, put_under, under
-from bnf_core.types import Batch, Example, Position, Unit
+from bnf_core.types import Batch, Example, Position
 from bnf_torch import adapter
 from bnf_torch.engine import TorchEngine
 from bnf_torch.model import load_model, resolve_dtype
@@ -55,18 +55,35 @@ Feed = str | Iterable[Mapping[str, Any]]  # rows of feedback, or the name of a f
 
 STATE = "state"  # the folder in a checkpoint that training goes on from
 
-# Settings of TrainingArguments that would be passed over, and the values that do no harm.
-UNSUPPORTED: Mapping[str, Any] = {
-    "fp16": False,
-    "deepspeed": None,
-    "fsdp": None,
-    "parallelism_config": None,
-    "torch_compile": False,
-    "label_smoothing_factor": 0.0,
-    "auto_find_batch_size": False,
-    "dataloader_drop_last": False,
-    "use_liger_kernel": False,
-}
+# Settings of TrainingArguments that would have no effect, or one that BNF does not allow; at their defaults they are
+# accepted. With some, what to do instead.
+REFUSED: Mapping[str, str] = {
+    "fp16": "use bf16",
+    "fp16_full_eval": "evaluation is computed as training is",
+    "bf16_full_eval": "evaluation is computed as training is: use bf16",
+    "fsdp": "shard with `accelerate launch`, as docs/cluster.md says",
+    "fsdp_config": "shard with `accelerate launch`, as docs/cluster.md says",
+    "deepspeed": "shard with `accelerate launch`, as docs/cluster.md says",
+    "train_sampling_strategy": "rows are shuffled, and `group_by_length` puts similar lengths together",
+    "ignore_data_skip": "a run resumes at its place in the data",
+    "neftune_noise_alpha": "the reference would be noisy as well",
+    "include_num_input_tokens_seen": "the metric `tokens` counts them",
+    "dataloader_drop_last": "no row is dropped",
+    "average_tokens_across_devices": "a loss is the mean over all devices",
+} | dict.fromkeys(
+    (
+        *("accelerator_config", "activation_checkpointing_kwargs", "auto_find_batch_size", "batch_eval_metrics"),
+        *("dataloader_in_order", "dataloader_multiprocessing_context", "dataloader_num_workers"),
+        *("dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor"),
+        *("ddp_backend", "ddp_broadcast_buffers", "ddp_bucket_cap_mb", "ddp_find_unused_parameters"),
+        *("ddp_static_graph", "ddp_timeout", "debug", "enable_jit_checkpoint", "eval_accumulation_steps"),
+        *("eval_do_concat_batches", "eval_use_gather_object", "gradient_checkpointing_kwargs", "include_for_metrics"),
+        *("label_names", "label_smoothing_factor", "length_column_name", "liger_kernel_config", "optim_target_modules"),
+        *("parallelism_config", "prediction_loss_only", "save_on_each_node", "torch_compile", "torch_compile_backend"),
+        *("torch_compile_mode", "torch_empty_cache_steps", "use_cache", "use_liger_kernel"),
+    ),
+    "",
+)
 
 
 @dataclass
@@ -82,6 +99,11 @@ class BNFConfig(TrainingArguments):
 
     max_length: int = 1024
     """Longest row in tokens; a longer prompt is cut from the left."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our columns by their names in the data, such as {"completion": "answer"}; default: the shape of rows is
+    recognised."""
+    label: str | None = None
+    """A rule that makes labels of another column, such as "score >= 4"; see docs/data.md."""
     template: Template = "auto"
     """`auto`: the chat template for messages, plain strings as they are; `chat`: for both; `plain`: never."""
     chat_template: str | None = None
@@ -107,11 +129,12 @@ class BNFConfig(TrainingArguments):
     """What is minimised, such as `dpo(beta=0.1)`; `bnf objectives` lists them."""
 
     def __post_init__(self) -> None:
-        for name, harmless in UNSUPPORTED.items():
-            value = getattr(self, name, harmless)
-            if value and value != harmless:
-                hint = ": shard with `accelerate launch`, as docs/cluster.md says" if name == "fsdp" else ""
-                raise UserError(f"{name} is {value!r}, which BNFTrainer does not support{hint}")
+        defaults = {setting.name: setting.default for setting in fields(TrainingArguments)}
+        for name, hint in REFUSED.items():
+            value, default = getattr(self, name, None), defaults.get(name)
+            if value != default and (value or default is True):
+                instead = f": {hint}" if hint else ""
+                raise UserError(f"{name} is {value!r}, which BNFTrainer does not support{instead}")
         processes()  # joined on our terms, before accelerate would on its own
         super().__post_init__()
 
@@ -120,6 +143,8 @@ class BNFConfig(TrainingArguments):
         """How rows become tokens."""
         return DataConfig(
             path="",
+            columns=self.columns,
+            label=self.label,
             template=self.template,
             chat_template=self.chat_template,
             template_kwargs=self.template_kwargs,
@@ -170,7 +195,7 @@ class BNFTrainer(Trainer):
             raise UserError(f"objective {self.objective.name} needs no reference, and reference is given: leave it out")
         folder = resolve_model(model) if isinstance(model, str) else Path(str(model.name_or_path))
         tokenizer = processing_class or load_tokenizer(folder)
-        self.tokens = _Tokens(tokenizer, args, self.objective.unit)
+        self.tokens = _Tokens(tokenizer, args, self.objective)
         self.rows = None if train_dataset is None else self.tokens.training_rows(train_dataset)
         self.held_out: list[tuple[Feed, list[Example]]] = []  # what has been tokenised
         self.resumed: tuple[str, Checkpoint] | None = None
@@ -434,8 +459,8 @@ class _Epoch(TrainerCallback):
 class _Tokens:
     """Rows of feedback as tokens; what is skipped or cut is logged."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: BNFConfig, unit: Unit):
-        self.tokenizer, self.args, self.unit = tokenizer, args, unit
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, args: BNFConfig, objective: Objective):
+        self.tokenizer, self.args, self.objective = tokenizer, args, objective
         self.pad = pad_id(tokenizer)
         self.feedback = FeedbackTokenizer.of(tokenizer, args.data)
 
@@ -443,24 +468,27 @@ class _Tokens:
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         if isinstance(data, str) or hasattr(data, "__len__"):
-            return Rows(self.examples(data, "train"), seed, self.unit)
-        report = partial(self._report, whole=False)
+            return Rows(self.examples(data, "train"), seed, self.objective.unit)
+        report, unit = partial(self._report, whole=False), self.objective.unit
         return self.feedback.stream(
-            data, "train", shuffle_buffer=args.shuffle_buffer, seed=seed, unit=self.unit, report=report
+            data, "train", shuffle_buffer=args.shuffle_buffer, seed=seed, unit=unit, report=report
         )
 
     def examples(self, data: Feed, split: str) -> list[Example]:
-        loaded = load_feedback(data, split, self.args.skip_bad_rows)
+        loaded = load_feedback(data, split, self.args.skip_bad_rows, self.feedback.reading)
         for message in loaded.skipped:
             logger.warning("skipped: %s", message)
+        for note in Tally(self.args.max_length, neither=loaded.neither).notes():
+            logger.warning("%s", note)
         if loaded.unused:
             logger.warning("columns that are not used: %s", ", ".join(sorted(loaded.unused)))
         tokens = self.feedback(loaded.rows)
         self._report(tokens)
-        require_units(tokens.examples, self.unit)
+        require_units(tokens.examples, self.objective.unit)
         return tokens.examples
 
     def _report(self, tokens: Tokenized, whole: bool = True) -> None:
+        require_weights(tokens.examples, self.objective)
         for message in tokens.skipped:
             logger.warning("skipped: %s", message)
         for note in self.feedback.tally(tokens).notes(whole):

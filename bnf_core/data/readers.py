@@ -13,8 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bnf_core.data.messages import RowError
-from bnf_core.data.records import Feedback, parse_row
+from bnf_core.data.messages import Cell, RowError
 from bnf_core.errors import UserError
 
 CSV_FIELD = 2**31 - 1  # characters; Python's own limit of 131,072 is less than a long document
@@ -40,14 +39,6 @@ class RawRow(NamedTuple):
             RowError: it cannot be decoded.
         """
         return self.decode(self.raw, self.source)
-
-    def feedback(self) -> list[Feedback]:
-        """One labelled completion, or two of a pair.
-
-        Raises:
-            RowError: it cannot be decoded, or is not feedback.
-        """
-        return parse_row(self.columns(), self.source)
 
 
 def number_rows(rows: Iterable[Any], name: str) -> Iterator[RawRow]:
@@ -170,20 +161,18 @@ def _decode_csv(columns: Sequence[str], fields: Sequence[str], source: str) -> d
 
 
 def _csv_value(column: str, text: str, source: str) -> Any:
-    """CSV has only text: labels are written true and false, messages as JSON."""
-    if column == "label":
-        return {"true": True, "false": False}.get(text.strip().casefold(), text)
+    """CSV has only text: messages are written as JSON."""
     if not re.match(r"\s*\[\s*\{", text):
-        return text
+        return Cell(text)
     try:
         value = json.loads(text)
-        return value if all(isinstance(item, dict) for item in value) else text
+        return value if all(isinstance(item, dict) for item in value) else Cell(text)
     except ValueError as error:
         if re.match(r"\s*\[\s*\{\s*'(role|content)'", text):
             raise RowError(
                 source, column, "is a list in Python's notation, expected JSON", "Write the column with json.dumps"
             ) from error
-        return text
+        return Cell(text)
 
 
 # Parquet

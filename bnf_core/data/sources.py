@@ -13,11 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from bnf_core.config import Where
 from bnf_core.data.messages import RowError, Text
 from bnf_core.data.readers import READERS, RawRow, number_rows
-from bnf_core.data.records import Feedback, parse_row, unused_columns
+from bnf_core.data.reading import Reading, RowReader
+from bnf_core.data.records import Feedback
 from bnf_core.errors import UserError
 from bnf_core.storage.digests import files_digest
+from bnf_core.types import Array
 
 # The names a split may have, best first. Held-out data that is only called test serves as valid.
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "test"), "test": ("test",)}
@@ -39,43 +42,51 @@ class LoadedFeedback:
     rows: list[Feedback]
     skipped: list[str]  # the message of every bad row, when they are to be skipped
     unused: set[str] = field(default_factory=set)  # columns that are passed over
+    shape: str = ""  # of the rows, in words
+    neither: int = 0  # completions whose label or weight is 0, which are left out
 
 
 def load_feedback(
-    path_or_rows: str | Iterable[Any], split: str = "train", skip_bad_rows: bool = False
+    path_or_rows: str | Where | Source | Iterable[Any],
+    split: str = "train",
+    skip_bad_rows: bool = False,
+    reading: Reading | None = None,
 ) -> LoadedFeedback:
     """Read feedback from wherever it is, all of it into memory.
 
     Args:
-        path_or_rows: a .jsonl, .json, .csv or .parquet file, a folder with train, valid and test files of those
-            kinds, or a Hub data set as owner/name; or rows from Python, mappings.
+        path_or_rows: where it is, a .jsonl, .json, .csv or .parquet file, a folder with train, valid and test files of
+            those kinds or one that `datasets` saved, or a Hub data set as owner/name; what `find_source` found; or rows
+            from Python, mappings.
         split: train, valid or test; a single file is the split it is asked for.
         skip_bad_rows: list bad rows in `skipped` instead of stopping at the first.
+        reading: the names of columns, and how labels are made.
     Raises:
         RowError: a bad row, unless they are to be skipped.
         UserError: nothing there, not readable, no such split, no row or no good row.
     """
-    source = find_source(path_or_rows, split) if isinstance(path_or_rows, str) else source_of(path_or_rows, split)
-    loaded = LoadedFeedback([], [])
+    reader = RowReader(reading)
+    source = path_or_rows if isinstance(path_or_rows, Source) else _source(path_or_rows, split)
+    found: list[Feedback] = []
+    skipped: list[str] = []
     for row in source.read():
         try:
-            columns = row.columns()
-            loaded.rows.extend(parse_row(columns, row.source))
-            loaded.unused.update(unused_columns(columns))
+            found.extend(reader(row.columns(), row.source))
         except RowError as error:
             if not skip_bad_rows:
                 raise
-            loaded.skipped.append(str(error))
-    if loaded.skipped and not loaded.rows:
-        raise UserError(
-            f"{source.name}: none of its {len(loaded.skipped)} rows is usable; the first: {loaded.skipped[0]}"
-        )
-    if not loaded.rows:
+            skipped.append(str(error))
+    rows = reader.finish(found, (group_of(row) for row in found))
+    if reader.neither and not rows:
+        raise nothing_said(source.name, reader.neither)
+    if skipped and not rows:
+        raise UserError(f"{source.name}: none of its {len(skipped)} rows is usable; the first: {skipped[0]}")
+    if not rows:
         raise no_rows(source.name, split)
-    return loaded
+    return LoadedFeedback(rows, skipped, reader.unused, reader.described(), reader.neither)
 
 
-def read_rows(path_or_name: str, split: str) -> Iterator[tuple[str, Any]]:
+def read_rows(path_or_name: str | Where, split: str) -> Iterator[tuple[str, Any]]:
     """(file:line, row as it stands there or the RowError met in decoding it) of one split, unchecked.
 
     Raises:
@@ -93,7 +104,14 @@ def no_rows(name: str, split: str) -> UserError:
     return UserError(f"{name}: no rows in the {split} split. Expected at least one row of feedback.")
 
 
-def has_split(path_or_name: str, split: str) -> bool:
+def nothing_said(name: str, neither: int) -> UserError:
+    return UserError(
+        f"{name}: the labels or weights of all {neither} completions are 0: expected chosen or rejected ones. Mend "
+        "them, or data.label"
+    )
+
+
+def has_split(path_or_name: str | Where, split: str) -> bool:
     """Whether `load_feedback(path_or_name, split)` has data of its own for that split.
 
     A single file is all train. Asks the Hub for a Hub data set.
@@ -101,14 +119,17 @@ def has_split(path_or_name: str, split: str) -> bool:
     Raises:
         UserError: nothing there, or an unknown split.
     """
-    path = Path(path_or_name).expanduser()
+    where = _where(path_or_name)
+    path = Path(where.path).expanduser()
     names = _split_names(split)
     if path.is_dir():
+        if is_saved(path):
+            return split == "train" if _is_one(path) else _saved_split(path, names) is not None
         return bool(_split_files(path, names))
     if path.exists():
         return split == "train"
-    _check_hub_name(path_or_name)
-    return not set(names).isdisjoint(_hub_splits(path_or_name))
+    _check_hub_name(where.path)
+    return not set(names).isdisjoint(_hub_splits(where))
 
 
 def prompt_group(prompt: Text, *given: Any) -> int:
@@ -125,27 +146,28 @@ def prompt_group(prompt: Text, *given: Any) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8, person=kind).digest()) >> 1
 
 
+def group_of(row: Feedback) -> int:
+    """`prompt_group` of a row."""
+    return prompt_group(row.prompt, row.tools, row.template_kwargs)
+
+
 def pair_number(source: str) -> int:
     """A number below 2^63, not 0, for the pair that stands at file:line."""
     return int.from_bytes(hashlib.blake2b(source.encode(), digest_size=8, person=b"pair").digest()) >> 1 | 1
 
 
-def split_by_prompt(rows: Sequence[Feedback], fraction: float, seed: int) -> tuple[list[Feedback], list[Feedback]]:
-    """Hold out a share of the prompts, with all of their rows: no prompt is on both sides.
+def held_out_prompts(prompts: Sequence[int] | Array, fraction: float, seed: int) -> set[int]:
+    """Which prompts are held out, with all of their rows.
 
     Args:
-        rows: feedback; both sides keep its order.
+        prompts: the group of each, once, in the order of the data.
         fraction: share of the prompts to hold out, above 0 and below 1; at least one prompt goes to either side.
         seed: the same seed and prompts give the same split.
-    Returns:
-        train, held_out
     Raises:
         UserError: fewer than two prompts, or a share out of range.
     """
     if not 0 < fraction < 1:
         raise UserError(f"the share of prompts to hold out is {fraction}: expected a number above 0 and below 1")
-    groups = [prompt_group(row.prompt, row.tools, row.template_kwargs) for row in rows]
-    prompts = list(dict.fromkeys(groups))  # in order of appearance
     count = len(prompts)
     if count < 2:
         raise UserError(
@@ -153,26 +175,26 @@ def split_by_prompt(rows: Sequence[Feedback], fraction: float, seed: int) -> tup
             "least 2. Give held-out data in a file of its own, or train without."
         )
     held = min(max(round(fraction * count), 1), count - 1)
-    chosen = {prompts[i] for i in np.random.Generator(np.random.PCG64(seed)).permutation(count)[:held]}
-    sides: tuple[list[Feedback], list[Feedback]] = ([], [])
-    for row, group in zip(rows, groups, strict=True):
-        sides[group in chosen].append(row)
-    return sides
+    return {int(prompts[i]) for i in np.random.Generator(np.random.PCG64(seed)).permutation(count)[:held]}
 
 
 # Finding the rows
 
 
-def find_source(path_or_name: str, split: str, streaming: bool = False) -> Source:
+def find_source(path_or_name: str | Where, split: str, streaming: bool = False) -> Source:
     """One split of a file, a folder or a Hub data set, as `load_feedback` describes them; nothing is read yet.
 
     Args:
+        split: train, valid, test, or what the data themselves call theirs.
         streaming: read a Hub data set over the network, row by row, instead of fetching it first.
     Raises:
         UserError: nothing there, no such split, shards missing, or an unknown kind of file.
     """
-    path = Path(path_or_name).expanduser()
+    where = _where(path_or_name)
+    path = Path(where.path).expanduser()
     names = _split_names(split)
+    if path.is_dir() and is_saved(path):
+        return _saved(path, names)
     if path.is_dir():
         files = _split_files(path, names)
         if not files:
@@ -183,13 +205,25 @@ def find_source(path_or_name: str, split: str, streaming: bool = False) -> Sourc
                 f"{names[0]}-0, or in a folder {names[0]}."
             )
         _check_shards(path, files, split)
-        return _files(path_or_name, files)
+        return _files(where.path, files)
     if not path.exists():
-        _check_hub_name(path_or_name)
-        return _hub(path_or_name, names, streaming)
+        _check_hub_name(where.path)
+        return _hub(where, names, streaming)
     if path.suffix.lower() not in READERS:
         raise UserError(f"{path}: unknown kind of file. Expected one of the endings {', '.join(READERS)}.")
-    return _files(path_or_name, [path])
+    if split not in SPLITS:
+        raise UserError(f"{path}: unknown split {split!r}: expected {', '.join(SPLITS)}; a file has no others")
+    return _files(where.path, [path])
+
+
+def _source(path_or_rows: str | Where | Iterable[Any], split: str) -> Source:
+    if isinstance(path_or_rows, str | Where):
+        return find_source(path_or_rows, split)
+    return source_of(path_or_rows, split)
+
+
+def _where(path_or_name: str | Where) -> Where:
+    return Where(path_or_name) if isinstance(path_or_name, str) else path_or_name
 
 
 def source_of(rows: Iterable[Any], split: str) -> Source:
@@ -201,7 +235,7 @@ def source_of(rows: Iterable[Any], split: str) -> Source:
     return Source(name, partial(number_rows, rows, name))
 
 
-def digest(path_or_name: str, split: str) -> str:
+def digest(path_or_name: str | Where, split: str) -> str:
     """Of the files of a split, as `files_digest`, or the name alone of a Hub data set.
 
     Raises:
@@ -213,13 +247,11 @@ def digest(path_or_name: str, split: str) -> str:
     try:
         return files_digest(source.files)
     except OSError as error:
-        raise _unreadable(Path(error.filename or path_or_name), error) from error
+        raise _unreadable(Path(error.filename or source.name), error) from error
 
 
 def _split_names(split: str) -> tuple[str, ...]:
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}: expected {', '.join(SPLITS)}")
-    return SPLITS[split]
+    return SPLITS.get(split, (split,))
 
 
 # Files
@@ -264,7 +296,7 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 def _split_files(folder: Path, names: Sequence[str]) -> list[Path]:
     """The files of the first of these names that has any, in the order of their names."""
     for name in names:
-        own = re.compile(f"{name}({SHARD})?")
+        own = re.compile(f"{re.escape(name)}({SHARD})?")
         here = [p for p in folder.iterdir() if own.fullmatch(p.stem)]
         inside = folder / name
         within = [p for p in inside.iterdir() if not p.name.startswith(".")] if inside.is_dir() else []
@@ -278,7 +310,7 @@ def _check_shards(folder: Path, files: Sequence[Path], split: str) -> None:
     if len(files) > 1 and (
         len({p.parent for p in files}) > 1
         or len({p.stem for p in files}) < len(files)
-        or any(p.parent == folder and p.stem in SPLITS[split] for p in files)
+        or any(p.parent == folder and p.stem in _split_names(split) for p in files)
     ):
         found = " and ".join(str(p.relative_to(folder)) for p in files[:4])
         raise UserError(f"{folder}: {found} are both the {split} split. Keep one, or give the file itself.")
@@ -289,6 +321,45 @@ def _check_shards(folder: Path, files: Sequence[Path], split: str) -> None:
             f"{folder}: the {split} split is {wanted} files by their names, found {len(files)}: "
             f"{', '.join(p.name for p in files[:4])}. Fetch the missing ones, and keep no others."
         )
+
+
+# What `save_to_disk` of datasets wrote: a data set, or several by the names of their splits
+
+ONE, SEVERAL = "state.json", "dataset_dict.json"
+
+
+def is_saved(folder: Path) -> bool:
+    return _is_one(folder) or (folder / SEVERAL).is_file()
+
+
+def _is_one(folder: Path) -> bool:
+    return (folder / ONE).is_file() and (folder / "dataset_info.json").is_file()
+
+
+def _saved_split(folder: Path, names: Sequence[str]) -> Path | None:
+    return next((folder / name for name in names if _is_one(folder / name)), None)
+
+
+def _saved(folder: Path, names: Sequence[str]) -> Source:
+    found = folder if _is_one(folder) else _saved_split(folder, names)
+    if found is None:
+        held = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "none"
+        raise UserError(f"{folder}: no {names[0]} split in this saved data set, only {held}")
+    files = sorted(found.glob("*.arrow"))
+    stamps = {path: _stamp(path) for path in files}
+    return Source(str(found), partial(_read_saved, found, stamps), files)
+
+
+def _read_saved(folder: Path, stamps: dict[Path, tuple[int, int]]) -> Iterator[RawRow]:
+    import datasets
+
+    for path, stamp in stamps.items():
+        _check_unchanged(path, stamp)
+    try:
+        yield from number_rows(datasets.load_from_disk(str(folder)), str(folder))
+    except Exception as error:  # a missing shard, a broken one, one of a later version: each raises its own
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{folder}: the saved data set cannot be read: {why}. Save it again") from error
 
 
 # The Hub
@@ -302,19 +373,20 @@ def _check_hub_name(name: str) -> None:
         )
 
 
-def _hub(name: str, names: Sequence[str], streaming: bool) -> Source:
-    known = _hub_splits(name)
+def _hub(where: Where, names: Sequence[str], streaming: bool) -> Source:
+    name, known = str(where), _hub_splits(where)
     split = next((n for n in names if n in known), None)
     if split is None:
         raise UserError(f"{name}: this Hub data set has no {names[0]} split, only {', '.join(known)}")
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split, streaming=streaming)
+        rows = datasets.load_dataset(where.path, **_of_hub(where), split=split, streaming=streaming)
     except Exception as error:  # a dozen kinds, from three libraries
         raise _hub_error(name, error) from error
     full = f"{name}[{split}]"
-    return Source(full, partial(_read_hub, rows, name, full))
+    fetched = [Path(file["filename"]) for file in getattr(rows, "cache_files", ())]
+    return Source(full, partial(_read_hub, rows, name, full), fetched)
 
 
 def _read_hub(rows: Iterable[Any], name: str, full: str) -> Iterator[RawRow]:
@@ -324,13 +396,20 @@ def _read_hub(rows: Iterable[Any], name: str, full: str) -> Iterator[RawRow]:
         raise _hub_error(name, error) from error
 
 
-def _hub_splits(name: str) -> list[str]:
+def _hub_splits(where: Where) -> list[str]:
     import datasets
 
+    named = {"config_name" if key == "name" else key: value for key, value in _of_hub(where).items()}
     try:
-        return [str(split) for split in datasets.get_dataset_split_names(name)]
+        return [str(split) for split in datasets.get_dataset_split_names(where.path, **named)]
     except Exception as error:  # a dozen kinds, from three libraries
-        raise _hub_error(name, error) from error
+        raise _hub_error(str(where), error) from error
+
+
+def _of_hub(where: Where) -> dict[str, str]:
+    """What is said, as `datasets.load_dataset` calls it."""
+    said = {"name": where.subset, "revision": where.revision}
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def _hub_error(name: str, error: Exception) -> UserError:

@@ -71,6 +71,23 @@ STAYS_ON: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "init_lora_weights": (lambda value: value not in KEEPS_BASE, "it began by changing the model's own weights"),
 }
 
+# Which library reads an adapter, and how.
+LOADING: Mapping[Layout | None, tuple[str, str]] = {
+    "peft": (
+        "peft",
+        """from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {here!r})""",
+    ),
+    "mlx": (
+        "mlx",
+        """from mlx_lm import load
+
+model, tokenizer = load({base!r}, adapter_path={here!r})""",
+    ),
+}
+
 
 @dataclass(frozen=True)
 class LowRank:

@@ -15,6 +15,7 @@ from bnf_core.storage.tensors import require_whole, weight_files
 # What is fetched from the Hub: never pickles, never code.
 ALLOWED = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "*.model"]
 COMPANIONS = (".json", ".jinja", ".txt", ".model")  # beside the weights
+NAMED_TEMPLATES = "additional_chat_templates"  # the folder of those that transformers knows by name, NAME.jinja
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")  # a name, or owner/name
 
@@ -55,6 +56,8 @@ def copy_companions(source: Path, target: Path) -> None:
     for path in sorted(source.iterdir()):
         if path.suffix in COMPANIONS and not path.name.endswith(".index.json"):
             shutil.copyfile(path, target / path.name)
+    if (source / NAMED_TEMPLATES).is_dir():
+        shutil.copytree(source / NAMED_TEMPLATES, target / NAMED_TEMPLATES, dirs_exist_ok=True)
 
 
 def _check(folder: Path, with_weights: bool) -> None:

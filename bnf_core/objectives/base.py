@@ -58,7 +58,8 @@ class Units(NamedTuple):
 
     chosen: Any  # (U, K) int, the unit's chosen rows, or S for none
     rejected: Any  # (U,) int, its rejected row; of a row alone, that row
-    weights: Any  # (U,) float, which add up to 1 (labels: 2) over a global batch with units of every kind
+    # (U,) float, which add up to 1 (labels: 2) over a global batch with units of every kind, all of the weight 1
+    weights: Any
 
 
 class Structure(NamedTuple):
@@ -108,6 +109,7 @@ class Objective:
     normaliser: ClassVar[Normaliser] = "rows"
     needs_reference: ClassVar[bool] = True
     baseline_from: ClassVar[BaselineFrom] = ""
+    takes_weights: ClassVar[bool] = True  # whether a unit may count more or less than others
 
     def losses(self, ops: Ops, seen: Seen, units: Units) -> Any:
         """The loss of each unit, (U,), differentiable in `seen.log_odds`."""
@@ -163,6 +165,10 @@ class Sum(Objective):
     @property
     def needs_reference(self) -> bool:  # type: ignore[override]
         return any(part.needs_reference for _, part in self.parts)
+
+    @property
+    def takes_weights(self) -> bool:  # type: ignore[override]
+        return all(part.takes_weights for _, part in self.parts)
 
     @property
     def baseline_from(self) -> BaselineFrom:  # type: ignore[override]
@@ -226,11 +232,12 @@ def _units(term: Objective, batch: Batch) -> Units:
             "labels": (counts.chosen, counts.rejected),
         }[term.normaliser]
         of_chosen, of_rejected = (1.0 / count if count else 0.0 for count in of_label)
-        weights = np.where(labels > 0, of_chosen, of_rejected)
+        weights = np.where(labels > 0, of_chosen, of_rejected) * batch.weights.astype(np.float64)
         return Units(np.zeros((len(labels), 0), np.int32), np.arange(len(labels), dtype=np.int32), _float32(weights))
     if term.unit == "pair":
         pairs = batch.pairs
-        weights = np.full(len(pairs), 1.0 / counts.pairs if counts.pairs else 0.0)
+        # Both rows of a pair come from one row of the data, and have its weight.
+        weights = batch.weights[pairs[:, 0]].astype(np.float64) * (1.0 / counts.pairs if counts.pairs else 0.0)
         return Units(pairs[:, :1], pairs[:, 1], _float32(weights))
     groups = batch.groups
     rejected = np.flatnonzero(labels < 0)

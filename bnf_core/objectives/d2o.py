@@ -21,6 +21,7 @@ class D2O(Objective):
     wants = "lowers a rejected row below what the prompt's other completions are on the whole"
     formula = "−log σ(β mean over chosen of log p/r − α log p/r of rejected)"
     unit = "prompt"
+    takes_weights = False  # a rejected row is compared with the plain mean of the chosen ones
 
     def __post_init__(self) -> None:
         self._require(self.beta > 0, "beta", "a number above 0")

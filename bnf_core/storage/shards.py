@@ -20,6 +20,7 @@ RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_a": 1, "lora_b": 0}  # of PEFT's ma
 
 # What an engine's and a reference's arrays are kept under in a checkpoint: `weights/…`.
 WEIGHTS, OPTIMIZER, REFERENCE = "weights", "optimizer", "reference"
+REFERENCE_WEIGHTS = "reference_weights"  # those of a reference that was refreshed
 BASELINE = "baseline"  # what an objective compares rewards with, where that runs on
 
 
@@ -60,13 +61,10 @@ def write_state(path: Path, state: State) -> None:
     described = {name: {"start": shard.start, "shape": list(shard.shape)} for name, shard in shards.items()}
     # safetensors takes an array's memory as it lies; ascontiguousarray would give a number a dimension.
     arrays = {n: np.asarray(v.array if isinstance(v, Shard) else v, order="C") for n, v in state.items()}
-    path.touch()
-    mode = path.stat().st_mode
     try:
         save_file(arrays, path, metadata={"pieces": json.dumps(described)})
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    path.chmod(mode)  # safetensors leaves a file that only its owner can read
     sync(path)
 
 

@@ -42,11 +42,20 @@ class Rows(NamedTuple):
     chosen: list[bool]
     pairs: list[tuple[int, int]]  # chosen, rejected
     group: list[int]
+    weight: list[float]
     baseline: float
 
     @property
     def ratio(self) -> list[complex]:
         return [p - r for p, r in zip(self.log_p, self.log_r, strict=True)]
+
+    @property
+    def pair_weight(self) -> list[float]:
+        return [self.weight[w] for w, _ in self.pairs]
+
+    def of(self, chosen: bool) -> list[float]:
+        """The weights of the chosen rows, or of the rejected ones."""
+        return [w for w, c in zip(self.weight, self.chosen, strict=True) if c == chosen]
 
     @property
     def mean(self) -> list[complex]:
@@ -61,8 +70,10 @@ def _minus_log_sigmoid(x: complex) -> complex:
     return np.log(1 + np.exp(-x))
 
 
-def _mean(values: list[Any]) -> Any:
-    return sum(values) / len(values) if values else 0.0
+def _mean(values: list[Any], weights: list[float] | None = None) -> Any:
+    """Of values that count by their weights: Σ weight · value, divided by how many there are."""
+    weights = [1.0] * len(values) if weights is None else weights
+    return sum(w * value for w, value in zip(weights, values, strict=True)) / len(values) if values else 0.0
 
 
 def _odds(mean: complex) -> complex:
@@ -78,7 +89,7 @@ def _dpo(x: Rows, *, beta: float, label_smoothing: float, robust: bool) -> compl
             losses.append(((1 - e) * _minus_log_sigmoid(h) - e * _minus_log_sigmoid(-h)) / (1 - 2 * e))
         else:
             losses.append((1 - e) * _minus_log_sigmoid(h) + e * _minus_log_sigmoid(-h))
-    return _mean(losses)
+    return _mean(losses, x.pair_weight)
 
 
 def _f_dpo(x: Rows, *, beta: float, divergence: str, alpha: float) -> complex:
@@ -89,12 +100,12 @@ def _f_dpo(x: Rows, *, beta: float, divergence: str, alpha: float) -> complex:
         "alpha": lambda u: (1 - u ** (alpha - 1)) / (1 - alpha),
     }[divergence]
     f = [slope(np.exp(ratio)) for ratio in x.ratio]
-    return _mean([_minus_log_sigmoid(beta * f[w] - beta * f[j]) for w, j in x.pairs])
+    return _mean([_minus_log_sigmoid(beta * f[w] - beta * f[j]) for w, j in x.pairs], x.pair_weight)
 
 
 def _ipo(x: Rows, *, beta: float) -> complex:
     per_token = [ratio / n for ratio, n in zip(x.ratio, x.length, strict=True)]
-    return _mean([(per_token[w] - per_token[j] - 1 / (2 * beta)) ** 2 for w, j in x.pairs])
+    return _mean([(per_token[w] - per_token[j] - 1 / (2 * beta)) ** 2 for w, j in x.pairs], x.pair_weight)
 
 
 def _kto(
@@ -107,7 +118,7 @@ def _kto(
             losses.append(desirable_weight * (1 - _sigmoid(beta * (ratio - z))))
         else:
             losses.append(undesirable_weight * (1 - _sigmoid(beta * (z - ratio))))
-    return _mean(losses)
+    return _mean(losses, x.weight)
 
 
 def _apo(x: Rows, **settings: float) -> complex:
@@ -118,7 +129,7 @@ def _bco(x: Rows, *, beta: float) -> complex:
     rewards = [beta * (ratio - x.baseline) for ratio in x.ratio]
     chosen = [_minus_log_sigmoid(r) for r, c in zip(rewards, x.chosen, strict=True) if c]
     rejected = [_minus_log_sigmoid(-r) for r, c in zip(rewards, x.chosen, strict=True) if not c]
-    return _mean(chosen) + _mean(rejected)
+    return _mean(chosen, x.of(True)) + _mean(rejected, x.of(False))
 
 
 def _slic(x: Rows, *, delta: float, nll_weight: float) -> complex:
@@ -126,12 +137,13 @@ def _slic(x: Rows, *, delta: float, nll_weight: float) -> complex:
     for w, j in x.pairs:
         margin = delta - x.log_p[w] + x.log_p[j]
         losses.append((margin if np.real(margin) > 0 else 0.0) - nll_weight * x.log_p[w])
-    return _mean(losses)
+    return _mean(losses, x.pair_weight)
 
 
 def _orpo(x: Rows, *, beta: float) -> complex:
     ratio = [_odds(x.mean[w]) - _odds(x.mean[j]) for w, j in x.pairs]
-    return _mean([-x.mean[w] + beta * _minus_log_sigmoid(o) for (w, _), o in zip(x.pairs, ratio, strict=True)])
+    losses = [-x.mean[w] + beta * _minus_log_sigmoid(o) for (w, _), o in zip(x.pairs, ratio, strict=True)]
+    return _mean(losses, x.pair_weight)
 
 
 def _cpo(x: Rows, *, beta: float, nll_weight: float, label_smoothing: float) -> complex:
@@ -139,34 +151,35 @@ def _cpo(x: Rows, *, beta: float, nll_weight: float, label_smoothing: float) -> 
     for w, j in x.pairs:
         h = beta * (x.log_p[w] - x.log_p[j])
         losses.append((1 - e) * _minus_log_sigmoid(h) + e * _minus_log_sigmoid(-h) - nll_weight * x.mean[w])
-    return _mean(losses)
+    return _mean(losses, x.pair_weight)
 
 
 def _simpo(x: Rows, *, beta: float, gamma: float) -> complex:
-    return _mean([_minus_log_sigmoid(beta * x.mean[w] - beta * x.mean[j] - gamma) for w, j in x.pairs])
+    losses = [_minus_log_sigmoid(beta * x.mean[w] - beta * x.mean[j] - gamma) for w, j in x.pairs]
+    return _mean(losses, x.pair_weight)
 
 
 def _alphapo(x: Rows, *, beta: float, gamma: float, alpha: float) -> complex:
     reward = [beta * (1 - np.exp(mean) ** -alpha) / alpha for mean in x.mean]
-    return _mean([_minus_log_sigmoid(reward[w] - reward[j] - gamma) for w, j in x.pairs])
+    return _mean([_minus_log_sigmoid(reward[w] - reward[j] - gamma) for w, j in x.pairs], x.pair_weight)
 
 
 def _npo(x: Rows, *, beta: float) -> complex:
     rejected = [ratio for ratio, chosen in zip(x.ratio, x.chosen, strict=True) if not chosen]
-    return _mean([2 / beta * np.log(1 + np.exp(ratio) ** beta) for ratio in rejected])
+    return _mean([2 / beta * np.log(1 + np.exp(ratio) ** beta) for ratio in rejected], x.of(False))
 
 
 def _asft(x: Rows, *, beta: float) -> complex:
     chosen = [mean for mean, c in zip(x.mean, x.chosen, strict=True) if c]
     rejected = [mean for mean, c in zip(x.mean, x.chosen, strict=True) if not c]
-    liked = _mean([-mean + beta * _minus_log_sigmoid(_odds(mean)) for mean in chosen])
-    return liked + _mean([beta * _minus_log_sigmoid(-_odds(mean)) for mean in rejected])
+    liked = _mean([-mean + beta * _minus_log_sigmoid(_odds(mean)) for mean in chosen], x.of(True))
+    return liked + _mean([beta * _minus_log_sigmoid(-_odds(mean)) for mean in rejected], x.of(False))
 
 
 def _simper(x: Rows) -> complex:
     chosen = [np.exp(mean) for mean, c in zip(x.mean, x.chosen, strict=True) if c]
     rejected = [np.exp(mean) for mean, c in zip(x.mean, x.chosen, strict=True) if not c]
-    return _mean(rejected) - _mean(chosen)
+    return _mean(rejected, x.of(False)) - _mean(chosen, x.of(True))
 
 
 def _d2o(x: Rows, *, beta: float, alpha: float) -> complex:
@@ -253,7 +266,7 @@ def _expected(
         if term.name in TOKENS:
             chosen = (batch.labels > 0)[batch.sequence_ids]
             counted = int((batch.labels > 0).sum()) if term.name == "nll" else len(batch.labels)
-            share = 1 / np.bincount(batch.sequence_ids)[batch.sequence_ids] / counted
+            share = (batch.weights / np.bincount(batch.sequence_ids))[batch.sequence_ids] / counted
             losses = share * TOKENS[term.name](o + 1j * STEP, r, other_entropy.astype(np.float64), chosen, **settings)
             total += weight * float(losses.real.sum())
             grad += weight * losses.imag / STEP
@@ -267,6 +280,7 @@ def _expected(
             chosen=(batch.labels > 0).tolist(),
             pairs=[(int(w), int(j)) for w, j in batch.pairs],
             group=batch.groups.tolist(),
+            weight=batch.weights.tolist(),
             baseline=baseline,
         )
         total += weight * float(np.real(loss(changed(rows), **settings)))
@@ -280,17 +294,23 @@ def _expected(
 
 def batch_of(case: Case) -> Batch:
     """The rows of a case: pairs side by side, two prompts that have two pairs each, and lengths that differ."""
-    lengths = case["completion_lengths"].tolist()
+    lengths, weights = case["completion_lengths"].tolist(), case["weights"].tolist()
+    groups = [i // 4 if i < 8 else i // 2 for i in range(len(lengths))]
     examples = [
-        Example((1, 2), tuple(range(3, 3 + n)), label=i % 2 == 0, group=i // 4 if i < 8 else i // 2, pair=1 + i // 2)
+        Example((1, 2), tuple(range(3, 3 + n)), i % 2 == 0, groups[i], pair=1 + i // 2, weight=weights[i])
         for i, n in enumerate(lengths)
     ]
     return collate(examples, len(examples))
 
 
 def cases() -> list[Case]:
-    """Every objective on ordinary log-odds, and where the policy is the reference still."""
-    return [_case(expression, kind) for expression in (*OBJECTIVES, *VARIANTS) for kind in ("ordinary", "first step")]
+    """Every objective on ordinary log-odds, where the policy is the reference still, and with weights."""
+    kinds = ("ordinary", "first step", "weighted")
+    return [
+        _case(expression, kind)
+        for expression in (*OBJECTIVES, *VARIANTS)
+        for kind in (kinds if parse(expression).takes_weights else kinds[:2])
+    ]
 
 
 def extremes() -> list[Case]:
@@ -299,7 +319,7 @@ def extremes() -> list[Case]:
 
 
 def _case(expression: str, kind: str) -> Case:
-    draw = Draw(f"objectives {kind}")
+    draw = Draw(f"objectives {'ordinary' if kind == 'weighted' else kind}")
     lengths = (1 + draw.below(24, 12)).astype(np.int32)
     lengths[:2] = 1, 180
     n = int(lengths.sum())
@@ -311,9 +331,16 @@ def _case(expression: str, kind: str) -> Case:
         "other_entropy": np.abs(draw.values(2.0, n, bits=20)),
         "ref_log_odds": ref_log_odds.astype(np.float32),
         "completion_lengths": lengths,
+        "weights": _weights(len(lengths)) if kind == "weighted" else np.ones(len(lengths), np.float32),
     }
     fields = {"objective": expression, "baseline": 0.0 if kind == "first step" else 0.375}
-    return Case(f"{expression}, {kind}", "L3", f"{kind} log-odds", FLOAT32, arrays, fields)
+    description = "weighted rows" if kind == "weighted" else f"{kind} log-odds"
+    return Case(f"{expression}, {kind}", "L3", description, FLOAT32, arrays, fields)
+
+
+def _weights(rows: int) -> Array:
+    """From 0 to 2, a pair's rows the same."""
+    return (Draw("weights of pairs").below(33, rows // 2) / 16).repeat(2).astype(np.float32)
 
 
 def inputs(case: Case) -> tuple[Objective, Array, Array, Array, Batch, float]:

@@ -1,16 +1,19 @@
 """From typed settings to a command line: jsonargparse, with short flags and errors that name the right key.
 
 `--learning-rate 1e-4` is `--optimizer.learning_rate 1e-4`: a setting may be named by its last part, with dashes
-or underscores, as long as only one setting ends so. A list may be given as `a,b`.
+or underscores, as long as only one setting ends so; `--sample-top-p` is `--sample.top_p`. A list may be given as `a,b`.
 """
 
 import difflib
 import re
 from argparse import ArgumentError
+from collections import deque
 from collections.abc import Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
 from bnf_core.errors import UserError
 
@@ -19,10 +22,26 @@ LISTS = (list[str], list[int])
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+
+_load_yaml = get_loader("yaml")
+
+
+def _load(text: str) -> Any:
+    """YAML, in which `data` may also be its path alone, or a list of sources."""
+    found = _load_yaml(text)
+    if isinstance(found, dict) and isinstance(found.get("data"), str | list):
+        found["data"] = {"path": found["data"]}
+    return found
+
+
+set_loader("yaml", _load, (yaml.YAMLError,))
+
 # Flags that mean a setting of another name.
-ALIASES = {"data": "data.path", "r": "lora.rank", "lr": "optimizer.learning_rate"}
+ALIASES = {"data": "data.path", "prompts": "data.path", "r": "lora.rank", "lr": "optimizer.learning_rate"}
 # Settings with a name and more, of which the name alone may be given.
 NAMED = ("objective",)
+# Settings whose value is anybody's text: it may begin with a dash, and a tilde in it is no home folder.
+TEXTS = ("prompt", "judge")
 
 
 def make_parser(settings: type, command: str) -> ArgumentParser:
@@ -37,51 +56,80 @@ def parse(settings: type[T], command: str, argv: Sequence[str], positional: Sequ
     """The settings given by flags and YAML.
 
     Args:
-        positional: flags that may be left out where the words before the first flag are their values, in this order.
+        positional: flags that may be left out where a word stands alone, in this order.
     Raises:
         UserError: an unknown or missing setting, or a value that does not fit.
         SystemExit: after --help and --print-config.
     """
     parser = make_parser(settings, command)
     keys = [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
-    first_flag = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    if 0 < first_flag <= len(positional):
-        named = [part for name, word in zip(positional, argv[:first_flag], strict=False) for part in (name, word)]
-        argv = [*named, *argv[first_flag:]]
     try:
-        namespace = parser.parse_args(_spell_out(argv, keys, parser))
+        namespace = parser.parse_args(_spell_out(argv, keys, parser, positional))
+        for name in keys:
+            if name not in TEXTS:
+                namespace[name] = _with_home(namespace.get(name))
         return settings(**{k: v for k, v in parser.instantiate(namespace).items() if k != "config"})
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(_explain(str(error), keys, command)) from error
 
 
-def _spell_out(argv: Sequence[str], keys: Sequence[str], parser: ArgumentParser) -> list[str]:
-    """--learning-rate → --optimizer.learning_rate; a bare flag of a boolean setting gets its `true`; a,b → [a,b]
-    where a list is wanted."""
+def _spell_out(
+    argv: Sequence[str], keys: Sequence[str], parser: ArgumentParser, positional: Sequence[str]
+) -> list[str]:
+    """--learning-rate 1e-4 → --optimizer.learning_rate=1e-4; a bare flag of a boolean setting gets its `true`; a,b →
+    [a,b] where a list is wanted; a word that belongs to no flag is the value of the next positional one.
+
+    Raises:
+        ValueError: there are more such words than positional flags, or a flag is given as well.
+    """
     types = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
-    result: list[str] = []
-    name = ""
-    for i, word in enumerate(argv):
-        match = re.fullmatch(r"--([A-Za-z][\w.-]*)(=.*)?", word, re.DOTALL)
+    found: list[str] = []
+    loose: list[str] = []
+    words = deque(argv)
+    while words:
+        word = words.popleft()
+        match = _FLAG.fullmatch(word)
         if match is None:
-            result.append(_bracketed(word) if types.get(name) in LISTS else word)
+            (found if word.startswith("-") else loose).append(word)
             continue
-        name, value = match[1].replace("-", "_"), match[2] or ""
-        name = ALIASES.get(name, name) if ALIASES.get(name) in keys else name
-        name = f"{name}.name" if name in NAMED and name in keys else name
-        if name not in keys:
-            endings = [key for key in keys if key.endswith("." + name)]
-            name = endings[0] if len(endings) == 1 else name
-        if value and types.get(name) in LISTS:
-            value = "=" + _bracketed(value[1:])
-        result.append(f"--{name}{value}")
-        if types.get(name) is bool and not value and (i + 1 == len(argv) or argv[i + 1].startswith("--")):
-            result.append("true")
-    return result
+        name, value = _full_name(match[1].replace("-", "_"), keys), match[2] and match[2][1:]
+        if value is None and types.get(name) is bool:
+            value = words.popleft() if words and words[0] in ("true", "false") else "true"
+        elif value is None and words and name not in ("help", "print_config"):
+            value = words.popleft() if name in TEXTS or not _FLAG.fullmatch(words[0]) else None
+        found.append(f"--{name}" if value is None else f"--{name}={_bracketed(value, types.get(name))}")
+    names = [_full_name(name.removeprefix("--").replace("-", "_"), keys) for name in positional]
+    if len(loose) > len(names):
+        raise ValueError(f"unexpected {loose[len(names)]!r}: expected a setting, such as --{keys[0]} VALUE")
+    for name, word in zip(names, loose, strict=False):
+        if any(flag.startswith(f"--{name}=") for flag in found):
+            raise ValueError(f"{name} is given twice: {word!r} stands alone and --{name} is there as well")
+        found.append(f"--{name}={word}")
+    return found
 
 
-def _bracketed(value: str) -> str:
-    return value if value.startswith("[") else f"[{value}]"
+_FLAG = re.compile(r"--([A-Za-z][\w.-]*)(=.*)?", re.DOTALL)
+
+
+def _full_name(name: str, keys: Sequence[str]) -> str:
+    """A setting by its whole dotted name, of which only the last part, or an alias, may be given."""
+    name = ALIASES.get(name, name) if ALIASES.get(name) in keys else name
+    name = f"{name}.name" if name in NAMED and name in keys else name
+    endings = [key for key in keys if key.endswith("." + name) or key.replace(".", "_") == name]
+    return endings[0] if name not in keys and len(endings) == 1 else name
+
+
+def _with_home(value: Any) -> Any:
+    """~/runs → /home/me/runs, in lists and mappings as well."""
+    if isinstance(value, str):
+        return str(Path(value).expanduser()) if value.startswith("~") else value
+    if isinstance(value, list):
+        return [_with_home(one) for one in value]
+    return {name: _with_home(one) for name, one in value.items()} if isinstance(value, dict) else value
+
+
+def _bracketed(value: str, kind: object) -> str:
+    return f"[{value}]" if kind in LISTS and not value.startswith("[") else value
 
 
 def _explain(message: str, keys: Sequence[str], command: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import BACKENDS
-from invariance import ALLOWED, UNSHARED, WAYS, Runs, Trajectory, complaints, launch
+from invariance import ALLOWED, BASE, UNSHARED, WAYS, Runs, Trajectory, complaints, launch, write_turns
 
 PACKED = "--packing true --max-length 192"
 UNSORTED = "--micro-batch-size 3 --group-by-length false"
@@ -49,7 +49,7 @@ ALONE = {
 SEVERAL = "--micro-batch-size 2 --gradient-checkpointing true"
 SHARED = [("lora", SEVERAL), ("lora", f"--micro-batch-size 8 {PACKED}"), ("full", UNSORTED)]
 PAIR = ["per-rank mean", "averaged gradients"]
-Key = tuple[str, str, str]  # kind, flags, bug
+Key = tuple[str, str, str]  # kind, or another objective; flags; bug
 Pair = Callable[[str], dict[Key, Trajectory]]
 
 
@@ -94,19 +94,22 @@ def test_a_bug_is_caught(runs: Runs, backend_name: str, bug: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def pair(runs: Runs) -> Pair:
+def pair(runs: Runs, objective_runs: Callable[[str], Runs]) -> Pair:
     """For each way of sharing the work, all runs in one pair of processes: most of their time goes into imports."""
     known: dict[str, dict[Key, Trajectory]] = {}
 
     def pair(way: str) -> dict[Key, Trajectory]:
         if way not in known:
-            keys = [(kind, flags, "") for kind, flags in SHARED] + [("lora", SEVERAL, bug) for bug in PAIR]
-            lines, outputs = zip(*(runs.words(WAYS[way][0], kind, flags) for kind, flags, _ in keys), strict=True)
-            jobs = [(bug, line) for (_, _, bug), line in zip(keys, lines, strict=True)]
+            backend = WAYS[way][0]
+            arranged: dict[Key, tuple[list[str], Path]] = {
+                (kind, flags, bug): runs.words(backend, kind, flags)
+                for kind, flags, bug in [(*shared, "") for shared in SHARED] + [("lora", SEVERAL, bug) for bug in PAIR]
+            } | {(name, SEVERAL, ""): objective_runs(name).words(backend, "lora", SEVERAL) for name in ("dpo", "kto")}
+            jobs = [(bug, words) for (_, _, bug), (words, _) in arranged.items()]
             (code, output), (other_code, other_output) = launch(way, jobs, [runs.folder] * 2)
             assert code == other_code == 0, output + other_output
             assert output.count("on 2 processes") == len(jobs)
-            known[way] = dict(zip(keys, map(Trajectory.read, outputs), strict=True))
+            known[way] = {key: Trajectory.read(output) for key, (_, output) in arranged.items()}
         return known[way]
 
     return pair
@@ -182,18 +185,42 @@ def test_a_bug_of_other_objectives_is_caught(
 
 
 @pytest.mark.parametrize("way", PAIRS)
+@pytest.mark.parametrize("name", ["dpo", "kto"])
 def test_two_processes_take_the_same_road_with_other_objectives(
-    objective_runs: Callable[[str], Runs], way: str
+    objective_runs: Callable[[str], Runs], pair: Pair, way: str, name: str
 ) -> None:
+    assert objective_runs(name).complaints(WAYS[way][0], "lora", pair(way)[name, SEVERAL, ""]) == []
+
+
+# Rows with turns that are not trained
+
+TURNS = ["--micro-batch-size 1", UNSORTED, CHECKPOINTED, f"--micro-batch-size 8 {PACKED}"]
+
+
+@pytest.fixture(scope="module")
+def turns(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tiny_model, tmp_path_factory.mktemp("turns"), rows=write_turns)
+
+
+@pytest.mark.parametrize("flags", TURNS)
+def test_rows_with_turns_that_are_not_trained_take_one_trajectory(turns: Runs, backend_name: str, flags: str) -> None:
+    assert turns.complaints(backend_name, "lora", turns.train(backend_name, "lora", flags)) == []
+
+
+def test_turns_that_are_trained_by_mistake_are_seen(turns: Runs, backend_name: str) -> None:
+    assert turns.complaints(backend_name, "lora", turns.train(backend_name, "lora", BASE, "turns trained"))
+
+
+@pytest.mark.parametrize("way", PAIRS)
+def test_two_processes_take_the_same_road_with_turns_that_are_not_trained(turns: Runs, way: str) -> None:
+    """Bit-for-bit the same with tokens that are kept on the disk and with each process's own."""
     backend = WAYS[way][0]
-    lines, outputs = zip(
-        *(objective_runs(name).words(backend, "lora", SEVERAL) for name in ("dpo", "kto")), strict=True
-    )
-    folder = objective_runs("dpo").folder
-    results = launch(way, [("", line) for line in lines], [folder] * 2)
+    kept, own = (turns.words(backend, "lora", f"{SEVERAL} --data.cache {keeps}") for keeps in ("true", "false"))
+    results = launch(way, [("", kept[0]), ("", own[0])], [turns.folder] * 2)
     assert [code for code, _ in results] == [0, 0], results
-    for name, output in zip(("dpo", "kto"), outputs, strict=True):
-        assert objective_runs(name).complaints(backend, "lora", Trajectory.read(output)) == []
+    first, second = Trajectory.read(kept[1]), Trajectory.read(own[1])
+    assert turns.complaints(backend, "lora", first) == []
+    assert first.loss.tolist() == second.loss.tolist() and first.flat.tolist() == second.flat.tolist()
 
 
 # The judge

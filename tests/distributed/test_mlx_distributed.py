@@ -131,12 +131,14 @@ def neighbouring_ports() -> int:
     raise AssertionError("no free ports")
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_launcher_saves(pairs: Path) -> None:
     checkpoint, refused = Checkpoints(pairs / "run" / "checkpoints", 9).newest()
     assert checkpoint is not None and checkpoint.step >= 2 and refused == [], (pairs / "output").read_text()
     assert len((pairs / "run" / "metrics.jsonl").read_text().splitlines()) == checkpoint.step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_take_the_steps_of_one(tiny_model, pairs, tmp_path, kind):
     pair, alone = pairs / kind, tmp_path / kind

@@ -1,4 +1,5 @@
-"""Two processes on the CPU (gloo) take the steps that one takes, by DDP and by FSDP2, as users launch them."""
+"""Two processes on the CPU (gloo) take the steps that one takes, by DDP and by FSDP2, as users launch them: slow, for
+nothing that a launcher starts can be shared. `test_invariance` has the same runs in forked processes."""
 
 import json
 import os
@@ -135,6 +136,7 @@ def require_same_steps(one: list[dict[str, float]], two: list[dict[str, float]],
             assert b[metric] == pytest.approx(a[metric], rel=tolerance, abs=tolerance), (number, metric)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_processes_take_the_steps_of_one(runs: Path, kind: str, name: str) -> None:
@@ -156,12 +158,14 @@ def test_two_processes_take_the_steps_of_one(runs: Path, kind: str, name: str) -
     assert abs(difference.mean()) < 1e-6 and np.abs(difference).mean() < 2e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_checkpoint_of_one_process_is_gone_on_with_on_two(runs: Path, kind: str) -> None:
     whole = steps(runs / "alone" / "full")
     require_same_steps(whole[torch_worker.STEPS // 2 :], steps(runs / kind / "resumed"), 2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lora", "full"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_a_checkpoint_of_two_processes_is_gone_on_with_on_one(
@@ -176,6 +180,7 @@ def test_a_checkpoint_of_two_processes_is_gone_on_with_on_one(
     require_same_steps(whole[torch_worker.STEPS // 2 :], steps(tmp_path / "out"), 2e-5)
 
 
+@pytest.mark.slow
 def test_fsdp_shards_what_is_saved_and_ddp_does_not(runs: Path) -> None:
     """Rejects a model that is not sharded, but kept whole by every process."""
     sizes = {}
@@ -187,6 +192,7 @@ def test_fsdp_shards_what_is_saved_and_ddp_does_not(runs: Path) -> None:
     assert 0.8 * sizes["fsdp"][0] < sizes["fsdp"][1] < 1.2 * sizes["fsdp"][0]
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_launcher_saves(launched: dict[str, Launched]) -> None:
     run, output = launched["ddp"].run, launched["ddp"].output
     checkpoint, refused = Checkpoints(run / "checkpoints", 9).newest()
@@ -194,6 +200,7 @@ def test_ctrl_c_in_the_launcher_saves(launched: dict[str, Launched]) -> None:
     assert len((run / "metrics.jsonl").read_text().splitlines()) == checkpoint.step
 
 
+@pytest.mark.slow
 def test_when_a_process_is_killed_the_launcher_ends_the_others(launched: dict[str, Launched]) -> None:
     end = launched["fsdp"]
     assert len(end.workers) == 2 and end.code != 0

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,12 @@ def test_only_a_contenders_own_work_is_its_time(monkeypatch: pytest.MonkeyPatch)
     taken.close()
 
 
+def test_processor_seconds_leave_out_waiting() -> None:
+    taken = rounds({"sleeps": repeated(lambda: time.sleep(0.2))}, cpu=True)
+    assert next(taken)["sleeps"] < 0.1
+    taken.close()
+
+
 def test_leaving_ends_the_work_and_lets_it_clean_up() -> None:
     cleaned: list[str] = []
 
@@ -130,6 +137,26 @@ def test_ratios_are_taken_within_rounds() -> None:
     assert found["ours"].ratio is None and found[FLOOR].ratio is None and found[FLOOR].floors == 1.0
     assert found["unknown"].memory is None and found["unknown"].memory_ratio is None
     assert lines(Figures("ours")) == []
+
+
+def test_a_contender_can_be_compared_with_another_of_ours() -> None:
+    figures = Figures(
+        "bnf",
+        {"bnf": 1.0, "bnf --objective dpo": 3.0, "peer DPO": 6.0},
+        rounds=[{"bnf": 1.0, "bnf --objective dpo": 2.0, "peer DPO": 8.0}],
+        beside={"peer DPO": "bnf --objective dpo"},
+    )
+    found = {line.name: line for line in lines(figures)}
+    assert found["peer DPO"].ratio == 0.25 and found["peer DPO"].memory_ratio == 0.5
+    assert found["bnf --objective dpo"].ratio == 0.5 and found["bnf"].ratio is None
+
+
+def test_peers_are_compared_with_ours_of_their_objective() -> None:
+    assert bench_step.ours_like("TRL DPO, reference precomputed") == "bnf --objective dpo"
+    assert bench_step.ours_like("TRL KTO") == "bnf --objective kto"
+    assert bench_step.ours_like("TRL KTO, apo_zero_unpaired") == "bnf --objective apo_zero_unpaired"
+    for name in ("TRL SFT", "bnf", bench_step.FIRST_EPOCH, "bnf --objective dpo", FLOOR):
+        assert bench_step.ours_like(name) == "bnf"
 
 
 def test_a_table_says_what_to_install() -> None:
@@ -275,11 +302,13 @@ def test_a_step_is_measured_on_each_backend(
     tiny_model: Path, feedback: Path, tmp_path: Path, backend_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bench_step, "peak_memory", lambda config, rows, name: 1.0)
-    config = step_config(tiny_model, feedback, backend_name, tmp_path / "step.json", rows=4)
+    peers = {"torch": "TRL DPO, reference precomputed", "mlx": "mlx-lm-lora DPO"}[backend_name]
+    few = ["bnf", peers]  # each more takes seconds
+    config = step_config(tiny_model, feedback, backend_name, tmp_path / "step.json", rows=4, contenders=few)
     measurement = bench_step.bench_step(config, QUIET)
     (figures,) = measurement.cases.values()
     assert list(figures.rounds[0])[:3] == [FLOOR, bench_step.OURS, bench_step.FIRST_EPOCH]
-    peers = {"torch": "TRL DPO", "mlx": "mlx-lm-lora DPO"}[backend_name]
+    assert {f"bnf --objective {name}" for name in bench_step.OBJECTIVES} <= set(figures.rounds[0])
     assert peers in figures.notes or peers in figures.rounds[0]
 
 
@@ -308,6 +337,7 @@ def test_rows_are_pairs_drawn_by_the_seed() -> None:
     chosen = bench_step.choose(lonely + rows, 8, 0)
     assert [row.label for row in chosen] == [True, False] * 4
     assert all(a.group == b.group for a, b in zip(chosen[::2], chosen[1::2], strict=True))
+    assert [row.pair for row in chosen] == [1, 1, 2, 2, 3, 3, 4, 4]
     assert chosen == bench_step.choose(rows, 8, 0) and chosen != bench_step.choose(rows, 8, 1)
     with pytest.raises(UserError, match="needs 7 prompts"):
         bench_step.choose(rows, 14, 0)

@@ -61,7 +61,19 @@ def check(capsys: pytest.CaptureFixture[str], a: Path, b: Path) -> tuple[int, st
 
 
 @pytest.mark.usefixtures("drawn")
-@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize(
+    ("kind", "objective"),
+    [
+        ("lora", "bnf"),
+        pytest.param("dora", "bnf", marks=pytest.mark.slow),
+        ("full", "bnf"),
+        ("lora", "kto"),
+        *(
+            pytest.param("lora", name, marks=pytest.mark.slow)
+            for name in ("nll", "bco", "apo_zero_unpaired", "bnf + 0.2*npo")
+        ),
+    ],
+)
 def test_both_backends_take_the_same_road(
     tiny_model: Path,
     rows: Path,
@@ -69,11 +81,13 @@ def test_both_backends_take_the_same_road(
     mlx_run: Path,
     tmp_path: Path,
     kind: str,
+    objective: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     a, b = torch_run, mlx_run
-    if kind != "lora":
-        a, b = (train(tiny_model, rows, tmp_path / n, n, "--fine-tune-type", kind) for n in ("torch", "mlx"))
+    if (kind, objective) != ("lora", "bnf"):
+        other = "--fine-tune-type", kind, "--objective", objective
+        a, b = (train(tiny_model, rows, tmp_path / name, name, *other) for name in ("torch", "mlx"))
     code, text = check(capsys, a, b)
     assert code == 0, text
     assert "the runs agree" in text and "settings that differ" not in text

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import stat
 import sys
 from pathlib import Path
 
@@ -131,13 +132,26 @@ def test_train_evaluate_generate(
     assert run(capsys, *train_words, "--valid-fraction", "0.2")[0] == 0
     adapter = tmp_path / "run" / "adapter"
     hardware = ["--backend", "torch", "--device", "cpu"]
-    report = tmp_path / "report.json"
+    mode = stat.S_IMODE((tmp_path / "run" / "config.yaml").stat().st_mode)  # as the umask says
+    assert {stat.S_IMODE(path.stat().st_mode) for path in adapter.iterdir()} == {mode}
+    report = tmp_path / "reports" / "today" / "report.json"
     words = ["evaluate", "--model", tiny_model, "--adapter", adapter, "--data", feedback, "--report", report]
     code, out, _ = run(capsys, *words, *hardware)
     assert code == 0 and "preference_accuracy" in out
     assert json.loads(report.read_text())["tokens"] > 0
     words = ["generate", "--model", tiny_model, "--adapter", adapter, "--prompt", "What is 2 plus 2?"]
     assert run(capsys, *words, "--max-tokens", "3", *hardware)[0] == 0
+
+
+def test_where_a_report_cannot_go_is_said_before_the_work(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["evaluate", "--backend", "torch", "--model", tiny_model, "--data", "not/looked/for", "--report"]
+    code, _, error = run(capsys, *words, tmp_path)
+    assert code == 2 and f"report {tmp_path} is a folder: expected the name of a file" in error
+    (tmp_path / "file").touch()
+    code, _, error = run(capsys, *words, tmp_path / "file" / "e.json")
+    assert code == 2 and "its folder cannot be made" in error
 
 
 def test_an_adapter_of_another_model_is_refused(

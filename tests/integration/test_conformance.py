@@ -102,6 +102,11 @@ MISTAKES = [
         {(L1, "packed", "loss"), (L1, "packed", "gradient")},
         {L1},
     ),
+    (
+        wrong.UntrainedTurnsCounted,
+        {(L1, case, quantity) for case in ("masked", "masked_packed") for quantity in ("sequence_loss", "gradient")},
+        {L1},
+    ),
     (wrong.LastChunkDropped, {(L2, "head_v257", "grad_hidden"), (L2, "head_saturated", "grad_hidden")}, {L2}),
     (wrong.TrainsFrozenHead, {(L2, "head_v257", "frozen_head")}, {L2}),
     (wrong.NeverTheSame, {(L0, "n7_v17", "repeat"), (L2, "head_v257", "repeat")}, {L0, SATURATION, L2}),
@@ -129,6 +134,15 @@ MISTAKES = [
         {L3},
     ),
     (wrong.DetachedTerm, {(L3, f"{name}, first step", "gradient") for name in ("bnf", "dpo", "kto", "slic")}, {L3}),
+    (
+        wrong.WeightsIgnored,
+        {
+            (L1, "graded", "loss"),
+            (L1, "graded", "gradient"),
+            *((L3, f"{name}, weighted", "gradient") for name in ("bnf", "kto", "bco", "npo", "dpo", "orpo")),
+        },
+        {L1, L3},
+    ),
     (wrong.NoBaseline, {(L3, f"{name}, ordinary", "gradient") for name in ("kto", "bco")}, {L3}),
     (wrong.Normalised, {(L0, "n7_v17", "gradient"), (L1, "mixed", "gradient")}, {L0, SATURATION, L1}),
 ]
@@ -217,6 +231,8 @@ def test_mistakes_are_told_apart() -> None:
     def failed(losses: type[OracleLosses]) -> set[tuple[str, str]]:
         return {(r.case, r.quantity) for r in small_report(losses).failures}
 
+    turns = {case for case, _ in failed(wrong.UntrainedTurnsCounted)}
+    assert turns == {"masked", "masked_packed"}
     # Values are right without the stop-gradient, sequences are right with a mean of means, and one micro-batch
     # is its own mean; the literal form is right for ordinary tokens, so that the epsilon alone is to blame.
     assert {q for _, q in failed(wrong.MissingStopGradient)}.isdisjoint({"token_loss", "loss", "log_odds"})
@@ -446,7 +462,7 @@ def test_all_checks_every_installed_backend_and_says_what_it_left_out(
         (("--all", "--device", "abacus"), "no installed backend has it"),
         (("--all", "--tier", "abacus"), "unknown tier 'abacus': expected auto, cpu, cuda, tf32, metal"),
         (("--backend", "numpy", "--report", "report.pdf"), "ends in .html or .json"),
-        (("--backend", "numpy", "--report", "no/such/folder/r.html"), "no folder no/such/folder"),
+        (("--backend", "numpy", "--report", "/proc/no/r.html"), "report /proc/no/r.html: its folder cannot be made"),
     ):
         code, error = bnf(*words)
         assert code == 2 and message in error, (words, error)

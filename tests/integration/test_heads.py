@@ -83,8 +83,17 @@ def trained(engine: Any, batch: Batch, reference: Array) -> dict[str, Array]:
     return {name: np.array(engine.state()[name]) - x for name, x in before.items()}
 
 
-@pytest.mark.parametrize("objective", ["bnf", "dpo(beta=1)"])
-@pytest.mark.parametrize("family", HEADS)
+# Each head, each objective with two of them; all of them among the slow.
+PAIRED = [(family, ("bnf", "dpo(beta=1)")[i % 2]) for i, family in enumerate(HEADS)]
+OTHERS = [
+    pytest.param(family, objective, marks=pytest.mark.slow)
+    for family in HEADS
+    for objective in ("bnf", "dpo(beta=1)")
+    if (family, objective) not in PAIRED
+]
+
+
+@pytest.mark.parametrize(("family", "objective"), PAIRED + OTHERS)
 def test_the_fused_head_computes_what_the_models_own_logits_give(
     folders: dict[str, Path], backend_name: str, family: str, objective: str
 ) -> None:
@@ -102,12 +111,11 @@ def test_the_fused_head_computes_what_the_models_own_logits_give(
         np.testing.assert_allclose(got[name], x, atol=1e-4 * largest, err_msg=name)
 
 
-@pytest.mark.parametrize("objective", ["bnf", "dpo"])
-@pytest.mark.parametrize("family", HEADS)
+@pytest.mark.parametrize(("family", "objective"), PAIRED + OTHERS)
 def test_no_array_has_all_tokens_and_the_whole_vocabulary(
     folders: dict[str, Path], backend_name: str, family: str, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = rows(150)
+    batch = rows(100)
     logits = 4 * len(batch.targets) * VOCABULARY  # bytes
     monkeypatch.setattr(f"bnf_{backend_name}.linear.CHUNK_BYTES", 2**20)
     found = engine(backend_name, folders[family], objective)

@@ -4,7 +4,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ pytest.importorskip("mlx_lm")
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+import forked
 from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.models.lora import initial_lora_a
@@ -215,7 +215,7 @@ def loss_of(*inputs, **options):
 
 
 @pytest.mark.parametrize("mode", ["frozen head", "trained head", "head asked for unannounced", "statistics alone"])
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("dtype", [mx.float32, pytest.param(mx.bfloat16, marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_number_of_tokens(mode, dtype):
     def peak(n: int) -> int:
         inputs = fused_inputs(n, dtype=dtype)
@@ -371,20 +371,28 @@ def test_mlx_lm_itself_generates_with_a_saved_adapter(checkpoint, tmp_path):
     (adapted,) = engine.generate([[5, 6, 7]], 6, [2])
     assert plain != adapted
     engine.save(tmp_path / "adapter")
-    command = [sys.executable, "-m", "mlx_lm", "generate", "--model", model, "--adapter-path", tmp_path / "adapter"]
-    options = [
-        "--prompt",
-        "w5 w6 w7",
-        "--max-tokens",
-        "6",
-        "--temp",
-        "0",
-        "--ignore-chat-template",
-        "--verbose",
-        "False",
-    ]
-    result = subprocess.run([*map(str, command), *options], capture_output=True, text=True, timeout=120)
-    assert result.stdout.split() == [f"w{token}" for token in adapted], result.stderr
+    words = ["--model", model, "--adapter-path", tmp_path / "adapter", "--prompt", "w5 w6 w7", "--max-tokens", 6]
+    words += ["--temp", 0, "--ignore-chat-template", "--verbose", "False"]
+    said = tmp_path / "said"
+    assert forked.ended(forked.start(mlx_lm_generate, [str(word) for word in words], output=said)) == 0
+    assert said.read_text().split() == [f"w{token}" for token in adapted]
+
+
+def test_code_in_a_checkpoint_is_never_run(checkpoint, tmp_path):
+    model = shutil.copytree(checkpoint("llama"), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_file": "own.py"}))
+    (model / "own.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    with pytest.raises(UserError, match=r"code of its own, own\.py, which is never run"):
+        load_model(model, mx.Device(mx.cpu), mx.float32)
+    assert not (tmp_path / "run").exists()
+
+
+def mlx_lm_generate(words: list[str]) -> None:
+    from mlx_lm.generate import main
+
+    sys.argv = ["generate", *words]
+    main()
 
 
 # AdamW

@@ -29,6 +29,7 @@ from bnf_core.steps.reference import ReferenceCache
 from bnf_core.storage import reference_folder as module
 from bnf_core.storage.reference_folder import ReferenceWriter, StoredReference, fingerprint, open_reference
 from bnf_core.types import Array, Batch, Example
+from invariance import launch
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -513,7 +514,7 @@ def made(tiny_model: Path, feedback: Path, tmp_path_factory: pytest.TempPathFact
 def examples(tiny_model: Path, feedback: Path) -> list[Example]:
     from bnf_align.run.feedback import load_split
 
-    return load_split(str(feedback), "train", DataConfig(str(feedback)), load_tokenizer(tiny_model), QUIET)
+    return load_split(DataConfig(str(feedback)), "train", load_tokenizer(tiny_model), QUIET)
 
 
 def test_the_folder_holds_what_the_model_says(
@@ -656,12 +657,10 @@ def test_what_stops_the_job_keeps_whole_shards(
 def test_two_processes_compute_what_one_does(
     made: Callable[[str], Path], tiny_model: Path, feedback: Path, tmp_path: Path, examples: list[Example]
 ) -> None:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "bnf_align.cli"]
     words = ["reference", "--model", tiny_model, "--data", feedback, "--output", tmp_path, "--backend", "torch"]
     words += ["--device", "cpu", "--shard-rows", 5, "--micro-batch-size", 2]
-    subprocess.run(
-        [*launch, *map(str, words)], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    results = launch("ddp", [("", list(map(str, words)))], [tmp_path] * 2)
+    assert [code for code, _ in results] == [0, 0], results
     two, one = (ReferenceCache(None, StoredReference(path))(batch_of(examples)) for path in (tmp_path, made("torch")))
     np.testing.assert_allclose(two, one, atol=1e-5)
 

@@ -160,6 +160,22 @@ def test_dropout_and_the_second_epoch_are_put_to_the_test(
     assert end is not None and len(set(end.arrays["reference/keys"].tolist())) == 12
 
 
+@pytest.mark.parametrize("objective", ["bco", "bnf + 0.5*kto"])
+def test_what_an_objective_compares_with_runs_on(
+    tiny_model: Path,
+    feedback: Path,
+    tmp_path: Path,
+    backend_name: str,
+    objective: str,
+    stopped: Callable[..., TrainConfig],
+) -> None:
+    """BCO's moving average is in the checkpoint, KTO's baseline comes from the batch. Rejects an average begun anew."""
+    whole = settings(tiny_model, feedback, tmp_path / "whole", backend_name, objective=objective, save_every=1)
+    train(whole, QUIET)
+    resumed(stopped(backend_name, objective=objective))
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
 def test_resuming_a_finished_run_changes_nothing(
     whole: Callable[[str], Path], tiny_model: Path, feedback: Path, tmp_path: Path
 ) -> None:

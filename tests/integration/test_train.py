@@ -16,6 +16,7 @@ from bnf_align.commands.train import RunResult, train
 from bnf_core import registry
 from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OptimizerConfig, TrainConfig
 from bnf_core.errors import TrainingStopped, UserError
+from bnf_core.storage.checkpoints import Checkpoints
 from bnf_core.types import Array, Batch
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -67,6 +68,11 @@ def test_training_moves_good_rows_up_and_bad_rows_down(
     assert [line["step"] for line in steps] == list(range(1, 19))
     assert sum(line["tokens"] for line in steps) == 6 * result.before["tokens"]  # every row, every epoch
     assert (result.folder / "config.yaml").read_text().startswith("model:")
+    text = (result.trained / "README.md").read_text()
+    assert text.startswith("---\n") and "LoRA adapter of rank 4" in text and "objective `bnf`" in text
+    assert f"| `log_odds_shift/chosen` | 0.0000 | {result.after['log_odds_shift/chosen']:.4f} |" in text
+    facts = Checkpoints(result.folder / "checkpoints", 1).newest()[0].facts
+    assert facts["training rows"] in text and "epochs: 6" in text
 
 
 def test_the_cut_into_micro_batches_does_not_matter(

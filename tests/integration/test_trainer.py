@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402  (imports follow the check that PyTorch is installed)
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,14 +19,15 @@ from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel
 from rich.console import Console
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments
 
 import tiny
 from bnf_align.commands.reference import reference
 from bnf_align.commands.train import train
 from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OptimizerConfig, ReferenceConfig, TrainConfig
 from bnf_core.errors import UserError
-from bnf_torch.trainer import BNFConfig, BNFTrainer
+from bnf_core.steps.batching import Rows
+from bnf_torch.trainer import REFUSED, BNFConfig, BNFTrainer
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -83,7 +85,7 @@ def weights(trainer: BNFTrainer) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("rows", [chat(), PLAIN, PAIRS], ids=["chat", "plain", "pairs"])
 @pytest.mark.parametrize("kind", ["list", "Dataset", "IterableDataset", "file"])
-def test_data_in_every_form_gives_the_same_losses(tiny_model, tmp_path, rows, kind):
+def test_data_in_every_form_is_the_same_rows(tiny_model, tmp_path, rows, kind):
     feed: Any = rows
     extra: dict[str, Any] = {}
     if kind == "Dataset":
@@ -93,17 +95,27 @@ def test_data_in_every_form_gives_the_same_losses(tiny_model, tmp_path, rows, ki
     if kind == "file":
         feed = str(tmp_path / "rows.jsonl")
         Path(feed).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    trainer = BNFTrainer(str(tiny_model), settings(tmp_path / "out", **extra), feed, peft_config=PeftLoraConfig(**LORA))
-    trainer.train()
+    trainer, same = (
+        BNFTrainer(str(tiny_model), settings(tmp_path / name, **more), data, peft_config=PeftLoraConfig(**LORA))
+        for name, more, data in (("out", extra, feed), ("same", {}, rows))
+    )
     sequences = len(rows) * (2 if rows is PAIRS else 1)
-    assert trainer.state.global_step == (2 if kind == "IterableDataset" else -(-sequences // 4))
-    same = BNFTrainer(str(tiny_model), settings(tmp_path / "same"), rows, peft_config=PeftLoraConfig(**LORA))
-    same.train()
-    if kind != "IterableDataset":  # which has an order of its own
-        assert losses(trainer) == losses(same)
-    assert all(np.isfinite(losses(trainer)))
-    logged = trainer.state.log_history[0]
-    assert {"loss", "grad_norm", "learning_rate", "rewards/chosen", "logps/rejected"} <= logged.keys()
+    assert isinstance(same.rows, Rows) and len(same.rows.examples) == sequences
+    if kind != "IterableDataset":  # which is read as it is trained on
+        assert isinstance(trainer.rows, Rows)
+        # But for where they stand, of which the number of a pair is made.
+        one, other = (
+            [dataclasses.replace(e, source="", pair=int(e.pair > 0)) for e in x.rows.examples] for x in (trainer, same)
+        )
+        assert one == other
+    elif rows is PAIRS:
+        trainer.train()
+        assert trainer.state.global_step == 2 and np.isfinite(losses(trainer)).all()
+    if rows is PLAIN and kind == "list":
+        trainer.train()
+        assert trainer.state.global_step == -(-sequences // 4)
+        logged = trainer.state.log_history[0]
+        assert {"loss", "grad_norm", "learning_rate", "rewards/chosen", "logps/rejected"} <= logged.keys()
 
 
 def test_it_takes_the_steps_that_bnf_train_takes(tiny_model, feedback, tmp_path):
@@ -136,6 +148,7 @@ def test_it_takes_the_steps_that_bnf_train_takes(tiny_model, feedback, tmp_path)
     np.testing.assert_allclose(norms, [line["grad_norm"] for line in expected], rtol=1e-4)
     assert max(norms) > 1  # there was something to clip
     trainer.save_model(str(tmp_path / "adapter"))
+    assert len({path.stat().st_mode for path in (tmp_path / "adapter").iterdir()}) == 1
     ours, theirs = (load_file(f / "adapter_model.safetensors") for f in (tmp_path / "adapter", folder / "adapter"))
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -354,6 +367,45 @@ def test_a_stored_reference_is_used_and_another_models_refused(tiny_model, tmp_p
 def test_settings_without_effect_are_refused(tmp_path, setting, message):
     with pytest.raises(UserError, match=message):
         settings(tmp_path, **setting)
+
+
+def test_rules_columns_and_weights_are_those_of_the_command_line(tiny_model, tmp_path):
+    rows = [{"question": "2 + 2 =", "completion": f" {i}", "score": i % 3, "weight": 1 + i % 2} for i in range(6)]
+    given = {"columns": {"prompt": "question"}, "label": "score > mean"}
+    trainer = BNFTrainer(str(tiny_model), settings(tmp_path, **given), rows)
+    assert [(e.label, e.weight) for e in trainer.rows.examples] == [(i % 3 == 2, 1 + i % 2) for i in range(6)]
+    with pytest.raises(UserError, match=r"d2o.*3 of 6 rows have a graded label or a weight"):
+        BNFTrainer(str(tiny_model), settings(tmp_path, objective="d2o", **given), rows)
+    with pytest.raises(UserError, match=r"data.label is 'score >'"):
+        BNFTrainer(str(tiny_model), settings(tmp_path, label="score >"), rows)
+
+
+# What transformers' own loop, schedules, logging and saving make of them holds here as well.
+TAKEN = set(
+    """output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+    lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+    gradient_accumulation_steps max_grad_norm bf16 tf32 activation_checkpointing gradient_checkpointing
+    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter log_level
+    log_level_replica disable_tqdm report_to run_name project trackio_space_id trackio_bucket_id
+    trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size eval_on_start
+    save_only_model save_strategy save_steps save_total_limit push_to_hub hub_token hub_private_repo hub_model_id
+    hub_strategy hub_always_push hub_revision load_best_model_at_end metric_for_best_model greater_is_better
+    restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu skip_memory_metrics
+    remove_unused_columns do_train do_eval do_predict resume_from_checkpoint local_rank""".split()
+)
+
+
+def test_every_setting_of_transformers_is_taken_or_refused() -> None:
+    known = {setting.name for setting in dataclasses.fields(TrainingArguments)}
+    assert known - set(REFUSED) == TAKEN
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_each_refused_setting_is_named(tmp_path: Path, name: str) -> None:
+    default = next(setting.default for setting in dataclasses.fields(TrainingArguments) if setting.name == name)
+    with pytest.raises(UserError, match=f"{name} is .*does not support"):
+        settings(tmp_path, **{name: default is not True})
+    settings(tmp_path, **({} if default is dataclasses.MISSING else {name: default}))
 
 
 def test_bad_rows_are_named_or_skipped(tiny_model, tmp_path):

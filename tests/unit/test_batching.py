@@ -8,7 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnf_core.steps.batching import MicroBatching, Rows, collate, epoch_order, micro_batches
+from bnf_core.errors import UserError
+from bnf_core.objectives import parse
+from bnf_core.steps.batching import MicroBatching, Rows, collate, epoch_order, micro_batches, require_weights
+from bnf_core.storage.digests import rows_digest
 from bnf_core.types import Batch, Example
 
 PAD = 999
@@ -244,3 +247,36 @@ def test_a_short_batch_is_normalised_by_its_own_number_of_sequences() -> None:
     (batch,) = micro_batches(chosen, MicroBatching(3))
     assert len(chosen) == 1
     np.testing.assert_allclose(np.abs(batch.coefficients).sum(), 1.0, rtol=1e-6)
+
+
+def graded(e: Example, weight: float) -> Example:
+    return dataclasses.replace(e, weight=weight)
+
+
+def test_a_graded_label_is_in_the_coefficient_whatever_the_micro_batch() -> None:
+    """label / (|y| · rows), where the label of a rejected row is below 0."""
+    examples = [graded(e, weight) for e, weight in zip(FOUR, (0.6, 0.25, 2.0, 0.0), strict=True)]
+    expected = {0: 0.6 / (2 * 4), 1: -0.25 / (5 * 4), 2: 2.0 / (1 * 4), 3: 0.0}
+    for batching in (MicroBatching(4), MicroBatching(1), MicroBatching(3, pack_to=12), MicroBatching(2, multiple_of=2)):
+        found = {}
+        for batch in micro_batches(examples, batching):
+            for row, key in enumerate(batch.keys.tolist()):
+                which = [e.key for e in examples].index(key)
+                found[which] = set(batch.coefficients[batch.sequence_ids == row].tolist())
+                assert batch.weights[row] == np.float32(examples[which].weight)
+        assert found == {which: {float(np.float32(value))} for which, value in expected.items()}
+
+
+def test_an_objective_that_knows_chosen_and_rejected_alone_refuses_weights() -> None:
+    examples = [dataclasses.replace(FOUR[0], source="a.jsonl:1"), graded(FOUR[1], 0.5)]
+    require_weights(examples, parse("bnf + 0.2*kto"))
+    require_weights(examples[:1], parse("d2o"))
+    for objective in ("d2o", "bnf + 0.5*d2o"):
+        with pytest.raises(UserError, match="1 of 2 rows have a graded label or a weight"):
+            require_weights(examples, parse(objective))
+
+
+def test_weights_are_in_the_rows_digest() -> None:
+    assert rows_digest(FOUR) == rows_digest([graded(e, 1.0) for e in FOUR])
+    assert rows_digest(FOUR) != rows_digest([graded(FOUR[0], 0.5), *FOUR[1:]])
+    assert graded(FOUR[0], 0.5).key == FOUR[0].key  # the reference of both is the same

@@ -183,6 +183,10 @@ def test_what_goes_with_the_weights_is_copied_without_them_and_their_index(tmp_p
     kept = {"config.json", "tokenizer.json", "chat_template.jinja", "merges.txt", "tokenizer.model"}
     for name in kept | {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"}:
         (source / name).write_text(name)
+    named = "additional_chat_templates/tool_use.jinja"
+    (source / named).parent.mkdir()
+    (source / named).write_text("tools")
     (target / "config.json").write_text("old")
     copy_companions(source, target)
-    assert {path.name: path.read_text() for path in target.iterdir()} == {name: name for name in kept}
+    found = {str(path.relative_to(target)): path.read_text() for path in target.rglob("*") if path.is_file()}
+    assert found == {name: name for name in kept} | {named: "tools"}

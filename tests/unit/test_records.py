@@ -130,7 +130,7 @@ CHAT = {"prompt": QUESTION, "completion": [assistant("Paris")], "label": True}
     [
         (TEXT | {"label": 1}, "label", "is 1, expected true or false. Write true"),
         (TEXT | {"label": 0}, "label", "is 0, expected true or false. .* 0 -> false"),
-        (TEXT | {"label": 1.0}, "label", "is 1.0, expected true or false"),
+        (TEXT | {"label": 1.5}, "label", "is 1.5, expected true or false, or a number from -1.0 to 1.0"),
         (TEXT | {"label": "yes"}, "label", 'is the text "yes", expected true or false. Write true .* without quotes'),
         (TEXT | {"label": "true"}, "label", 'is the text "true", expected true or false'),
         (TEXT | {"label": None}, "label", "is null, expected true or false"),
@@ -206,3 +206,17 @@ def test_bad_rows_name_place_field_and_expectation(row: Any, field: str, says: s
     assert isinstance(caught.value, UserError)
     assert (caught.value.source, caught.value.field) == (AT, field)
     assert str(caught.value).startswith(f"{AT}: {field}")
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"prompt": [user("q") | {"name": "\ud83d"}]}, r"prompt\[0\].name"),
+        ({"prompt": [user("q") | {"meta": {"a": ["\ud83d"]}}]}, r"prompt\[0\].meta"),
+        ({"chat_template_kwargs": {"date": "\ud83d"}}, "chat_template_kwargs"),
+        ({"completion": [assistant("a") | {"reasoning": "\ud83d"}]}, r"completion\[0\].reasoning"),
+    ],
+)
+def test_half_a_surrogate_is_found_wherever_a_template_may_write_it(row: dict[str, Any], field: str) -> None:
+    with pytest.raises(RowError, match=f"{field}: character .* is half of a surrogate pair"):
+        parse_row({"prompt": QUESTION, "completion": [assistant("a")], "label": True} | row, AT)

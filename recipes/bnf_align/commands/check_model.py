@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bnf_align.run.feedback import load_split
+from bnf_align.run.results import result_file
 from bnf_core import registry
 from bnf_core.config import DataConfig, LoraConfig
 from bnf_core.data.tokenization import load_tokenizer
@@ -103,15 +104,17 @@ def check_model(model: str, backends: list[str], data: str | None, report: str |
     Returns:
         The exit code: 0 where the backends agree, 1 where they differ.
     Raises:
-        UserError: no such model, a backend that is missing or cannot load it, bad rows.
+        UserError: no such model, a backend that is missing or cannot load it, bad rows, or a report that cannot be
+            written.
     """
+    written = None if report is None else result_file(report, "report")
     folder = resolve_model(model)
     result = compare(folder, backends, rows(folder, data, console))
     console.print(table(result))
     for line in verdict(result):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    if report is not None:
-        replace_file(Path(report), json.dumps(asdict(result) | {"agree": result.agree}, indent=2) + "\n")
+    if written is not None:
+        replace_file(written, json.dumps(asdict(result) | {"agree": result.agree}, indent=2) + "\n")
         console.print(f"report  {report}", highlight=False)
     return 0 if result.agree else 1
 
@@ -161,7 +164,7 @@ def rows(folder: Path, data: str | None, console: Console) -> Batch:
     """
     if data is not None:
         settings = DataConfig(path=data, max_length=MAX_LENGTH)
-        examples = load_split(data, "train", settings, load_tokenizer(folder), console)[:ROWS]
+        examples = load_split(settings, "train", load_tokenizer(folder), console)[:ROWS]
         return collate(examples, len(examples))
     config = full_config(folder)
     vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from bnf_align.run.pictures import AFTER, CHOSEN, PLAIN, REJECTED, label_axes, save
+from bnf_align.run.results import result_file
 from bnf_core.config import flat
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Adapter, LowRank, read_adapter
@@ -89,6 +90,7 @@ def check_run(run_a: Path, run_b: Path, picture: Path, console: Console) -> int:
     Raises:
         UserError: a folder that is no finished run, or the picture cannot be written.
     """
+    picture = result_file(str(picture), "picture")
     a, b = read_run(run_a), read_run(run_b)
     result = compare(a, b)
     names = [str(run.folder) for run in (a, b)]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from bnf_align.run.results import result_file
 from bnf_conformance import goldens, runner
 from bnf_conformance.goldens import Comparison
 from bnf_conformance.page import to_html
@@ -49,8 +50,7 @@ def conformance(config: ConformanceConfig, console: Console) -> int:
     Raises:
         UserError: no such backend, device or tier, or a report that cannot be written.
     """
-    if config.report is not None and not Path(config.report).parent.is_dir():
-        raise UserError(f"report {config.report}: no folder {Path(config.report).parent}")
+    written = None if config.report is None else result_file(config.report, "report")
     absent: dict[str, str] = {}
     backends = _installed(absent) if config.all else [registry.get(config.hardware.backend)]
     reports = []
@@ -66,8 +66,8 @@ def conformance(config: ConformanceConfig, console: Console) -> int:
         console.print(f"{name}: not checked, {why}", markup=False, highlight=False)
     if not reports:
         raise UserError(f"device {config.hardware.device!r}: no installed backend has it")
-    if config.report is not None:
-        _write(Path(config.report), reports, absent)
+    if written is not None:
+        _write(written, reports, absent)
         console.print(f"report  {config.report}", highlight=False)
     return 0 if all(report.ok for report in reports) else 1
 

@@ -73,6 +73,7 @@ def require_free(output: Path, mark: str, force: bool, *, keep: Path) -> None:
 
 
 Config = ConvertAdapterConfig
+POSITIONAL = ("--adapter", "--output")
 
 
 def run(config: ConvertAdapterConfig, console: Console) -> int:

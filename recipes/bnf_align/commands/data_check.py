@@ -21,16 +21,19 @@ from transformers import PreTrainedTokenizerBase
 
 from bnf_align.run.pictures import AFTER, CHOSEN, PLAIN, REJECTED, save
 from bnf_align.run.progress import bar
-from bnf_core.config import DataCheckConfig, DataConfig
+from bnf_align.run.results import result_file
+from bnf_core.config import DataCheckConfig, DataConfig, Where
 from bnf_core.data import sources
 from bnf_core.data.messages import RowError, Text
-from bnf_core.data.records import Feedback, parse_row, unused_columns
+from bnf_core.data.reading import Reading, RowReader
+from bnf_core.data.records import Feedback
 from bnf_core.data.rendering import chat_of
 from bnf_core.data.tokenization import load_tokenizer, tokenize
 from bnf_core.errors import UserError
 from bnf_core.models.model_config import position_limit, resolved_config
 from bnf_core.models.model_folder import ALLOWED, HUB_ID
 from bnf_core.steps.limits import too_long
+from bnf_core.storage.files import replace_file
 
 CHUNK = 500  # rows tokenised in one call
 EXAMPLES = 3  # how many rows of each finding are printed; the report has them all
@@ -69,6 +72,8 @@ class CheckedFile:
     prompts_with_both: int  # with a completion labelled true and one labelled false
     reopened: int  # completions whose turn the chat template opens otherwise than it writes a finished one
     unused: set[str]  # columns that are passed over
+    shape: str  # of the rows, in words
+    neither: int  # completions whose label or weight is 0
 
 
 @dataclass
@@ -150,12 +155,15 @@ def data_check(config: DataCheckConfig, console: Console) -> DataReport:
         UserError: no such data, model or split, no rows at all, a tokenizer without what the rows need, or a
             report or picture that cannot be written.
     """
+    written = None if config.report is None else result_file(config.report, "report")
+    drawn = None if config.picture is None else result_file(config.picture, "picture")
     folder = None if config.model is None else _folder(config.model)
     tokenizer = None if folder is None else load_tokenizer(folder)
     positions = None if folder is None else position_limit(resolved_config(folder))
     repeats, files = Repeats(), {}
-    for name, rows in _read(config.data.path, config.split).items():
-        files[name] = _check(name, rows, config.data, tokenizer, positions, repeats, console)
+    for of in config.data.each().values():
+        for name, rows in _read(of, config.split).items():
+            files[name] = _check(name, rows, of, tokenizer, positions, repeats, console)
     report = DataReport(
         files,
         repeats,
@@ -164,10 +172,10 @@ def data_check(config: DataCheckConfig, console: Console) -> DataReport:
     )
     _print(report, config.data, console)
     try:
-        if config.report:
-            _with_folder(config.report).write_text(json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
-        if config.picture and report.sizes:
-            save(figure(report), _with_folder(config.picture))
+        if written is not None:
+            replace_file(written, json.dumps(report.as_dict(), indent=2, ensure_ascii=False) + "\n")
+        if drawn is not None and report.sizes:
+            save(figure(report), drawn)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be written: {error.strerror}") from error
     return report
@@ -176,22 +184,22 @@ def data_check(config: DataCheckConfig, console: Console) -> DataReport:
 # Reading
 
 
-def _read(path: str, split: str) -> dict[str, list[RawRow]]:
+def _read(config: DataConfig, split: str) -> dict[str, list[RawRow]]:
     """The rows of each file, by its name; `all` is every split that the data has."""
     splits = [split]
     if split == "all":
-        splits = [name for name in sources.SPLITS if sources.has_split(path, name)] or ["train"]
+        splits = [name for name in sources.SPLITS if sources.has_split(config.where, config.called(name))] or ["train"]
     files = {}
     for name in splits:
-        rows = list(_rows(path, name))
+        rows = list(_rows(config.where, config.called(name)))
         if not rows:
-            raise UserError(f"{path}: no rows in the {name} split. Expected at least one row of feedback.")
+            raise UserError(f"{config.where}: no rows in the {name} split. Expected at least one row of feedback.")
         # By file, because test may serve as valid and is then met twice.
         files[rows[0][0].rpartition(":")[0]] = rows
     return files
 
 
-def _rows(path: str, split: str) -> Iterator[RawRow]:
+def _rows(path: Where, split: str) -> Iterator[RawRow]:
     try:
         yield from sources.read_rows(path, split)
     except RowError as error:  # a file that is broken from here on: its last row
@@ -227,23 +235,22 @@ def _check(
     console: Console,
 ) -> CheckedFile:
     bad_rows: list[str] = []
-    feedback: list[Feedback] = []
+    parsed: list[Feedback] = []
     sizes: list[Size] = []
-    unused: set[str] = set()
     reopened = 0
+    reader = RowReader(Reading.of(config))
     with bar(f"check {Path(name).name}", len(rows), console) as progress:
-        for at in range(0, len(rows), CHUNK):
-            parsed: list[Feedback] = []
-            for source, row in rows[at : at + CHUNK]:
-                try:
-                    if isinstance(row, RowError):
-                        raise row
-                    parsed.extend(parse_row(row, source))
-                    unused |= unused_columns(row)
-                except RowError as error:
-                    bad_rows.append(str(error))
-                progress.advance()
-            measured, refused, differ = _measure(parsed, config, tokenizer)
+        for source, row in rows:
+            try:
+                if isinstance(row, RowError):
+                    raise row
+                parsed.extend(reader(row, source))
+            except RowError as error:
+                bad_rows.append(str(error))
+            progress.advance()
+        feedback = reader.finish(parsed, (sources.group_of(row) for row in parsed))
+        for at in range(0, len(feedback), CHUNK):
+            measured, refused, differ = _measure(feedback[at : at + CHUNK], config, tokenizer, reader.unused)
             if positions is not None:
                 lengths = [(size.source, min(size.whole, config.max_length)) for size in measured]
                 too_many = [too_long(source, length, positions) for source, length in lengths if length > positions]
@@ -251,21 +258,21 @@ def _check(
             sizes += measured
             reopened += differ
             bad_rows += refused
-            feedback += parsed
     for item in feedback:
         repeats.add(item)
     labels: dict[int, set[bool]] = {}
     for item in feedback:
-        labels.setdefault(sources.prompt_group(item.prompt, item.tools, item.template_kwargs), set()).add(item.label)
+        labels.setdefault(sources.group_of(item), set()).add(item.label)
     both = sum(len(found) == 2 for found in labels.values())
-    return CheckedFile(len(rows), bad_rows, sizes, len(labels), both, reopened, unused)
+    found = reader.unused, reader.described(), reader.neither
+    return CheckedFile(len(rows), bad_rows, sizes, len(labels), both, reopened, *found)
 
 
 def _measure(
-    rows: Sequence[Feedback], config: DataConfig, tokenizer: PreTrainedTokenizerBase | None
+    rows: Sequence[Feedback], config: DataConfig, tokenizer: PreTrainedTokenizerBase | None, unused: set[str]
 ) -> tuple[list[Size], list[str], int]:
     """Sizes of the rows, a message for each row that the tokenizer or its chat template refuses, and how many turns the
-    template opens otherwise than it writes them."""
+    template opens otherwise than it writes them; and what it is given and does not use, added to `unused`."""
     if tokenizer is None:
         return [Size(r.source, r.label, _characters(r.prompt), _characters(r.completion)) for r in rows], [], 0
 
@@ -278,6 +285,7 @@ def _measure(
             max_length=sys.maxsize,
             skip_bad_rows=skip_bad_rows,
         )
+        unused.update(tokens.unused)
         found = [Size(e.source, e.label, len(e.prompt_ids), len(e.completion_ids)) for e in tokens.examples]
         return found, tokens.skipped, tokens.reopened
 
@@ -345,6 +353,7 @@ def _counts(file: CheckedFile) -> dict[str, int]:
         "prompts": file.prompts,
         "prompts_with_both": file.prompts_with_both,
         "reopened": file.reopened,
+        "neither": file.neither,
     }
 
 
@@ -355,6 +364,9 @@ def _print(report: DataReport, config: DataConfig, console: Console) -> None:
     def line(text: str, style: str = "") -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
+    for name, file in report.files.items():
+        if file.shape:
+            line(f"{name}: {file.shape}")
     for message in report.bad_rows:
         line(message, "red")
     console.print(_summary(report))
@@ -367,7 +379,9 @@ def _print(report: DataReport, config: DataConfig, console: Console) -> None:
         if len(places) > EXAMPLES:
             line(f"  and {len(places) - EXAMPLES:,} more", "dim")
     if unused := set().union(*(file.unused for file in report.files.values())):
-        line(f"columns that are not used: {', '.join(sorted(unused))}", "yellow")
+        line(f"columns and keys of messages that are not used: {', '.join(sorted(unused))}", "yellow")
+    if neither := sum(file.neither for file in report.files.values()):
+        line(f"completions that are left out, because their label or weight is 0: {neither:,}", "yellow")
     if differ := sum(file.reopened for file in report.files.values()):
         line(
             f"completions that follow the turn as generation opens it, otherwise than finished ones: {differ:,}",
@@ -471,12 +485,6 @@ def figure(report: DataReport) -> Figure:
         axes.set_axisbelow(True)
     prompts.set_ylabel("rows")
     return result
-
-
-def _with_folder(name: str) -> Path:
-    path = Path(name).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
 
 
 Config = DataCheckConfig

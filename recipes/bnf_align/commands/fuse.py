@@ -77,6 +77,7 @@ def _own_dtype(model: Path) -> str:
 
 
 Config = FuseConfig
+POSITIONAL = ("--adapter", "--output")
 
 
 def run(config: FuseConfig, console: Console) -> int:

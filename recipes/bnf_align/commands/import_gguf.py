@@ -231,6 +231,7 @@ def _sha256(path: Path) -> str:
 
 
 Config = ImportConfig
+POSITIONAL = ("--source", "--output")
 
 
 def run(config: ImportConfig, console: Console) -> int:

@@ -1,4 +1,4 @@
-"""What a GGUF file says of itself (github.com/ggml-org/ggml, docs/gguf.md), read in place and without its weights.
+"""What a GGUF file says of itself, as github.com/ggml-org/ggml specifies it, read in place and without its weights.
 
 magic, version, counts      "GGUF", uint32, uint64 tensors, uint64 metadata entries
 metadata                    name, type, value; strings and arrays begin with their lengths

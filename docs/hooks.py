@@ -1,0 +1,124 @@
+"""What the documentation site has beside the pages in this folder: tables made from the code, so that they cannot
+differ from it, and links that lead somewhere on the site."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+from bnf_align.arguments import make_parser
+from bnf_align.commands import COMMANDS
+from bnf_align.commands.objectives import needs, settings_of
+from bnf_core.objectives import OBJECTIVES
+
+ROOT = Path(__file__).parent.parent
+# Pages of the repository that are pages of the site as well.
+BESIDE = {"conformance/SPEC.md": "spec.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
+BESIDE |= {"CHANGELOG.md": "changelog.md", "README.md": "index.md"}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for name, page in BESIDE.items():
+        if page != "index.md" and (ROOT / name).exists():
+            files.append(File.generated(config, page, content=(ROOT / name).read_text(encoding="utf-8")))
+    for name in COMMANDS:
+        files.append(File.generated(config, f"commands/{name}.md", content=command(name)))
+    files.append(File.generated(config, "commands/index.md", content=commands()))
+    files.append(File.generated(config, "objective_settings.md", content=objectives()))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links out of the folder: to the page that holds the same, or none, for the site has no source files."""
+    inside = "docs/" if page.file.src_uri in BESIDE.values() else ""
+
+    def there(match: re.Match[str]) -> str:
+        text, target, anchor = match[1], match[2], match[3] or ""
+        path = re.sub(r"^(\.\./)+", "", target).removeprefix("docs/" if inside else "")
+        if path in BESIDE:
+            return f"[{text}]({BESIDE[path]}{'' if path == 'README.md' else anchor})"
+        if files.get_file_from_path(path) is not None:
+            return f"[{text}]({path}{anchor})"
+        return match[0] if files.get_file_from_path(target) is not None else text
+
+    return re.sub(r"\[([^\]]+)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)]*)?\)", there, markdown)
+
+
+def commands() -> str:
+    rows = "".join(f"| [`bnf {spoken(name)}`]({name}.md) | {text} |\n" for name, text in COMMANDS.items())
+    return (
+        "# Commands\n\nEvery setting is a flag and a key of a YAML file (`--config FILE`; flags win). A setting may be "
+        "named by its last part, with dashes or underscores, where only one ends so: `--lr 1e-4`, `--learning-rate "
+        "1e-4` and `--optimizer.learning_rate 1e-4` are the same. A list may be given as `a,b`. `--print-config` shows "
+        "what all settings come to. Exit codes: 0 done, 1 failed, 2 bad usage or input.\n\n"
+        f"| command | |\n|---|---|\n{rows}"
+    )
+
+
+def spoken(name: str) -> str:
+    return name.replace("data-", "data ")
+
+
+def command(name: str) -> str:
+    module = import_module(f"bnf_align.commands.{name.replace('-', '_')}")
+    positional = " ".join(f"[{flag.removeprefix('--').upper()}]" for flag in getattr(module, "POSITIONAL", ()))
+    parser = make_parser(module.Config, f"bnf {name}")
+    lines = [
+        f"# bnf {spoken(name)}\n\n{_sentence(COMMANDS[name])}\n",
+        f"```\nbnf {spoken(name)} {positional} [settings]\n```\n",
+        " ".join((module.Config.__doc__ or "").split()) + "\n",
+        "| setting | type | default | meaning |\n|---|---|---|---|",
+        *(_row(*setting) for setting in _settings(parser)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _settings(parser: ArgumentParser) -> Iterator[tuple[str, str, str, str]]:
+    for action in parser._actions:
+        kind = getattr(action, "_typehint", None)
+        if kind is None or action.dest in ("help", "config", "print_config"):  # a group is a file of settings as well
+            continue
+        default = "" if action.default is None else f"`{_shown(action.default)}`"
+        yield action.dest, _type(kind), "required" if action.required else default, str(action.help or "")
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _type(kind: Any) -> str:
+    name = kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
+    name = name.replace("typing.", "").replace("NoneType", "null").replace("None", "null")
+    if found := re.search(r"Literal\[([^\]]+)\]", name):
+        name = name.replace(found[0], " | ".join(word.strip().strip("'") for word in found[1].split(",")))
+    return " or ".join(f"`{part}`" for part in name.split(" | "))
+
+
+def _row(*cells: str) -> str:
+    first, *rest = (" ".join(cell.split()).replace("|", "\\|") for cell in cells)
+    return f"| `{first}` | {' | '.join(rest)} |"
+
+
+def _sentence(text: str) -> str:
+    return text[0].upper() + text[1:] + "."
+
+
+def objectives() -> str:
+    """Every objective with what it needs and its settings, as `bnf objectives` says it."""
+    parts = ["# Settings of objectives\n"]
+    for name, objective in OBJECTIVES.items():
+        parts.append(f"## {name}\n\n{objective.wants[0].upper() + objective.wants[1:]}.\n")
+        parts.append(f"`{objective.formula}`\n\nNeeds: {needs(objective)}. From: {objective.source}.\n")
+        if meanings := settings_of(objective):
+            defaults = {f.name: f.default for f in dataclasses.fields(objective)}
+            parts.append("| setting | default | meaning |\n|---|---|---|")
+            parts += [_row(key, f"`{defaults[key]}`", meaning) for key, meaning in meanings.items()]
+            parts.append("")
+    return "\n".join(parts) + "\n"
