@@ -113,8 +113,8 @@ def test_in_bfloat16_both_are_as_far_from_float32(model: Path) -> None:
 
 # Two hundred steps, eight in bfloat16
 
-# Largest relative errors of so many steps of two rows each: of a step's loss, and of an adapter's update. In bfloat16
-# PyTorch itself is off by 0.10 and 0.30 from float32 after eight steps, and the backends by 0.13 and 0.22 from each other.
+# Largest relative errors of so many steps of two rows each: of a step's loss, and of an adapter's update. After eight
+# steps in bfloat16 PyTorch is 0.10 and 0.30 from itself in float32, and the backends 0.13 and 0.22 from each other.
 BOUNDS = {"float32": (2e-3, 2e-3), "bfloat16": (0.3, 0.5)}
 
 
