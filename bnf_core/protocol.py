@@ -15,6 +15,7 @@ from bnf_core.models.adapters import Layout
 from bnf_core.models.architecture import Architecture, Grid, Kept, Training
 from bnf_core.objectives import Objective
 from bnf_core.processes import ALONE, Processes
+from bnf_core.sampling import Completion
 from bnf_core.storage.shards import Shard
 from bnf_core.types import Array, Batch, TokenScores
 
@@ -124,7 +125,7 @@ class Losses(Protocol):
 
 class Engine(Protocol):
     """A loaded model that can be trained, alone or as one of the `processes` of a run; then all of them must call
-    every method, in the same order. Only `step` may draw random numbers, for dropout."""
+    every method, in the same order. Only `step` may draw random numbers, for dropout: samples bring their own noise."""
 
     processes: Processes
     dtype: str  # of the weights that are not trained, or of all: float32, bfloat16 or float16
@@ -136,11 +137,16 @@ class Engine(Protocol):
 
     def reference_log_odds(self, batch: Batch) -> Array:
         """(N,) float32 log-odds under the weights that training starts from: with the adapter off, or, where all
-        weights are trained, before the first step.
+        weights are trained, before the first step; after `refresh_reference`, under those of that moment.
 
         Raises:
-            RuntimeError: all weights are trained, and a step has been taken.
+            RuntimeError: all weights are trained, a step has been taken, and there are no others to go back to.
         """
+        ...
+
+    def refresh_reference(self) -> None:
+        """From here on the reference is the policy as it now is: a copy of what is trained, which becomes part of
+        `state`."""
         ...
 
     def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenScores:
@@ -171,8 +177,9 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Array | Shard]:
-        """All that training has changed, by name: `weights/…`, the optimizer's moments and step counts, and the
-        state of the generators that dropout draws from; what this process is to save."""
+        """All that training has changed, by name: `weights/…`, the optimizer's moments and step counts, the
+        reference's weights where it was refreshed, and the state of the generators that dropout draws from; what this
+        process is to save."""
         ...
 
     def load_state(self, state: Mapping[str, Array]) -> None:
@@ -180,6 +187,15 @@ class Engine(Protocol):
 
         Raises:
             UserError: the weights are of other names or shapes than this engine's.
+        """
+        ...
+
+    def sample(self, rows: Sequence[Completion]) -> None:
+        """Draw completions, all at a time, until each is done; a prompt is computed once for all of its completions.
+        Processes may have different rows, and as many calls each.
+
+        Raises:
+            UserError: a prompt, or what may follow it, that the model has no positions or tokens for.
         """
         ...
 
@@ -315,16 +331,19 @@ class Backend(Protocol):
         optimizer: OptimizerConfig | None = None,
         objective: Objective | None = None,
         gradient_checkpointing: bool = False,
+        deterministic: bool = False,
         seed: int = 0,
     ) -> Engine:
         """Load a checkpoint folder, with `adapter` a saved adapter on it.
 
         With `fine_tune_type` it is there to be trained: `lora` or `dora` add a fresh adapter (or train the saved
         one on), `full` trains all weights. Whatever is trained is float32. The objective is BNF by default.
+        With `deterministic` each micro-batch's gradient is added by itself, in the order of the step's micro-batches,
+        whichever process has computed it.
 
         Raises:
             UserError: no such model, no weights, unknown device, an adapter for another model, or something this
-                backend cannot do.
+                backend cannot do, such as bits that are kept on a GPU.
         """
         raise self._losses_alone()
 

@@ -15,14 +15,16 @@ from bnf_core.config import OptimizerConfig
 from bnf_core.objectives import Objective
 from bnf_core.objectives.bnf import BNF
 from bnf_core.processes import ALONE, Processes
+from bnf_core.sampling import Completion, greedy
 from bnf_core.steps.scaling import loss_scales
 from bnf_core.storage.files import agreed
-from bnf_core.storage.shards import OPTIMIZER, WEIGHTS, Shard, put_under, require_same_shapes, under
+from bnf_core.storage.shards import OPTIMIZER, REFERENCE_WEIGHTS, WEIGHTS, Shard, put_under, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenScores
 from bnf_mlx import adapter
 from bnf_mlx.model import Checkpoint
 from bnf_mlx.optimizer import Optimizer, flat
-from bnf_mlx.processes import sum_over
+from bnf_mlx.processes import in_order, sum_over
+from bnf_mlx.sampling import sample
 from bnf_mlx.scored import Gradients, MicroStep, ScoredModel
 
 
@@ -35,6 +37,7 @@ class MLXEngine:
         gradient_checkpointing: keep only each layer's input for the backward pass.
         compiled: train with `mx.compile`; default: on a GPU, where it saves launches of small kernels. On a CPU
             MLX would call a C++ compiler for every shape.
+        deterministic: add each micro-batch's gradient by itself, in the order of the step's micro-batches.
     """
 
     def __init__(
@@ -47,14 +50,17 @@ class MLXEngine:
         whole: Checkpoint | None = None,
         gradient_checkpointing: bool = False,
         compiled: bool | None = None,
+        deterministic: bool = False,
         processes: Processes = ALONE,
     ):
         self.model = model
         self.device = device
         self.whole = whole
         self.compiled = device == mx.Device(mx.gpu) if compiled is None else compiled
+        self.deterministic = deterministic
         self.processes = processes
         self.dtype = _dtype(model)
+        self.reference_weights: dict[str, mx.array] = {}  # by name; empty: those that training starts from
         self.scored = ScoredModel(
             model,
             device,
@@ -71,10 +77,20 @@ class MLXEngine:
         return self.scored.shares_prompts
 
     def reference_log_odds(self, batch: Batch) -> Array:
+        if self.reference_weights:
+            policy = flat(self.model.trainable_parameters())
+            self.model.update(tree_unflatten(list(self.reference_weights.items())))
+            try:
+                return self.evaluate(batch, np.zeros(len(batch.targets), np.float32)).log_odds
+            finally:
+                self.model.update(tree_unflatten(list(policy.items())))
         if self.whole and self.optimizer and self.optimizer.step:
             raise RuntimeError("all weights are trained, so the reference had to be computed before the first step")
         with adapter.adapter_off(self.model):
             return self.evaluate(batch, np.zeros(len(batch.targets), np.float32)).log_odds
+
+    def refresh_reference(self) -> None:
+        self.reference_weights = flat(self.model.trainable_parameters())  # training makes others, and leaves these
 
     def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenScores:
         if len(batch.targets) == 0:
@@ -94,21 +110,28 @@ class MLXEngine:
             raise RuntimeError("this engine was loaded without anything to train and an optimizer")
         with mx.stream(self.device):
             for scale in loss_scales(self.dtype, batches, self.processes):
-                loss, scores, gradients = 0.0, [], Gradients()
+                loss, scores, gradients = 0.0, [], self._zeros() if self.deterministic else Gradients()
                 for batch, ref_log_odds in batches:
                     micro_loss, micro_scores, added = self.micro_step(batch, ref_log_odds, baseline, scale)
                     loss += micro_loss
                     scores.append(micro_scores)
-                    gradients = {name: gradients[name] + g if gradients else g for name, g in added.items()}
-                    mx.eval(gradients)
+                    for part in in_order(self.processes, added) if self.deterministic else [added]:
+                        gradients = {name: gradients[name] + g if gradients else g for name, g in part.items()}
+                        mx.eval(gradients)
                 norm = math.nan
                 if not math.isfinite(self.processes.sum(np.array([loss]))[0]):  # on every process, or on none
                     break
-                norm = self.optimizer.update(sum_over(self.processes, gradients), learning_rate, max_grad_norm)
+                if not self.deterministic:
+                    gradients = sum_over(self.processes, gradients)
+                norm = self.optimizer.update(gradients, learning_rate, max_grad_norm)
                 if math.isfinite(norm):
                     break
             mx.clear_cache()  # shapes vary: what is kept for one is rarely of use to the next
         return scores, norm
+
+    def _zeros(self) -> Gradients:
+        """What an ordered sum begins with, or the sign of a zero would depend on who comes first."""
+        return {name: mx.zeros(p.shape) for name, p in flat(self.model.trainable_parameters()).items()}
 
     @cached_property
     def micro_step(self) -> MicroStep:
@@ -127,6 +150,7 @@ class MLXEngine:
             }
             if self.processes.rank == 0:  # what all have alike
                 state |= put_under(WEIGHTS, _to_numpy(flat(self.model.trainable_parameters())))
+                state |= put_under(REFERENCE_WEIGHTS, _to_numpy(self.reference_weights))
                 if self.optimizer is not None:
                     state |= put_under(OPTIMIZER, _to_numpy(self.optimizer.state()))
             return state
@@ -138,27 +162,20 @@ class MLXEngine:
             self.model.update(tree_unflatten([(name, mx.array(weights[name])) for name in trainable]))
             if self.optimizer is not None:
                 self.optimizer.load_state({name: mx.array(a) for name, a in under(OPTIMIZER, state).items()})
+            reference = under(REFERENCE_WEIGHTS, state)
+            self.reference_weights = {name: mx.array(reference[name]) for name in reference}
             keys = state["random/key"]  # (processes, 2)
             high, low = (int(half) for half in keys[self.processes.rank % len(keys)])
             mx.random.seed(high << 32 | low)  # a key is its seed's two halves
 
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
-        from mlx_lm.generate import BatchGenerator
-
-        self.scored.limits.require_prompts(prompts, max_tokens)
+    def sample(self, rows: Sequence[Completion]) -> None:
+        self.scored.limits.require_rows(rows)
         self.model.eval()
         with mx.stream(self.device):
-            generator = BatchGenerator(
-                self.model, stop_tokens=[[token] for token in stop_ids], stream=mx.default_stream(self.device)
-            )
-            rows = generator.insert([list(prompt) for prompt in prompts], [max_tokens] * len(prompts))
-            completions: dict[int, list[int]] = {row: [] for row in rows}
-            while responses := generator.next_generated():
-                for response in responses:
-                    if response.finish_reason != "stop":
-                        completions[response.uid].append(response.token)
-            generator.close()
-        return [completions[row] for row in rows]
+            sample(self.model, rows, self.device)
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
+        return greedy(self, prompts, max_tokens, stop_ids)
 
     def save(self, folder: Path) -> None:
         with agreed(self.processes):

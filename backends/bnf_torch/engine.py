@@ -22,17 +22,19 @@ from bnf_core.models.model_config import position_limit
 from bnf_core.objectives import Objective, structure
 from bnf_core.objectives.bnf import BNF
 from bnf_core.processes import ALONE, Processes
+from bnf_core.sampling import Completion, greedy
 from bnf_core.steps.limits import Limits
 from bnf_core.steps.scaling import loss_scales
 from bnf_core.storage.files import let_others_read, replacing
-from bnf_core.storage.shards import OPTIMIZER, WEIGHTS, Shard, put_under, require_same_shapes, under
+from bnf_core.storage.shards import OPTIMIZER, REFERENCE_WEIGHTS, WEIGHTS, Shard, put_under, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenScores
 from bnf_torch import adapter
 from bnf_torch.attention import LAYOUT
 from bnf_torch.model import head_weight, save_model
 from bnf_torch.ops import tensors
 from bnf_torch.optimizer import Optimizer, adamw
-from bnf_torch.processes import gradients_wait, like, lost_processes, piece, spread, whole
+from bnf_torch.processes import OrderedSum, gradients_wait, like, lost_processes, piece, spread, whole
+from bnf_torch.sampling import sample
 from bnf_torch.scored import ScoredModel
 
 
@@ -45,6 +47,7 @@ class TorchEngine:
         device: what computes; by default where the model is.
         dtype: what is computed in, where the weights are float32; None: as they are.
         source: the folder that the model is from, for the files that `save` leaves as they are.
+        deterministic: add each micro-batch's gradient by itself, in the order of the step's micro-batches.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class TorchEngine:
         dtype: torch.dtype | None = None,
         source: Path | None = None,
         gradient_checkpointing: bool = False,
+        deterministic: bool = False,
     ):
         self.model = model
         self.base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
@@ -67,13 +71,15 @@ class TorchEngine:
         self.dtype = str(dtype or self.base.dtype).removeprefix("torch.")
         self.source = source
         self.steps_taken = False
+        self.reference_weights: dict[str, Tensor] = {}  # by name; empty: those that training starts from
         if gradient_checkpointing:
             checkpoint_activations(self.base)
         autocast = None if dtype in (None, torch.float32, self.base.dtype) else dtype
         sharded = getattr(processes, "sharded", False)
         self.objective = objective or BNF()
         self.scored = ScoredModel(self.base, self.objective, None if sharded else autocast)
-        self.to_train = spread(self.scored, processes, self.device, autocast)
+        self.deterministic = deterministic
+        self.to_train = self.scored if deterministic else spread(self.scored, processes, self.device, autocast)
         for method in ("probe", "generate"):
             register_fsdp_forward_method(self.scored, method)
         self.scored.eval()
@@ -92,10 +98,28 @@ class TorchEngine:
     # Scoring
 
     def reference_log_odds(self, batch: Batch) -> Array:
+        if self.reference_weights:
+            self._exchange()
+            try:
+                return self.evaluate(batch, np.zeros(len(batch.targets), np.float32)).log_odds
+            finally:
+                self._exchange()
         if self.full and self.steps_taken:
             raise RuntimeError("all weights are trained and no longer those of the reference: compute it beforehand")
         with adapter.adapter_off(self.model):
             return self.evaluate(batch, np.zeros(len(batch.targets), np.float32)).log_odds
+
+    def refresh_reference(self) -> None:
+        self.reference_weights = {name: p.detach().clone() for name, p in self.trainable.items()}
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        """The policy's weights and the reference's, each in the other's place; a second time puts them back."""
+        self._reshard()
+        for name, p in self.trainable.items():
+            policy = p.detach().clone()  # one at a time
+            p.copy_(self.reference_weights[name])
+            self.reference_weights[name].copy_(policy)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenScores:
@@ -106,28 +130,19 @@ class TorchEngine:
         return _to_numpy(scores)
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
-        self.limits.require_prompts(prompts, max_tokens)
+    def sample(self, rows: Sequence[Completion]) -> None:
+        self.limits.require_rows(rows)
         self.scored.eval()
-        width = max(len(p) for p in prompts)
-        ids = torch.zeros(len(prompts), width, dtype=torch.long)  # padded on the left, so that all end together
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        config = GenerationConfig(
-            max_new_tokens=max_tokens, do_sample=False, eos_token_id=list(stop_ids) or None, pad_token_id=0
-        )
         autocast = self.scored.autocast
         with (
             _without_settings(self.base),
             torch.autocast(self.device.type, autocast) if autocast else nullcontext(),
         ):
-            output = self.scored.generate(
-                ids.to(self.device), attention_mask=mask.to(self.device), generation_config=config
-            )
+            sample(self.scored.generate, rows, self.device, sharded=isinstance(self.scored, FSDPModule))
         self._reshard()
-        return [_until(row[width:].tolist(), stop_ids) for row in output]
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
+        return greedy(self, prompts, max_tokens, stop_ids)
 
     def _inputs(self, batch: Batch, ref_log_odds: Array, baseline: float = 0.0) -> dict[str, Any]:
         """What ScoredModel's forward takes, on its device."""
@@ -189,15 +204,20 @@ class TorchEngine:
         """
         assert self.optimizer is not None
         adapter.drop_inputs(self.model)
+        averaged = 1 if self.deterministic else self.processes.count  # DDP and FSDP take the mean
         for scale in loss_scales(self.dtype, batches, self.processes):
-            stats, loss = [], 0.0
+            stats, loss, gradients = [], 0.0, OrderedSum(self.trainable.values(), self.processes)
             with lost_processes():
                 for i, (batch, ref_log_odds) in enumerate(batches):
                     with nullcontext() if self._syncs(i, len(batches)) else gradients_wait(self.to_train):
                         micro_loss, micro_stats = self.to_train(**self._inputs(batch, ref_log_odds, baseline))
-                        (micro_loss * (scale * self.processes.count)).backward()  # of which DDP and FSDP take the mean
+                        (micro_loss * (scale * averaged)).backward()
+                    if self.deterministic:
+                        gradients.add()
                     loss += float(micro_loss.detach())
                     stats.append(_to_numpy(micro_stats))
+                if self.deterministic:
+                    gradients.put_back()
                 loss = float(self.processes.sum(np.array([loss]))[0])
                 norm = self.optimizer.clip(max_grad_norm, scale)
             if math.isfinite(norm) or not math.isfinite(loss):
@@ -217,6 +237,7 @@ class TorchEngine:
 
     def state(self) -> dict[str, Array | Shard]:
         parts: dict[str, Tensor] = put_under(WEIGHTS, self.trainable)
+        parts |= put_under(REFERENCE_WEIGHTS, self.reference_weights)
         if self.optimizer is not None:
             parts |= put_under(OPTIMIZER, dict(self.optimizer.state()))
         taken = {name: piece(tensor) for name, tensor in parts.items()}
@@ -230,6 +251,8 @@ class TorchEngine:
         self.load_weights(state)
         if self.optimizer is not None:
             self.optimizer.load_state(under(OPTIMIZER, state))
+        reference = under(REFERENCE_WEIGHTS, state)
+        self.reference_weights = {name: like(reference[name], self.trainable[name]) for name in reference}
         self.load_random_state(state)
         self.steps_taken = True
 
@@ -322,8 +345,3 @@ def _checkpoint_quietly(layer: nn.Module, function: Callable[..., Any], *args: A
 
 def _to_numpy(scores: TokenScores) -> TokenScores:
     return TokenScores(*(s.cpu().numpy() for s in scores))
-
-
-def _until(ids: list[int], stop_ids: Sequence[int]) -> list[int]:
-    stops = [i for i, token in enumerate(ids) if token in stop_ids]
-    return ids[: stops[0]] if stops else ids

@@ -34,6 +34,9 @@ class RowError(UserError):
         message = f"{source}: {field + ': ' if field else ''}{problem}. {remedy}."
         super().__init__(message.encode(errors="backslashreplace").decode())  # what is wrong may be half a surrogate
 
+    def __reduce__(self) -> tuple[Any, ...]:  # from one process to another
+        return type(self), (self.source, self.field, self.problem, self.remedy)
+
 
 class Cell(str):
     """Text of a table that has nothing else, such as CSV: it may be meant as a number or a truth value."""

@@ -29,9 +29,15 @@ PAIRED = ("prompt", "chosen", "rejected")
 IMPLICIT = ("chosen", "rejected")
 SEVERAL = ("prompt", "completions")
 COLUMN_SETS = (UNPAIRED, PAIRED, IMPLICIT, SEVERAL)
-BESIDE = {"weight", "tools", "chat_template_kwargs"}  # what any of them may have as well
+TOKENS = ("prompt_ids", "completion_ids")  # of a completion that a model drew, beside its text
+BESIDE = {*TOKENS, "weight", "tools", "chat_template_kwargs"}  # what any of them may have as well
 USED = {*BESIDE, *(column for columns in COLUMN_SETS for column in columns)}
 TEXTS = ("completion", "response", "text", "answer", "output", "content")  # the names of what an object in a list says
+
+
+class TokenIds(NamedTuple):
+    prompt: tuple[int, ...]
+    completion: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,7 @@ class Feedback:
     template_kwargs: dict[str, Any] | None = None  # the same, over those of the run
     weight: float = 1.0  # how much it counts: the size of a graded label times the row's weight
     score: Value | None = None  # to be compared with those of the prompt's other rows, which then gives its label
+    ids: TokenIds | None = None  # the tokens that a model drew, of which the texts are what they say
 
     def labelled(self, label: float) -> "Feedback":
         """With a label from −1 to 1, in what is its own weight so far."""
@@ -100,11 +107,12 @@ def parse_row(row: Any, source: str, labels: Labels | None = None, *, is_plain: 
         if columns == SEVERAL:
             return _several(row, shared, labels)
         completion = text_or_messages(row["completion"], "completion", source)
-        _check_completion(completion, "completion", prompt, source)
+        ids = _token_ids(row, source)
+        if ids is None:  # what a model said may be anything
+            _check_completion(completion, "completion", prompt, source)
         value = labels.read(row, source)
-        if labels.compares:
-            return [shared.feedback(completion, 1.0, value)]
-        return [shared.feedback(completion, *labels.of([value]))]
+        label = 1.0 if labels.compares else labels.of([value])[0]
+        return [replace(shared.feedback(completion, label, value if labels.compares else None), ids=ids)]
     if labels.rule is not None:
         raise RowError(
             source,
@@ -238,6 +246,17 @@ def _weight(value: Any, source: str, field: str = "weight") -> float:
         problem = f"is {named(value)}, expected a number from 0 to a million"
         raise RowError(source, field, problem, "A row of the weight 2 counts as two do; drop the column for 1")
     return float(value)
+
+
+def _token_ids(row: Mapping[str, Any], source: str) -> TokenIds | None:
+    """Of a row that was sampled; None: it was not."""
+    found = {name: row.get(name) for name in TOKENS}
+    if any(value is None for value in found.values()):
+        return None
+    for name, value in found.items():
+        if not isinstance(value, list) or not value or not all(type(i) is int and i >= 0 for i in value):
+            raise RowError(source, name, f"is {named(value)}, expected a list of token ids", "Mend it or drop it")
+    return TokenIds(*(tuple(row[name]) for name in TOKENS))
 
 
 def _check_prompt(prompt: Text, source: str, problem: str = "") -> None:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bnf_core.errors import UserError
+from bnf_core.sampling import Completion
 from bnf_core.types import Batch
 
 
@@ -20,14 +21,15 @@ class Limits:
         if self.positions is not None and longest > self.positions:
             raise UserError(too_long("the data", longest, self.positions))
 
-    def require_prompts(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> None:
+    def require_rows(self, rows: Sequence[Completion]) -> None:
         """Raises UserError where prompts, or what is generated after them, go beyond them."""
-        self._require_known(max((max(prompt) for prompt in prompts if prompt), default=0))
-        longest = max(map(len, prompts), default=0)
-        if self.positions is not None and longest + max_tokens > self.positions:
+        self._require_known(max((max(row.prompt_ids) for row in rows), default=0))
+        longest = max(rows, key=lambda row: len(row.prompt_ids) + row.max_tokens)
+        prompt = len(longest.prompt_ids)
+        if self.positions is not None and prompt + longest.max_tokens > self.positions:
             raise UserError(
-                f"{max_tokens} tokens after a prompt of {longest} do not fit into the {self.positions} positions of "
-                f"the model: generate at most {max(self.positions - longest, 0)}"
+                f"{longest.max_tokens} tokens after a prompt of {prompt} do not fit into the {self.positions} "
+                f"positions of the model: generate at most {max(self.positions - prompt, 0)}"
             )
 
     def _require_known(self, largest: int) -> None:

@@ -14,11 +14,11 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bnf_core.config import TrainConfig
+from bnf_core.config import SamplingConfig, TrainConfig
 from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes
 from bnf_core.storage.digests import model_digest
@@ -44,9 +44,21 @@ ABOUT, SUMS = "state.json", "SHA256SUMS"
 # Settings that may differ after a resume: the weights a run ends with do not depend on them.
 FREE = {"output", "overwrite", "resume", "resume_anyway", "eval_every", "save_every", "keep_checkpoints"}
 FREE |= {"report_to", "sample_every", "sample_count", "sample_tokens"}
-FREE |= {"reference"}  # the same values, wherever they come from
+FREE |= {"reference", "data.cache"}  # the same values, wherever they come from
+FREE |= {f"sample.{f.name}" for f in fields(SamplingConfig)}
 # Of the last bits only.
 FREE |= {"micro_batch_size", "auto_batch", "group_by_length", "packing", "share_prompts", "gradient_checkpointing"}
+# Of a run that samples its rows, which are drawn by some of these.
+FREE_ONLINE = {name for name in FREE if name.partition(".")[0] not in ("sample", "sample_tokens")}
+FREE_ONLINE |= {
+    "sample_batch_size",
+    "sampler",
+    "sampler_kind",
+    "judge_workers",
+    "judge_seconds",
+    "max_failed",
+    "eval_samples",
+}
 # Settings that matter only through the rows and weights they lead to, which are compared themselves.
 SOURCES = ("model", "data.", "valid")  # as the names begin
 STREAM_SOURCES = ("model", "data.path", "valid")  # of a stream, files are compared, not rows: in full
@@ -205,7 +217,8 @@ def run_facts(config: TrainConfig, model: Path, rows: str, held_out: str | None)
             of a stream, `files_digest` with whatever else makes rows of the files.
         held_out: digest of the held-out rows; None: there are none.
     """
-    settings = {name: value for name, value in config.flat().items() if name not in FREE}
+    free = FREE if config.command == "train" else FREE_ONLINE
+    settings = {name: value for name, value in config.flat().items() if name not in free}
     settings = {name: value for name, value in settings.items() if not f"{name}.".startswith("objective.")}
     settings["objective"] = str(config.make_objective())  # however it was written
     return settings | {"training rows": rows, "held-out rows": held_out, MODEL_WEIGHTS: model_digest(model)}
@@ -213,7 +226,7 @@ def run_facts(config: TrainConfig, model: Path, rows: str, held_out: str | None)
 
 def changes(before: Facts, now: Facts) -> list[Change]:
     """The facts that differ; none where only names of the same content do."""
-    before = {"objective": "bnf"} | dict(before)  # runs before 0.2 knew no other
+    before = {"objective": "bnf", "deterministic": False} | dict(before)  # runs before 0.2 knew no other
     changed = [name for name in before | now if before.get(name) != now.get(name)]
     if before.get("data.streaming") or now.get("data.streaming"):
         same_content = all(name in STREAM_SOURCES for name in changed)

@@ -20,6 +20,7 @@ RANK_AXIS = {"lora_A": 0, "lora_B": 1, "lora_a": 1, "lora_b": 0}  # of PEFT's ma
 
 # What an engine's and a reference's arrays are kept under in a checkpoint: `weights/…`.
 WEIGHTS, OPTIMIZER, REFERENCE = "weights", "optimizer", "reference"
+REFERENCE_WEIGHTS = "reference_weights"  # those of a reference that was refreshed
 BASELINE = "baseline"  # what an objective compares rewards with, where that runs on
 
 

@@ -1,8 +1,8 @@
 """Align language models with the Bidirectional Negative Feedback loss. Nothing loads before it is used.
 
-`train`, `evaluate` and `generate` are the commands of `bnf` as functions; `BNFTrainer` and `BNFConfig` are for those
-who know transformers' Trainer; `linear_bnf_loss` is that of the backend at hand; `objectives` is what training can
-minimise.
+`train`, `online`, `evaluate` and `generate` are the commands of `bnf` as functions; `BNFTrainer` and `BNFConfig` are
+for those who know transformers' Trainer; `linear_bnf_loss` is that of the backend at hand; `objectives` is what
+training can minimise.
 """
 
 from importlib import import_module
@@ -14,11 +14,22 @@ from bnf_core.lazy import attributes
 if TYPE_CHECKING:
     from bnf_align.commands.evaluate import evaluate
     from bnf_align.commands.generate import generate
+    from bnf_align.commands.online import online
     from bnf_align.commands.train import train
     from bnf_core import objectives
     from bnf_torch.trainer import BNFConfig, BNFTrainer
 
-__all__ = ["BNFConfig", "BNFTrainer", "__version__", "evaluate", "generate", "linear_bnf_loss", "objectives", "train"]
+__all__ = [
+    "BNFConfig",
+    "BNFTrainer",
+    "__version__",
+    "evaluate",
+    "generate",
+    "linear_bnf_loss",
+    "objectives",
+    "online",
+    "train",
+]
 
 _of_module = attributes(
     __name__,
@@ -27,6 +38,7 @@ _of_module = attributes(
         "BNFTrainer": "bnf_torch.trainer",
         "evaluate": "bnf_align.commands.evaluate",
         "generate": "bnf_align.commands.generate",
+        "online": "bnf_align.commands.online",
         "train": "bnf_align.commands.train",
     },
 )

@@ -1,7 +1,7 @@
 """From typed settings to a command line: jsonargparse, with short flags and errors that name the right key.
 
 `--learning-rate 1e-4` is `--optimizer.learning_rate 1e-4`: a setting may be named by its last part, with dashes
-or underscores, as long as only one setting ends so. A list may be given as `a,b`.
+or underscores, as long as only one setting ends so; `--sample-top-p` is `--sample.top_p`. A list may be given as `a,b`.
 """
 
 import difflib
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
 from bnf_core.errors import UserError
 
@@ -21,12 +22,26 @@ LISTS = (list[str], list[int])
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
+
+_load_yaml = get_loader("yaml")
+
+
+def _load(text: str) -> Any:
+    """YAML, in which `data` may also be its path alone, or a list of sources."""
+    found = _load_yaml(text)
+    if isinstance(found, dict) and isinstance(found.get("data"), str | list):
+        found["data"] = {"path": found["data"]}
+    return found
+
+
+set_loader("yaml", _load, (yaml.YAMLError,))
+
 # Flags that mean a setting of another name.
-ALIASES = {"data": "data.path", "r": "lora.rank", "lr": "optimizer.learning_rate"}
+ALIASES = {"data": "data.path", "prompts": "data.path", "r": "lora.rank", "lr": "optimizer.learning_rate"}
 # Settings with a name and more, of which the name alone may be given.
 NAMED = ("objective",)
 # Settings whose value is anybody's text: it may begin with a dash, and a tilde in it is no home folder.
-TEXTS = ("prompt",)
+TEXTS = ("prompt", "judge")
 
 
 def make_parser(settings: type, command: str) -> ArgumentParser:
@@ -100,7 +115,7 @@ def _full_name(name: str, keys: Sequence[str]) -> str:
     """A setting by its whole dotted name, of which only the last part, or an alias, may be given."""
     name = ALIASES.get(name, name) if ALIASES.get(name) in keys else name
     name = f"{name}.name" if name in NAMED and name in keys else name
-    endings = [key for key in keys if key.endswith("." + name)]
+    endings = [key for key in keys if key.endswith("." + name) or key.replace(".", "_") == name]
     return endings[0] if name not in keys and len(endings) == 1 else name
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bnf_align.run.samples import Samples, page
@@ -12,6 +13,7 @@ from bnf_core.config import LoraConfig
 from bnf_core.data.tokenization import load_tokenizer, stop_ids
 from bnf_core.errors import UserError
 from bnf_core.protocol import Engine
+from bnf_core.sampling import Completion
 from bnf_core.types import Example
 
 
@@ -21,9 +23,11 @@ class Parrot:
     def __init__(self) -> None:
         self.asked: list[list[tuple[int, ...]]] = []
 
-    def generate(self, prompts: list[tuple[int, ...]], max_tokens: int, stop_ids: list[int]) -> list[list[int]]:
-        self.asked.append(list(prompts))
-        return [list(prompt[-max_tokens:]) for prompt in prompts]
+    def sample(self, rows: list[Completion]) -> None:
+        self.asked.append([row.prompt_ids for row in rows])
+        for row in rows:
+            for token in row.prompt_ids[-row.max_tokens :]:
+                row.next(np.eye(304, dtype=np.float32)[token])
 
 
 @pytest.fixture

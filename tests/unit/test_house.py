@@ -15,6 +15,8 @@ MAY_NAME_A_BACKEND = {
     "bnf_core/models/adapters.py": "mlx is the name of a layout of adapters; a message says whose it is",
     "recipes/bnf_align/commands/convert_adapter.py": "the same layout",
     "recipes/bnf_align/commands/import_gguf.py": "transformers reads GGUF with PyTorch, whatever the backend",
+    "recipes/bnf_align/run/remote.py": "the same layout, which one kind of server reads",
+    "recipes/bnf_align/judges/reward_model.py": "reward models are transformers' own, which need PyTorch",
     "recipes/bnf_align/__init__.py": "BNFTrainer is a transformers.Trainer, which only PyTorch has",
 }
 NAMES = re.compile(r"torch|mlx|bnf_torch(\..*)?|bnf_mlx(\..*)?")

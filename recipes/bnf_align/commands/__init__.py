@@ -8,6 +8,7 @@ it loads: default, that of `config.hardware`.
 # By name, with dashes for the module's underscores: one line of help.
 COMMANDS = {
     "train": "align a model on chosen and rejected completions",
+    "online": "align a model on its own samples, as a judge sees them",
     "plan": "say what a run would take: memory, largest batch, steps, time",
     "evaluate": "score labelled completions under a model",
     "reference": "compute the reference of feedback once, for any number of runs",
@@ -15,6 +16,7 @@ COMMANDS = {
     "objectives": "list what training can minimise, and what each objective needs",
     "data-check": "check every row of feedback before it is trained on",
     "data-convert": "write feedback of any shape as .jsonl",
+    "data-cache": "list the tokens that are kept on this machine, or remove them",
     "demo": "align a small model on word problems, show before and after",
     "import-gguf": "turn a GGUF file into safetensors",
     "convert-adapter": "turn an adapter of PEFT into one of mlx-lm, or back",

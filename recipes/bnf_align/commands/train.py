@@ -5,8 +5,10 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NoReturn, TypeVar
 
 import numpy as np
 from rich.console import Console
@@ -22,11 +24,12 @@ from bnf_align.run.pictures import run_picture
 from bnf_align.run.progress import bar
 from bnf_align.run.run_folder import RunFolder, recorded_setting
 from bnf_align.run.samples import Samples
-from bnf_align.run.scoring import score, table
+from bnf_align.run.scoring import score_sets, table
 from bnf_align.run.tracking import check_trackers, open_trackers
 from bnf_core import registry
 from bnf_core.config import TrainConfig
 from bnf_core.data.rendering import chat_of
+from bnf_core.data.table import ExampleTable
 from bnf_core.data.tokenization import load_tokenizer, pad_id, stop_ids
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.models.model_folder import resolve_model
@@ -45,6 +48,7 @@ from bnf_core.types import Position, TokenScores
 
 # More to measure at each evaluation, such as the accuracy of generated answers.
 Evaluator = Callable[[Engine], Metrics]
+C = TypeVar("C", bound=TrainConfig)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,31 @@ class RunResult:
 def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = None) -> RunResult:
     """Train, and leave an adapter or model in the run folder with its checkpoints, config, metrics and picture.
 
+    Raises:
+        As `run_training`.
+    """
+
+    def load(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, console: Console) -> TrainingData:
+        data = load_training_data(config, tokenizer, console)
+        if config.sample_every and not data.held_out:
+            raise UserError("sample_every needs held-out rows, whose prompts it completes: give some with --valid")
+        return data
+
+    return run_training(config, console, load, partial(Training, evaluator=evaluator))
+
+
+def run_training(
+    config: C,
+    console: Console,
+    load: Callable[[C, PreTrainedTokenizerBase, Console], TrainingData],
+    training: Callable[..., "Training"],
+) -> RunResult:
+    """What every kind of training begins with: the processes, the model's folder, its tokenizer, the data and the
+    engine, in this order, so that what is wrong is found early.
+
+    Args:
+        load: the data, by the settings as they then are.
+        training: `Training`, or what is made of it.
     Raises:
         UserError: bad input; nothing has been written by then but an empty run folder.
         TrainingStopped: the loss or gradient is not finite (the last good weights are saved), an interrupt (after
@@ -77,9 +106,7 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
     begun = recorded_setting(Path(config.output), "data.date") if config.resume else None
     referred = recorded_date(config.reference) if config.reference else None
     config = replace(config, data=with_date(config.data, tokenizer, begun, referred))
-    data = load_training_data(config, tokenizer, console)
-    if config.sample_every and not data.held_out:
-        raise UserError("sample_every needs held-out rows, whose prompts it completes: give some with --valid")
+    data = load(config, tokenizer, console)
     facts = run_facts(config, checkpoint, data.digest, data.held_out_digest)
     for name, value in (config.flat() | facts).items():
         processes.require_same(name, str(value))
@@ -95,15 +122,23 @@ def train(config: TrainConfig, console: Console, evaluator: Evaluator | None = N
             optimizer=config.optimizer,
             objective=config.make_objective(),
             gradient_checkpointing=config.gradient_checkpointing,
+            deterministic=config.deterministic,
             seed=config.seed,
         )
+        if config.deterministic:
+            console.print(
+                f"deterministic: each {config.make_objective().unit} is computed alone; micro_batch_size, auto_batch, "
+                "packing, group_by_length and share_prompts are set aside",
+                highlight=False,
+                soft_wrap=True,
+            )
         if config.auto_batch:
             config = replace(config, micro_batch_size=auto_micro_batch(config, checkpoint, data, engine))
             console.print(f"{config.micro_batch_size} rows at a time fit into the free memory", highlight=False)
-        return _Training(config, engine, data, facts, checkpoint, tokenizer, console, evaluator).run()
+        return training(config, engine, data, facts, checkpoint, tokenizer, console).run()
 
 
-class _Training:
+class Training:
     """One run: the steps it still has to take, and what is done after each. Every process runs the same code; only
     the first one writes."""
 
@@ -116,18 +151,19 @@ class _Training:
         checkpoint: Path,
         tokenizer: PreTrainedTokenizerBase,
         console: Console,
-        evaluator: Evaluator | None,
+        evaluator: Evaluator | None = None,
     ):
         self.config, self.engine, self.data, self.facts = config, engine, data, facts
         self.console, self.evaluator, self.tokenizer = console, evaluator, tokenizer
-        self.stops = stop_ids(tokenizer, checkpoint, chat=chat_of(config.data))
+        of_sources = (stop_ids(tokenizer, checkpoint, chat=chat_of(of)) for of in config.data.each().values())
+        self.stops = list(dict.fromkeys(chain.from_iterable(of_sources)))
         self.pad = pad_id(tokenizer)
         self.processes = engine.processes
         self.first = self.processes.rank == 0
         known = stop_ids(tokenizer, checkpoint, of_template=False)
         self.folder = RunFolder(config, self.processes, self.stops if set(self.stops) > set(known) else ())
         self.batching = steps.micro_batching_of(config, engine)
-        stored = open_reference(config, checkpoint, tokenizer, engine, data.in_memory)
+        stored = open_reference(config, checkpoint, tokenizer, engine, data.tables)
         # Streamed rows that are not stored can be computed only as long as the model's own weights stay.
         computes = data.examples is not None or stored is None or config.fine_tune_type != "full"
         self.objective = config.make_objective()
@@ -154,14 +190,16 @@ class _Training:
             bar("train", self.num_steps - start, self.console) as self.progress,
             Interrupts() as self.interrupts,
         ):
-            if self.config.fine_tune_type == "full" and start == 0 and self.objective.needs_reference:
-                self._compute_reference()
+            if start == 0 and self.objective.needs_reference and self._loses_reference:
+                self._keep_reference()
             self.samples = self._samples(start)
             self._watch(start)
             self.started = time.perf_counter()
             loop.train(self.engine, self._steps(start), self._after, self.config.optimizer.max_grad_norm)
-        if self.data.tally:
-            tell(self.data.tally, self.console)
+        for tally in self.data.tallies:
+            tell(tally, self.console)
+        if said := self.data.drawn(self.config.batch_size, self.position):
+            self.console.print(said, highlight=False, markup=False, soft_wrap=True)
         after = self.evaluations[max(self.evaluations)] if self.evaluations else None
         picture = self.folder.path / "run.png"
         if self.first:
@@ -174,11 +212,13 @@ class _Training:
     def _try(self) -> None:
         """Score the row with the highest token id, beside padding, and the longest: what the model refuses it refuses
         now, before anything that is there is touched."""
-        if rows := self.data.in_memory:
-            highest = max(rows, key=lambda e: max(e.prompt_ids + e.completion_ids))
-            tried = [highest, highest, min(rows, key=len)]
+        if tables := self.data.tables:
+            rows = ExampleTable.joined(tables)
+            lengths = rows.column("lengths")
+            highest = rows[int(np.argmax(rows.column("highest")))]
+            tried = [highest, highest, rows[int(np.argmin(lengths))]]
             beside = collate(tried, len(tried), self.pad, bins=[[0, 1], [2]] if self.config.packing else None)
-            for batch in (beside, collate([max(rows, key=len)], 1, self.pad)):
+            for batch in (beside, collate([rows[int(np.argmax(lengths))]], 1, self.pad)):
                 self.engine.evaluate(batch, np.zeros(len(batch.targets), np.float32))
 
     def _steps(self, start: int) -> Iterator[Step]:
@@ -201,7 +241,7 @@ class _Training:
         for (batch, ref_log_odds), measured in zip(step.batches, scores, strict=True):
             meter.add(batch, measured, ref_log_odds, step.baseline)
         meter.gather(self.processes)
-        metrics, done = meter.result(), step.number + 1
+        metrics, done, more = meter.result(), step.number + 1, self._more(step, scores)
         if not math.isfinite(norm):
             self._not_finite(step, metrics)
         self.position = step.position
@@ -216,13 +256,15 @@ class _Training:
                 "grad_norm": norm,
                 "tokens_per_second": speed,
                 "seconds": seconds,
-            },
+            }
+            | more,
         )
         self.progress.advance(
             loss=f"{metrics['loss']:+.3f}",
             chosen=_signed(metrics[SHIFT_CHOSEN]),
             rejected=_signed(metrics[SHIFT_REJECTED]),
             **{"tok/s": f"{speed:,.0f}"},
+            **self._watched(more),
         )
         last = done == self.num_steps
         if last or _due(done, self.config.save_every):
@@ -232,22 +274,20 @@ class _Training:
         self._watch(done)
         self.started = time.perf_counter()
 
+    def _more(self, step: Step, scores: list[TokenScores]) -> Metrics:
+        """What a kind of training reports besides."""
+        return {}
+
+    def _watched(self, more: Metrics) -> dict[str, str]:
+        """Which of it the live line shows."""
+        return {}
+
     def _watch(self, step: int) -> None:
         """What users watch: held-out metrics and samples, where they are due."""
         if self._evaluation_due(step):
-            assert self.data.held_out is not None
             try:
                 with self.interrupts.at_once(allowed=self.processes.count == 1):
-                    metrics = score(
-                        self.engine,
-                        self.reference,
-                        self.data.held_out,
-                        self.batching,
-                        self.pad,
-                        self.console,
-                        self.objective,
-                    )
-                    metrics |= self.evaluator(self.engine) if self.evaluator else {}
+                    metrics = self._evaluate()
             except KeyboardInterrupt:
                 self._stop(step)
             self.evaluations[step] = metrics
@@ -256,22 +296,36 @@ class _Training:
             with self.folder.writing():
                 self.samples.write(step, self.engine)
 
+    def _evaluate(self) -> Metrics:
+        """Of what is held out."""
+        metrics = score_sets(
+            self.engine, self.reference, self.data.held_out, self.batching, self.pad, self.console, self.objective
+        )
+        return metrics | (self.evaluator(self.engine) if self.evaluator else {})
+
+    @property
+    def _holds_out(self) -> bool:
+        """Whether there is anything to evaluate."""
+        return bool(self.data.held_out)
+
     def _samples(self, start: int) -> Samples | None:
-        if self.config.sample_every is None or self.data.held_out is None:
+        if self.config.sample_every is None or not self.data.held_out:
             return None
         with self.folder.writing():
             return Samples(
                 self.folder.path if self.first else None,
-                self.data.held_out,
+                ExampleTable.joined(self.data.held_out.values()),
                 self.tokenizer,
                 self.stops,
                 count=self.config.sample_count,
                 max_tokens=self.config.sample_tokens,
+                sampling=self.config.sample,
+                seed=self.config.seed,
                 start=start,
             )
 
     def _evaluation_due(self, step: int) -> bool:
-        if self.data.held_out is None or step in self.evaluations:
+        if not self._holds_out or step in self.evaluations:
             return False
         return step in (0, self.num_steps) or _due(step, self.config.eval_every)
 
@@ -305,8 +359,13 @@ class _Training:
             f"{self.folder.trained}. Rows of the batch: {', '.join(e.source for e in step.examples)}"
         )
 
-    def _compute_reference(self) -> None:
-        """Where all weights are trained there is no adapter to switch off: the reference is computed beforehand."""
+    @property
+    def _loses_reference(self) -> bool:
+        """Whether the model cannot go back to its reference once it is trained: it has no adapter to switch off."""
+        return self.config.fine_tune_type == "full"
+
+    def _keep_reference(self) -> None:
+        """The reference is computed beforehand."""
         examples = self.data.examples
         if examples is None:
             if self.config.reference is None:
@@ -319,7 +378,7 @@ class _Training:
         if self.objective.baseline_from == "mismatched":
             batches = self.data.rows.batches(self.config.batch_size)
             rows += {e.key: e for _ in range(self.num_steps) for e in mismatched(next(batches)[0])}.values()
-            rows += mismatched(self.data.held_out or [])
+            rows += [row for table in self.data.held_out.values() for row in mismatched(list(table))]
         mine = steps.my_share(rows, replace(self.batching, unit="row"), self.processes, self.pad)
         with bar("reference", len(mine), self.console) as progress:
             for batch in mine:

@@ -53,7 +53,8 @@ def card(config: TrainConfig, facts: Facts, before: Metrics | None, after: Metri
 
 
 def _data(config: TrainConfig, facts: Facts) -> str:
-    lines = [f"- training rows: `{config.data.path}`, {facts['training rows']} of their tokens and labels"]
+    where = ", ".join(f"`{of.where}`" for of in config.data.each().values())
+    lines = [f"- training rows: {where}, {facts['training rows']} of their tokens and labels"]
     if facts["held-out rows"]:
         lines.append(f"- held-out rows: {facts['held-out rows']}")
     return "\n".join(lines)

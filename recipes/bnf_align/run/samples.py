@@ -1,4 +1,4 @@
-"""What the model says as it is trained: greedy completions of some held-out prompts, step by step.
+"""What the model says as it is trained: completions of some held-out prompts, step by step.
 
 In the run folder, `samples.jsonl` has a line for each completion: `step`, `prompt`, `completion`, and as `chosen`
 and `rejected` a completion from the held-out rows where there is one. All are text as the model sees it, special tokens
@@ -7,15 +7,17 @@ included, but for the end of a completion. `samples.md` shows the same, a table 
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from bnf_align.run.completions import complete_ids
+from bnf_core.config import SamplingConfig
 from bnf_core.errors import UserError
 from bnf_core.protocol import Engine
+from bnf_core.sampling import GREEDY
 from bnf_core.storage.files import replace_file
 from bnf_core.types import Example
 
@@ -32,6 +34,7 @@ class Samples:
         stops: token ids that end a completion.
         count: how many prompts.
         max_tokens: of each completion.
+        sampling, seed: how its tokens are chosen.
         start: steps done. Samples of later steps go, and at 0 all that an earlier run left.
     Raises:
         OSError: nothing can be written, here and in `write`; the files are as they were.
@@ -48,9 +51,12 @@ class Samples:
         count: int,
         max_tokens: int,
         start: int,
+        sampling: SamplingConfig = GREEDY,
+        seed: int = 0,
     ):
+        self._sampling, self._seed = sampling, seed
         self._folder, self._tokenizer, self._stops, self._max_tokens = run_folder, tokenizer, stops, max_tokens
-        self._prompts = list(dict.fromkeys(e.prompt_ids for e in examples))[:count]
+        self._prompts = _different((e.prompt_ids for e in examples), count)
         self._known = [self._describe(prompt, examples) for prompt in self._prompts]
         self._samples: list[Sample] = []
         if run_folder is not None:
@@ -59,7 +65,15 @@ class Samples:
 
     def write(self, step: int, engine: Engine) -> None:
         """Complete the prompts after `step` optimizer steps, and add what came out."""
-        completions = complete_ids(engine, self._tokenizer, self._prompts, self._max_tokens, self._stops)
+        completions = complete_ids(
+            engine,
+            self._tokenizer,
+            self._prompts,
+            self._max_tokens,
+            self._stops,
+            sampling=self._sampling,
+            seed=self._seed,
+        )
         if self._folder is None:
             return
         new = [{"step": step, **known, "completion": c} for c, known in zip(completions, self._known, strict=True)]
@@ -73,6 +87,16 @@ class Samples:
             if ids is not None:  # without the end of turn, which `generate` leaves out too
                 known[name] = self._tokenizer.decode(list(ids[:-1] if ids[-1] in self._stops else ids))
         return known
+
+
+def _different(prompts: Iterable[tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
+    """The first so many, each once."""
+    found: dict[tuple[int, ...], None] = {}
+    for prompt in prompts:
+        found[prompt] = None
+        if len(found) == count:
+            break
+    return list(found)
 
 
 def page(samples: Sequence[Sample]) -> str:

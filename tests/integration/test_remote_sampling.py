@@ -1,0 +1,108 @@
+"""Samples drawn by a server: mlx_lm.server itself, which reads the adapter anew after every step."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_online import JUDGE, at_hand, lines, prompts, samples  # noqa: F401  (fixtures)
+from test_train import QUIET
+
+from bnf_align.commands.online import online
+from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OnlineConfig, OptimizerConfig
+from bnf_core.errors import TrainingStopped, UserError
+from bnf_core.sampling import Completion
+from invariance import free_ports
+
+pytestmark = pytest.mark.usefixtures("undrawn", "at_hand")
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that mlx-lm itself reads right: it looks for RoPE's base where transformers no longer writes it."""
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("served") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": config["rope_parameters"]["rope_theta"]}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    pytest.importorskip("mlx_lm")
+    (port,) = free_ports(1)
+    log = tmp_path_factory.mktemp("server") / "log"
+    with log.open("wb") as file:
+        words = [sys.executable, "-m", "mlx_lm", "server", "--model", str(model), "--port", str(port)]
+        process = subprocess.Popen(words, stdout=file, stderr=file)
+        try:
+            deadline = time.monotonic() + 120
+            while True:
+                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
+                    break
+                except OSError:
+                    time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.kill()
+            process.wait()
+
+
+def settings(model: Path, prompts: Path, output: Path, url: str, **overrides: Any) -> OnlineConfig:  # noqa: F811
+    common: dict[str, Any] = {
+        "judge": JUDGE,
+        "sampler": url,
+        "sampler_kind": "mlx-lm",
+        "hardware": HardwareConfig(backend="mlx", device="cpu", dtype="float32"),
+        "lora": LoraConfig(rank=4, alpha=8),
+        "optimizer": OptimizerConfig(learning_rate=2e-2, warmup_steps=0, epsilon=1e-5),
+        "iterations": 2,
+        "prompts_per_iteration": 2,
+        "sample_tokens": 6,
+    }
+    data = DataConfig(str(prompts), max_length=64)
+    return OnlineConfig(str(model), data, output=str(output), **(common | overrides))
+
+
+def test_a_server_samples_from_the_policy_as_it_is(
+    server: str,
+    model: Path,
+    prompts: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    run = online(settings(model, prompts, tmp_path / "run", server), QUIET).folder
+    rows, train = samples(run), lines(run)
+    assert len(rows) == 16 and len({tuple(row["completion_ids"]) for row in rows}) > 8
+    for i, line in enumerate(train):
+        drawn = [row for row in rows if row["iteration"] == i]
+        for label, name in ((True, "logps/chosen"), (False, "logps/rejected")):
+            sums = [np.sum(row["log_probs"]) for row in drawn if row["label"] == label]
+            # The server's log-probabilities are those of the policy that is about to be trained.
+            assert (not sums and line[name] is None) or line[name] == pytest.approx(np.mean(sums), abs=1e-3)
+        assert line["sampler_gap"] < 1e-4
+    assert abs(train[1]["log_odds_shift/chosen"]) > 1e-2  # which has moved by then
+    assert sorted(path.name[:14] for path in (run / "sampler").iterdir()) == ["adapter-000000", "adapter-000001"]
+
+
+def test_what_no_server_can_do_is_said(tiny_model: Path, prompts: Path, tmp_path: Path) -> None:  # noqa: F811
+    (port,) = free_ports(1)
+    with pytest.raises(UserError, match="reads adapters in the layout of peft, and this backend writes mlx"):
+        online(settings(tiny_model, prompts, tmp_path / "a", "http://x/v1", sampler_kind="vllm"), QUIET)
+    with pytest.raises(TrainingStopped, match="cannot be reached"):
+        online(settings(tiny_model, prompts, tmp_path / "b", f"http://127.0.0.1:{port}/v1"), QUIET)
+    with pytest.raises(ValueError, match="fine_tune_type is 'full': expected lora"):
+        settings(tiny_model, prompts, tmp_path / "c", "http://x/v1", fine_tune_type="full")
+
+
+def test_what_was_drawn_elsewhere_ends_where_it_would_here() -> None:
+    row = Completion([1], max_tokens=3, stop_ids=[7])
+    row.fill([4, 7, 5], [-1.0, -2.0, -3.0], cut=True)
+    assert (row.ids, row.log_probs, row.content, row.cut, row.done) == ([4, 7], [-1.0, -2.0], [4], False, True)
