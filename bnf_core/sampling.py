@@ -58,12 +58,8 @@ class Completion:
         self.log_probs: list[float] = []  # of these, as the model has them: at temperature 1, with nothing left out
         self.done = False
         self.cut = False  # whether it is done because it has `max_tokens`
-        self._sampling, self._max_tokens, self._stop_ids = sampling, max_tokens, frozenset(stop_ids)
-        self._key, self._decode, self._on_token = key, decode, on_token
-
-    @property
-    def max_tokens(self) -> int:
-        return self._max_tokens
+        self.sampling, self.max_tokens, self.key = sampling, max_tokens, key
+        self._stop_ids, self._decode, self._on_token = frozenset(stop_ids), decode, on_token
 
     @property
     def content(self) -> list[int]:
@@ -75,25 +71,17 @@ class Completion:
         """What it says, up to a stop string."""
         assert self._decode is not None
         text = self._decode(self.content)
-        return text[: min((at for at in map(text.find, self._sampling.stop) if at >= 0), default=len(text))]
+        return text[: min((at for at in map(text.find, self.sampling.stop) if at >= 0), default=len(text))]
 
     @property
     def withheld(self) -> int:
         """How many of the last characters of its text may become a stop string."""
-        longest = max(map(len, self._sampling.stop), default=1) - 1
+        longest = max(map(len, self.sampling.stop), default=1) - 1
         text = self.text
         return max(
-            (n for n in range(longest + 1) if any(s.startswith(text[len(text) - n :]) for s in self._sampling.stop)),
+            (n for n in range(longest + 1) if any(s.startswith(text[len(text) - n :]) for s in self.sampling.stop)),
             default=0,
         )
-
-    @property
-    def sampling(self) -> SamplingConfig:
-        return self._sampling
-
-    @property
-    def key(self) -> int:
-        return self._key
 
     def fill(self, ids: Sequence[int], log_probs: Sequence[float], cut: bool) -> None:
         """Take what somebody else has drawn, up to a token that ends it here.
@@ -113,23 +101,24 @@ class Completion:
         Raises:
             TrainingStopped: they are not finite.
         """
-        seen = (*self.prompt_ids, *self.ids) if self._sampling.repetition_penalty != 1.0 else ()
-        token, log_prob = choose(logits, self._sampling, self._key, len(self.ids), seen)
+        seen = (*self.prompt_ids, *self.ids) if self.sampling.repetition_penalty != 1.0 else ()
+        token, log_prob = choose(logits, self.sampling, self.key, len(self.ids), seen)
         self.ids.append(token)
         self.log_probs.append(log_prob)
-        self.cut = len(self.ids) == self._max_tokens and token not in self._stop_ids
-        self.done = self.cut or token in self._stop_ids
-        if self._sampling.stop and not (self.done and not self.cut) and self._says_stop():
-            self.done, self.cut = True, False
+        ended = token in self._stop_ids or self._says_stop()
+        self.cut = not ended and len(self.ids) == self.max_tokens
+        self.done = ended or self.cut
         if self._on_token is not None:
             self._on_token(self)
         return token
 
     def _says_stop(self) -> bool:
         """Whether a stop string is in its last tokens; each of its characters is four of them at most."""
+        if not self.sampling.stop:
+            return False
         assert self._decode is not None
-        tail = self._decode(self.ids[-4 * max(map(len, self._sampling.stop)) - 4 :])
-        return any(stop in tail for stop in self._sampling.stop)
+        tail = self._decode(self.ids[-4 * max(map(len, self.sampling.stop)) - 4 :])
+        return any(stop in tail for stop in self.sampling.stop)
 
 
 def greedy(
