@@ -76,6 +76,7 @@ bench:
 	@echo "$(BIN)/python -m benchmarks.loss --backend torch|mlx                             the loss alone"
 	@echo "$(BIN)/python -m benchmarks.step --backend torch|mlx --model MODEL --data FILE   a whole step"
 	@echo "$(BIN)/python -m benchmarks.growth --backend torch|mlx --model MODEL             how both grow"
+	@echo "$(BIN)/python -m benchmarks.tokens --model MODEL --data FILE                        making tokens"
 	@echo "docs/performance.md says what is measured, and what to install to measure others beside it"
 
 clean:

@@ -60,12 +60,10 @@ def bench_step(config: BenchStepConfig, console: Console) -> Measurement:
         UserError: no such model, bad rows, too few of them, or the file of figures holds those of something else.
     """
     folder = resolve_model(config.model)
-    rows = choose(
-        load_split(config.data.path, "train", config.data, load_tokenizer(folder), console), config.rows, config.seed
-    )
+    rows = choose(load_split(config.data, "train", load_tokenizer(folder), console), config.rows, config.seed)
     settings = train_config(config, folder)
     measures = benchmark(config.hardware)
-    tokens, trained = sum(map(len, rows)), sum(len(row.completion_ids) for row in rows)
+    tokens, trained = sum(map(len, rows)), sum(len(row.trained_positions) for row in rows)
     title = f"a step of {len(rows)} rows, {tokens:,} tokens, {trained:,} of them completions"
     facts = measures.facts() | {
         "model": str(config.model),

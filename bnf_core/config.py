@@ -3,11 +3,17 @@
 The CLI makes its flags and `--help` from these classes; a YAML file holds the same keys.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import date
-from typing import Any, ClassVar, Literal
+from pathlib import Path
+from types import NoneType
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
+from bnf_core.data.labels import LabelRule
 from bnf_core.errors import UserError
 from bnf_core.models.lora import UNADAPTED
 from bnf_core.objectives import Objective, parse
@@ -96,11 +102,78 @@ class HardwareConfig:
 
 
 @dataclass
+class SourceConfig:
+    """One of several sources of feedback. What it does not say is as `data` says."""
+
+    path: str
+    """A file, a folder or a Hub data set, as `data.path`."""
+    name: str | None = None
+    """What it is called in metrics and messages; default: the last part of its path."""
+    weight: float | None = None
+    """Its share of the rows of an epoch, beside the other sources' weights; default: all its rows, once an epoch."""
+    rows: int | None = None
+    """Instead: how many of its rows an epoch has."""
+    split: str | None = None
+    """As `data.split`."""
+    subset: str | None = None
+    """As `data.subset`."""
+    revision: str | None = None
+    """As `data.revision`."""
+    columns: dict[str, str] | None = None
+    """As `data.columns`."""
+    label: str | None = None
+    """As `data.label`."""
+    template: Template | None = None
+    """As `data.template`."""
+    chat_template: str | None = None
+    """As `data.chat_template`."""
+    template_kwargs: dict[str, Any] | None = None
+    """As `data.template_kwargs`."""
+
+    def __post_init__(self) -> None:
+        _require(self.path != "", "path", "", "a file, a folder or a Hub data set")
+        named = self.name is None or bool(re.fullmatch(r"[\w.@ -]+", self.name))
+        _require(named, "name", self.name, "letters, digits and .-_@, since it begins the names of metrics")
+        share = self.weight is None or 0 <= self.weight < math.inf
+        _require(share, "weight", self.weight, "a number of at least 0")
+        _require(self.rows is None or self.rows >= 1, "rows", self.rows, "an integer of at least 1")
+        _require(self.weight is None or self.rows is None, "rows", self.rows, "either rows or a weight")
+
+    @property
+    def called(self) -> str:
+        """Its name, or the last part of its path."""
+        own = Path(self.path).name
+        return self.name or re.sub(r"[^\w.@ -]", "_", Path(own).stem if Path(own).suffix in FILES else own)
+
+
+class Where(NamedTuple):
+    """Where feedback is."""
+
+    path: str  # a file, a folder or a Hub data set
+    subset: str | None = None  # of a Hub data set
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        subset = f"/{self.subset}" if self.subset else ""
+        return f"{self.path}{subset}{f'@{self.revision}' if self.revision else ''}"
+
+
+FILES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+@dataclass
 class DataConfig:
     """Feedback and how it becomes tokens."""
 
-    path: str
-    """A .jsonl, .json, .csv or .parquet file, a folder with train and valid files, or a Hub data set."""
+    path: list[Any] | str
+    """A .jsonl, .json, .csv or .parquet file, a folder with train and valid files, or a Hub data set; or a list of
+    several sources, [{path: a.jsonl, weight: 2}, {path: owner/name, subset: math, weight: 1}]."""
+    split: str | None = None
+    """Which split of a folder or Hub data set to train on, such as train_prefs; default: train."""
+    subset: str | None = None
+    """Which subset (configuration) of a Hub data set; default: its only one, or its default."""
+    revision: str | None = None
+    """Which commit, branch or tag of a Hub data set; default: the newest of its main branch."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our columns by their names in the data, such as {prompt: question, completion: answer, label: correct}; default:
     the shape of rows is recognised."""
@@ -127,11 +200,40 @@ class DataConfig:
     """Read training rows as they are needed, for data larger than memory; set `max_steps` as well."""
     shuffle_buffer: int = 10_000
     """With `streaming`: shuffle among so many rows at a time."""
+    cache: bool = True
+    """Keep tokens on this machine's disk, for the other processes of the run and for later runs; `bnf data cache` lists
+    and removes them."""
 
     def __post_init__(self) -> None:
+        if self.label is not None:
+            LabelRule.parse(self.label)
         _require(self.shuffle_buffer >= 1, "data.shuffle_buffer", self.shuffle_buffer, "an integer of at least 1")
         _require(self.max_length >= 2, "data.max_length", self.max_length, "an integer of at least 2")
+        if not isinstance(self.path, str):
+            self.path = _sources("data", self.path, self.streaming)
         _require(self.date is None or _is_day(self.date), "data.date", self.date, "a day as 2025-12-31")
+
+    def each(self) -> dict[str, "DataConfig"]:
+        """These settings for each source, by its name: what a source says comes over what all have. A single one has no
+        name."""
+        if isinstance(self.path, str):
+            return {"": self}
+        own = [field.name for field in fields(SourceConfig) if field.name not in ("name", "weight", "rows")]
+        each = {}
+        for source in self.path:
+            said = {name: value for name in own if (value := getattr(source, name)) is not None}
+            each[source.called] = replace(self, **said)
+        return each
+
+    def called(self, split: str) -> str:
+        """What the data call train, valid or test."""
+        return self.split if split == "train" and self.split else split
+
+    @property
+    def where(self) -> "Where":
+        """Of a single source."""
+        assert isinstance(self.path, str), "of several sources, each"
+        return Where(self.path, self.subset, self.revision)
 
 
 @dataclass
@@ -169,8 +271,9 @@ class TrainConfig:
     model: str
     """A checkpoint folder or a Hub model."""
     data: DataConfig
-    valid: str | None = None
-    """Held-out feedback, in any form that `data.path` takes; default: the data folder's own valid file."""
+    valid: list[Any] | str | None = None
+    """Held-out feedback, in any form that `data.path` takes; several are evaluated one by one, each under its name.
+    Default: the data folders' own valid files."""
     valid_fraction: float = 0.0
     """Without held-out data: hold out this share of the prompts."""
     output: str = "runs/bnf"
@@ -213,6 +316,9 @@ class TrainConfig:
     """Compute a prompt once for all its completions in a micro-batch, where the model's code can do it."""
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again."""
+    deterministic: bool = False
+    """On the CPU: the same bits however a run is arranged and on any number of processes. Each row, or pair, is
+    computed alone on one thread, so that the six settings above are set aside: slower (docs/invariance.md)."""
     eval_every: int | None = None
     """Evaluate held-out data every so many steps; default: before the first and after the last."""
     save_every: int | None = 100
@@ -245,9 +351,19 @@ class TrainConfig:
             not self.data.streaming or self.max_steps is not None, "max_steps", None, "a number with data.streaming"
         )
         _require(self.resume or not self.resume_anyway, "resume_anyway", True, "resume as well")
+        if self.deterministic:
+            _require(self.lora.dropout == 0, "lora.dropout", self.lora.dropout, "0 with deterministic")
+            self.micro_batch_size = 1
+            self.auto_batch = self.packing = self.group_by_length = self.share_prompts = False
         objective = self.make_objective()
         if self.reference is not None and not objective.needs_reference:
             raise UserError(f"objective {objective.name} needs no reference, and reference is given: leave it out")
+
+        if self.valid is not None and not isinstance(self.valid, str):
+            self.valid = _sources("valid", self.valid)
+            for i, source in enumerate(self.valid):
+                for name in ("weight", "rows"):
+                    _require(getattr(source, name) is None, f"valid[{i}].{name}", getattr(source, name), "none")
 
     def make_objective(self) -> Objective:
         """
@@ -260,7 +376,12 @@ class TrainConfig:
         return parse(str(settings.pop("name", "bnf")), settings)
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As in YAML; of sources what they say."""
+        settings = asdict(self)
+        for of, name in ((settings["data"], "path"), (settings, "valid")):
+            if isinstance(of[name], list):
+                of[name] = [{k: v for k, v in source.items() if v is not None} for source in of[name]]
+        return settings
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its dotted name, as on the command line."""
@@ -330,6 +451,8 @@ class OnlineConfig(TrainConfig):
         _require(0 <= self.max_failed <= 1, "max_failed", self.max_failed, "a share from 0 to 1")
         remote = self.sampler is not None and self.fine_tune_type != "lora"
         _require(not remote, "fine_tune_type", self.fine_tune_type, "lora, which is what a server can reload")
+        _require(isinstance(self.data.path, str), "data", self.data.path, "one source of prompts")
+        _require(isinstance(self.valid, str | None), "valid", self.valid, "one source of held-out prompts")
         _require(not self.data.streaming, "data.streaming", True, "false: prompts are read whole")
         _require(not self.data.skip_bad_rows, "data.skip_bad_rows", True, "false: a prompt is not passed over")
         _require(self.data.label is None, "data.label", self.data.label, "nothing: `label` makes labels of scores")
@@ -383,6 +506,19 @@ class DataCheckConfig:
         _require(self.split in ("train", "valid", "test", "all"), "split", self.split, "train, valid, test or all")
         ending = (self.picture or ".png").lower()[-4:]
         _require(ending in (".png", ".svg"), "picture", self.picture, "a name that ends in .png or .svg")
+
+
+@dataclass
+class DataCacheConfig:
+    """List the tokens that are kept on this machine, or remove them."""
+
+    remove: bool = False
+    """Remove them. A run that uses them goes on; one that starts later makes them again."""
+    unused_days: int = 0
+    """Only those that no run has used for so many days."""
+
+    def __post_init__(self) -> None:
+        _require(self.unused_days >= 0, "unused_days", self.unused_days, "an integer of at least 0")
 
 
 @dataclass
@@ -461,6 +597,69 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from flat(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value
+
+
+def _sources(setting: str, given: Sequence[Any], streaming: bool = False) -> list[SourceConfig]:
+    """A list of sources, each a SourceConfig, its settings by name, or its path alone."""
+    _require(len(given) > 0, setting, [], "at least one source")
+    sources = [_source(f"{setting}[{i}]", source) for i, source in enumerate(given)]
+    names = [source.called for source in sources]
+    for i, name in enumerate(names):
+        at = f"{setting}[{i}]"
+        _require(name not in names[:i], f"{at}.name", name, "another name: two sources are called so")
+    weights = [source.weight for source in sources]
+    if any(weight is not None for weight in weights):
+        for i, weight in enumerate(weights):
+            _require(weight is not None, f"{setting}[{i}].weight", None, "a number: give all sources weights, or none")
+        _require(any(weights), f"{setting}[0].weight", weights[0], "a number above 0 of one source at least")
+    if streaming:
+        fixed = next((i for i, weight in enumerate(weights) if weight is None), None)
+        expected = "a number: nobody knows how many rows a stream has, so each source of several needs a weight"
+        _require(fixed is None or len(sources) == 1, f"{setting}[{fixed}].weight", None, expected)
+    return sources
+
+
+def _source(setting: str, given: Any) -> SourceConfig:
+    if isinstance(given, SourceConfig):
+        return given
+    given = {"path": given} if isinstance(given, str) else given
+    _require(isinstance(given, Mapping), setting, given, "a path, or settings by name, such as {path: a.jsonl}")
+    hints = get_type_hints(SourceConfig)
+    for name, value in given.items():
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints, 1, 0.5)
+            hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(hints)}"
+            raise ValueError(f"unknown setting {setting}.{name}: {hint}")
+        _require(_fits(value, hints[name]), f"{setting}.{name}", value, _in_words(hints[name]))
+    _require("path" in given, f"{setting}.path", None, "a file, a folder or a Hub data set")
+    try:
+        return SourceConfig(**given)
+    except ValueError as error:
+        raise ValueError(f"{setting}.{error}") from error
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value of YAML is of a type: plain ones, a choice of words, names with values, and any of these."""
+    kind, parts = get_origin(hint) or hint, get_args(hint)
+    if kind is Any:
+        return True
+    if kind is Literal:
+        return value in parts
+    if kind is dict:
+        return isinstance(value, dict) and all(
+            _fits(x, part) for pair in value.items() for x, part in zip(pair, parts, strict=True)
+        )
+    if parts:
+        return any(_fits(value, part) for part in parts)
+    return isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
+
+
+def _in_words(hint: Any) -> str:
+    kind = get_origin(hint) or hint
+    if kind is Literal:
+        return ", ".join(get_args(hint))
+    words = {str: "text", int: "an integer", float: "a number", dict: "names with values", NoneType: "null"}
+    return words[kind] if kind in words else " or ".join(map(_in_words, get_args(hint)))
 
 
 def _is_day(text: str) -> bool:

@@ -19,3 +19,15 @@ def choose_device(device: str, present: Sequence[str], framework: str) -> str:
     if chosen not in present:
         raise UserError(f"device {chosen!r} is not present: {framework} offers {', '.join(present)}")
     return chosen
+
+
+def require_cpu(device: str) -> None:
+    """
+    Raises:
+        UserError: a run that is to be deterministic is on another device.
+    """
+    if device != "cpu":
+        raise UserError(
+            f"deterministic is true, which is kept on the CPU alone: this run is on {device}. Set device to cpu, "
+            "or deterministic to false"
+        )

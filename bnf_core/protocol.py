@@ -331,16 +331,19 @@ class Backend(Protocol):
         optimizer: OptimizerConfig | None = None,
         objective: Objective | None = None,
         gradient_checkpointing: bool = False,
+        deterministic: bool = False,
         seed: int = 0,
     ) -> Engine:
         """Load a checkpoint folder, with `adapter` a saved adapter on it.
 
         With `fine_tune_type` it is there to be trained: `lora` or `dora` add a fresh adapter (or train the saved
         one on), `full` trains all weights. Whatever is trained is float32. The objective is BNF by default.
+        With `deterministic` each micro-batch's gradient is added by itself, in the order of the step's micro-batches,
+        whichever process has computed it.
 
         Raises:
             UserError: no such model, no weights, unknown device, an adapter for another model, or something this
-                backend cannot do.
+                backend cannot do, such as bits that are kept on a GPU.
         """
         raise self._losses_alone()
 

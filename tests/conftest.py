@@ -1,5 +1,7 @@
 import importlib.util
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import tiny
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing under test may reach for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LD_PRELOAD", "")  # or `bnf` on MLX would replace the process that runs the tests by its own
+
+os.environ["BNF_CACHE"] = tempfile.mkdtemp(prefix="bnf-cache-")  # of this process and those that it starts
 
 BACKENDS = [
     pytest.param(
@@ -29,6 +33,7 @@ def backend_name(request: pytest.FixtureRequest) -> str:
 
 def pytest_unconfigure() -> None:
     forked.stop()
+    shutil.rmtree(os.environ["BNF_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

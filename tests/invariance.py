@@ -25,7 +25,7 @@ from safetensors.numpy import load_file
 import forked
 from bnf_core.steps import batching
 from bnf_core.steps import steps as plan
-from bnf_core.types import Array, Batch
+from bnf_core.types import Array, Batch, Example
 
 # A constant, large learning rate: the weights must move, or nothing is shown. AdamW divides by √v + epsilon; with the
 # usual 1e-8 the round-off of a gradient that ought to be zero becomes a whole step, and no scale of the gradient shows
@@ -39,13 +39,13 @@ BASE = f"--micro-batch-size 8 {UNSHARED}"  # what others are compared with: a st
 
 def write_rows(path: Path, shift: int = 0) -> Path:
     """21 rows, so that of every epoch's batches of eight the last has five, which two processes cannot share evenly.
-    Lengths differ tenfold; some completions are one token. Another `shift` makes other rows."""
+    Lengths differ tenfold, and weights threefold; some completions are one token. Another `shift` makes other rows."""
     completions = ["4", "It is 4.", "No idea, sorry. "]
     rows = []
     for i in range(21):
         prompt = "What is " + " plus ".join(str(j + shift) for j in range(1 + 5 * i % 11)) + "?"
         completion = completions[i % 3] * (1 if i % 3 == 0 else 1 + i % 7)
-        rows.append({"prompt": prompt, "completion": completion, "label": i % 2 == 0})
+        rows.append({"prompt": prompt, "completion": completion, "label": i % 2 == 0, "weight": (1, 0.5, 1.5)[i % 3]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -59,6 +59,28 @@ def write_pairs(path: Path) -> Path:
         prompt = "What is " + " plus ".join(map(str, range(1 + 5 * (i // 2) % 7))) + "?"
         chosen, rejected = (completions[(i + j) % 3] * (1 + (i + 2 * j) % 4) for j in range(2))
         rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_turns(path: Path) -> Path:
+    """21 rows of several turns, of which some are not trained: a tool's between two of the assistant's, and turns that
+    are switched off, first and last ones too. Three rows have one prompt, but for the last."""
+    turns = ["4", "It is 4.", "No idea, sorry. "]
+    rows = []
+    for i in range(21):
+        completion = []
+        for j in range(1 + i % 3):
+            answer = {"role": "assistant", "content": turns[(i + j) % 3] * (1 + (i + 2 * j) % 4)}
+            completion += [
+                answer | ({} if (i + j) % 4 else {"train": False}),
+                {"role": "tool", "content": "2" * (i % 5)},
+            ]
+        completion = completion[:-1]
+        if not any(turn["role"] == "assistant" and turn.get("train", True) for turn in completion):
+            completion[0].pop("train")
+        prompt = [{"role": "user", "content": "What is " + " plus ".join(map(str, range(1 + i // 3))) + "?"}]
+        rows.append({"prompt": prompt, "completion": completion, "label": i % 2 == 0})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -224,6 +246,13 @@ def _one_completion(batch: Batch) -> Batch:
 
 
 @contextmanager
+def turns_trained() -> Iterator[None]:
+    """Turns that are not to be trained are, and count."""
+    with mock.patch.object(Example, "trained_positions", property(lambda row: np.arange(len(row.completion_ids)))):
+        yield
+
+
+@contextmanager
 def padding_trained() -> Iterator[None]:
     """The mask is one too long: the token of padding after a row's last is trained as well."""
     right = plan.with_reference
@@ -276,6 +305,7 @@ BUGS: dict[str, Bug] = {
     "dropped micro-batch": _share(lambda batches: batches[:-1] if len(batches) > 1 else batches),
     "padding seen": _share(lambda batches: [_padded_left(b) for b in batches]),
     "padding trained": padding_trained,
+    "turns trained": turns_trained,
     "completions see each other": _share(lambda batches: [_one_completion(b) for b in batches]),
     "packed rows see each other": _share(lambda batches: [replace(b, packed=False) for b in batches]),
     "pairs parted": pairs_parted,
@@ -315,11 +345,12 @@ class Runs:
 
     Args:
         objective: other than BNF, as flags; then the rows are pairs.
+        rows: what writes them; default: single turns.
     """
 
-    def __init__(self, model: Path, folder: Path, objective: str = ""):
+    def __init__(self, model: Path, folder: Path, objective: str = "", rows: Callable[[Path], Path] | None = None):
         self.model, self.folder, self.objective = model, folder, objective
-        self.rows = (write_pairs if objective else write_rows)(folder / "rows.jsonl")
+        self.rows = (rows or (write_pairs if objective else write_rows))(folder / "rows.jsonl")
         self._count = itertools.count()
         self._known: dict[tuple[str, ...], Trajectory] = {}
 

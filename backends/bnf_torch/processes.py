@@ -3,7 +3,7 @@
 import atexit
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 
@@ -156,6 +156,42 @@ def gradients_wait(model: nn.Module) -> Iterator[None]:
             model.set_requires_gradient_sync(True)
     else:
         yield
+
+
+class OrderedSum:
+    """A sum of gradients in the order of a step's micro-batches, whichever process computes which: the k-th of rank r
+    is the (k · count + r)-th of the step, as `Processes.share` deals them."""
+
+    def __init__(self, parameters: Iterable[nn.Parameter], group: Processes):
+        self.parameters, self.group = list(parameters), group
+        self.sums: list[Tensor] = []
+
+    def add(self) -> None:
+        """What the parameters have for gradients, and what they have on the other processes; none is left there."""
+        self.sums = self.sums or [torch.zeros_like(p) for p in self.parameters]
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        for gradients in in_order(own, self.group):
+            self.sums = [total + gradient for total, gradient in zip(self.sums, gradients, strict=True)]
+        for p in self.parameters:
+            p.grad = None
+
+    def put_back(self) -> None:
+        """Make the sums the parameters' gradients."""
+        for p, total in zip(self.parameters, self.sums, strict=True):
+            p.grad = total
+
+
+def in_order(tensors: Sequence[Tensor], group: Processes) -> Iterator[Sequence[Tensor]]:
+    """What each process has in place of these float32 tensors, in order of rank."""
+    if group.count == 1:
+        yield tensors
+        return
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    every = [torch.empty_like(flat) for _ in range(group.count)]
+    dist.all_gather(every, flat)
+    for one in every:
+        parts = one.split([tensor.numel() for tensor in tensors])
+        yield [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,15 +1,21 @@
 """Feedback as tokens, by one set of settings, for every job that reads data: all in memory, or as a stream."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from bnf_core.config import DataConfig, Template
+import numpy as np
+
+from bnf_core.config import DataConfig, Template, Where
+from bnf_core.data.cores import on_all_cores, workers_for
 from bnf_core.data.reading import Reading
 from bnf_core.data.records import Feedback
 from bnf_core.data.rendering import Chat, chat_of
+from bnf_core.data.sources import LoadedFeedback, group_of
 from bnf_core.data.streaming import FeedbackStream
-from bnf_core.data.tokenization import Tokenized, tokenize
+from bnf_core.data.table import About, ExampleTable, Part, part_of
+from bnf_core.data.token_cache import Making
+from bnf_core.data.tokenization import CHUNK, Fate, Tokenized, none_left, tokenize, tokenize_some
 from bnf_core.types import Example, Unit
 
 if TYPE_CHECKING:
@@ -26,6 +32,7 @@ class Tally:
     prompts_cut: int = 0
     completions_cut: int = 0
     reopened: int = 0
+    unused: set[str] = field(default_factory=set)  # keys of messages that the chat template does not write
     neither: int = 0  # left out, because their label or weight is 0
 
     def add(self, tokens: Tokenized) -> None:
@@ -34,6 +41,15 @@ class Tally:
         self.prompts_cut += tokens.prompts_cut
         self.completions_cut += tokens.completions_cut
         self.reopened += tokens.reopened
+        self.unused |= tokens.unused
+
+    def add_table(self, table: ExampleTable) -> None:
+        fates = table.column("fates")
+        self.rows += len(table)
+        self.chosen += int(np.count_nonzero(table.column("labels") > 0))
+        self.prompts_cut += int(np.count_nonzero(fates & Fate.PROMPT_CUT))
+        self.completions_cut += int(np.count_nonzero(fates & Fate.COMPLETION_CUT))
+        self.reopened += int(np.count_nonzero(fates & Fate.REOPENED))
 
     def notes(self, whole: bool = True) -> list[str]:
         """What a person should know; none: all is well.
@@ -50,6 +66,10 @@ class Tally:
         if self.neither:
             notes.append(
                 f"{self.neither:,} completions are left out: a label or weight of 0 says neither chosen nor rejected"
+            )
+        if self.unused:
+            notes.append(
+                f"the chat template does not use what the rows or settings give it: {', '.join(sorted(self.unused))}"
             )
         if self.reopened:
             notes.append(
@@ -93,20 +113,44 @@ class FeedbackTokenizer:
         """
         return self._tokenize(rows, self.skip_bad_rows)
 
+    def making(self, loaded: LoadedFeedback, workers: int | None = None) -> Making:
+        """The same as what a table is made of, on all cores.
+
+        Args:
+            workers: how many processes tokenise; default: one for so many rows as are worth starting it.
+        """
+        about = About(loaded.shape, list(loaded.skipped), sorted(loaded.unused), neither=loaded.neither)
+        return Making(list(map(group_of, loaded.rows)), self._parts(loaded.rows, about.skipped, workers), about)
+
+    def _parts(self, rows: Sequence[Feedback], skipped: list[str], workers: int | None) -> Iterator[Part]:
+        chunks = (rows[at : at + CHUNK] for at in range(0, len(rows), CHUNK))
+        left = 0
+        for part, bad in on_all_cores(self._part, chunks, workers_for(len(rows)) if workers is None else workers):
+            skipped += bad
+            left += len(part.arrays["ends"])
+            yield part
+        if not left:
+            raise none_left(len(rows), skipped[-1])
+
+    def _part(self, rows: Sequence[Feedback]) -> tuple[Part, list[str]]:
+        tokens = tokenize_some(rows, self.tokenizer, self.template, self.chat, self.max_length, self.skip_bad_rows)
+        return part_of(tokens), tokens.skipped
+
     def stream(
         self,
-        source: str | Iterable[Mapping[str, Any]],
+        source: str | Where | Iterable[Mapping[str, Any]],
         split: str,
         *,
         shuffle_buffer: int,
         seed: int,
         unit: Unit = "row",
         report: Callable[[Tokenized], None] | None = None,
+        labelled: bool = True,
     ) -> FeedbackStream:
         """Rows that are read and tokenised as they are needed; the stream counts those that it skips.
 
         Args:
-            source, split, shuffle_buffer, seed, unit: as for FeedbackStream.
+            source, split, shuffle_buffer, seed, unit, labelled: as for FeedbackStream.
             report: called with what each batch of rows gave.
         Raises:
             UserError: nothing there, or no such split.
@@ -127,6 +171,7 @@ class FeedbackTokenizer:
             skip_bad_rows=self.skip_bad_rows,
             unit=unit,
             reading=self.reading,
+            labelled=labelled,
         )
 
     def tally(self, *tokens: Tokenized) -> Tally:

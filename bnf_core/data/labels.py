@@ -30,6 +30,7 @@ COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
 }
 ORDERS = (">=", "<=", ">", "<")
 MEAN = "mean"
+LARGEST = 1e300  # so that sums are finite
 RULE = re.compile(
     r"""\s*(?P<field>"[^"]+"|'[^']+'|[^"'\s<>=!][^"'<>=!]*?)\s*
         (?:(?P<compare>>=|<=|==|!=|>|<)\s*(?P<value>[^\s<>=!].*?) | \sin\s+(?P<end>top|bottom)\s+(?P<count>\d+))?\s*""",
@@ -191,8 +192,8 @@ class Labels:
 def _unambiguous(value: Any, field: str, source: str) -> Value:
     """A label that means one thing whoever wrote it."""
     meant = value.meant() if isinstance(value, Cell) else value
-    if isinstance(meant, bool) or kind_of_label(meant) == GRADED:
-        return bool(meant) if isinstance(meant, bool) else float(meant)
+    if isinstance(meant, bool) or (isinstance(meant, float) and -1 <= meant <= 1):
+        return meant
     if isinstance(value, str) or not _is_number(value):
         raise RowError(
             source,
@@ -277,7 +278,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _finite(value: Any) -> float | None:
-    """A number, or text that is one; None: it is neither, or not finite."""
+    """A number, or text that is one; None: it is neither, or too large."""
     if isinstance(value, str) and not re.fullmatch(NUMBER, value.strip()):
         return None
     if not isinstance(value, str) and not _is_number(value):
@@ -286,7 +287,7 @@ def _finite(value: Any) -> float | None:
         number = float(value)
     except OverflowError:
         return None
-    return number if math.isfinite(number) else None
+    return number if abs(number) < LARGEST else None
 
 
 def _number(value: Any, field: str, source: str) -> float:

@@ -31,15 +31,21 @@ class RowError(UserError):
         self.field = field
         self.problem = problem
         self.remedy = remedy
-        super().__init__(f"{source}: {field + ': ' if field else ''}{problem}. {remedy}.")
+        message = f"{source}: {field + ': ' if field else ''}{problem}. {remedy}."
+        super().__init__(message.encode(errors="backslashreplace").decode())  # what is wrong may be half a surrogate
+
+    def __reduce__(self) -> tuple[Any, ...]:  # from one process to another
+        return type(self), (self.source, self.field, self.problem, self.remedy)
 
 
 class Cell(str):
     """Text of a table that has nothing else, such as CSV: it may be meant as a number or a truth value."""
 
-    def meant(self) -> bool | int | float | str:
-        """What JSON would say of it."""
+    def meant(self) -> bool | int | float | str | None:
+        """What JSON would say of it; nothing is null."""
         text = self.strip()
+        if not text:
+            return None
         if text.casefold() in ("true", "false"):
             return text.casefold() == "true"
         if re.fullmatch(r"[-+]?\d{1,18}", text):
@@ -123,7 +129,7 @@ def _message(message: Any, field: str, source: str) -> Message:
             )
         check_unicode(message[key], f"{field}.{key}", source)
     for key in message.keys() - {"role", "content", *REASONING}:  # a template may write it
-        check_unicode(json.dumps(message[key], ensure_ascii=False, default=str), f"{field}.{key}", source)
+        check_unicode(json.dumps({key: message[key]}, ensure_ascii=False, default=str), f"{field}.{key}", source)
     if calls:
         message["tool_calls"] = calls
     if not trained:
@@ -184,7 +190,7 @@ def _tool_call(call: Any, field: str, source: str) -> dict[str, Any]:
             f"is {named(arguments)}, expected an object",
             "Write the arguments by their names",
         )
-    check_unicode(json.dumps([function["name"], arguments], ensure_ascii=False), field, source)
+    check_unicode(json.dumps([function["name"], arguments], ensure_ascii=False, default=str), field, source)
     around = {key: value for key, value in call.items() if key != "function"} if "function" in call else {}
     return {"type": "function"} | around | {"function": {**function, "arguments": dict(arguments)}}
 
@@ -214,7 +220,7 @@ def tools_of(value: Any, source: str) -> list[Tool] | None:
                 f"is {named(parameters)}, expected a JSON Schema, an object with properties",
                 f"Write {SCHEMA}",
             )
-        check_unicode(json.dumps(tool, ensure_ascii=False), f"tools[{i}]", source)
+        check_unicode(json.dumps(tool, ensure_ascii=False, default=str), f"tools[{i}]", source)
     return tools
 
 
@@ -240,7 +246,9 @@ def template_kwargs_of(value: Any, source: str) -> dict[str, Any] | None:
 
 
 def _json(value: Any, field: str, source: str) -> Any:
-    """What JSON text says; anything else as it is."""
+    """What JSON text says, and an empty cell of a table; anything else as it is."""
+    if isinstance(value, Cell) and value.meant() is None:
+        return None
     if not isinstance(value, str):
         return value
     try:

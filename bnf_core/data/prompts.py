@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bnf_core.config import Where
 from bnf_core.data.labels import look_up
 from bnf_core.data.messages import RowError, Text, Tool, named, plain, template_kwargs_of, text_or_messages, tools_of
 from bnf_core.data.sources import no_rows, read_rows
@@ -21,7 +22,7 @@ class Prompt:
     template_kwargs: dict[str, Any] | None = None
 
 
-def load_prompts(path: str, split: str = "train", column: str = "prompt") -> list[Prompt]:
+def load_prompts(path: str | Where, split: str = "train", column: str = "prompt") -> list[Prompt]:
     """Each prompt once, in the order in which they are met.
 
     Args:
@@ -32,7 +33,7 @@ def load_prompts(path: str, split: str = "train", column: str = "prompt") -> lis
     Raises:
         UserError: nothing there, or a row without a prompt.
     """
-    file = Path(path).expanduser()
+    file = Path(path if isinstance(path, str) else path.path).expanduser()
     if file.suffix.lower() == ".txt":
         try:
             lines = file.read_text(encoding="utf-8").splitlines()
@@ -46,7 +47,7 @@ def load_prompts(path: str, split: str = "train", column: str = "prompt") -> lis
         prompt = _parse(row, source, "prompt" if file.suffix.lower() == ".txt" else column)
         prompts.setdefault(json.dumps([prompt.text, prompt.tools, prompt.template_kwargs], sort_keys=True), prompt)
     if not prompts:
-        raise no_rows(path, split)
+        raise no_rows(str(path), split)
     return list(prompts.values())
 
 

@@ -6,6 +6,7 @@ import difflib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from bnf_core.config import DataConfig
@@ -74,7 +75,7 @@ class RowReader:
             used, called, name = used_columns(shape), shape.called, _described(shape, row)
             row = self._converted(shape, row, source)
         try:
-            found = parse_row(row, source, self._labels)
+            found = parse_row(row, source, self._labels, is_plain=True)
         except RowError as error:
             head, dot, rest = error.field.partition(".")
             head, bracket, at = head.partition("[")
@@ -89,9 +90,10 @@ class RowReader:
                 "data.label a rule that judges each by itself"
             )
         self.shapes[name] += 1
-        self.unused |= {
+        others = (
             c for c, v in row.items() if v is not None and c not in used and c not in USED and not self._judged(c)
-        }
+        )
+        self.unused |= {c.encode(errors="backslashreplace").decode() for c in others}
         return self._kept(found)
 
     def described(self) -> str:
@@ -179,5 +181,10 @@ class RowReader:
 
 
 def _described(shape: Shape, row: Mapping[str, Any]) -> str:
-    columns = [*shape.columns, *(c for c in (*shape.uses, "weight", "tools") if row.get(c) is not None)]
-    return f"{shape.name} ({', '.join(dict.fromkeys(columns))})" if columns else shape.name
+    return _in_words(shape, tuple(c for c in (*shape.uses, "weight", "tools") if row.get(c) is not None))
+
+
+@lru_cache(1000)
+def _in_words(shape: Shape, others: tuple[str, ...]) -> str:
+    columns = dict.fromkeys((*shape.columns, *others))
+    return f"{shape.name} ({', '.join(columns)})" if columns else shape.name

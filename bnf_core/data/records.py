@@ -32,7 +32,7 @@ COLUMN_SETS = (UNPAIRED, PAIRED, IMPLICIT, SEVERAL)
 TOKENS = ("prompt_ids", "completion_ids")  # of a completion that a model drew, beside its text
 BESIDE = {*TOKENS, "weight", "tools", "chat_template_kwargs"}  # what any of them may have as well
 USED = {*BESIDE, *(column for columns in COLUMN_SETS for column in columns)}
-TEXTS = ("completion", "response", "text", "answer", "output")  # the names of what an object in a list says
+TEXTS = ("completion", "response", "text", "answer", "output", "content")  # the names of what an object in a list says
 
 
 class TokenIds(NamedTuple):
@@ -74,7 +74,7 @@ class _Shared(NamedTuple):
         return Feedback(self.prompt, completion, label > 0, self.source, paired, self.tools, kwargs, strength, score)
 
 
-def parse_row(row: Any, source: str, labels: Labels | None = None) -> list[Feedback]:
+def parse_row(row: Any, source: str, labels: Labels | None = None, *, is_plain: bool = False) -> list[Feedback]:
     """Check one row and turn it into labelled completions: one, two of a pair, or several. Other columns are ignored.
 
     Those whose label or weight is 0 have the weight 0.
@@ -83,6 +83,7 @@ def parse_row(row: Any, source: str, labels: Labels | None = None) -> list[Feedb
         row: a mapping from column to value, as read from JSON.
         source: file:line, for messages.
         labels: how labels are read; default: from the column `label`.
+        is_plain: whether the row is as `messages.plain` gives it.
     Raises:
         RowError: the row is not what any of the column sets asks for.
     """
@@ -91,7 +92,8 @@ def parse_row(row: Any, source: str, labels: Labels | None = None) -> list[Feedb
         raise RowError(
             source, "", f"found {named(row)}, expected an object with columns", f"The columns are {_column_sets()}"
         )
-    row = {column: plain(value) for column, value in row.items()}
+    if not is_plain:
+        row = {column: plain(value) for column, value in row.items()}
     columns = _column_set(row, source, labels)
     beside = (
         tools_of(row.get("tools"), source),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
+READ = {"role", "content", "tool_calls", "train", *REASONING, "id", "tool_call_id"}  # or nothing that is said
 THINKING = re.compile(r"</?think(?:ing)?>")
 REMEDY = (
     "Set data.template_kwargs (such as enable_thinking: true) or data.chat_template so that it is written, take it out "
@@ -97,6 +98,7 @@ class Renderer:
         longest_first = sorted(map(re.escape, special), key=len, reverse=True)
         self._special = re.compile("|".join(longest_first) or "(?!)")
         self._sources: dict[bool, str] = {}  # the template's text, by whether there are tools
+        self.unused: set[str] = set()  # keys of messages and arguments of the template that it does not write
 
     def prompt(
         self, prompt: Text, source: str, tools: list[Tool] | None = None, kwargs: Mapping[str, Any] | None = None
@@ -124,7 +126,17 @@ class Renderer:
         if not self._is_templated(row.prompt, row.source, row.tools):
             return Rendered(str(row.prompt), str(row.prompt) + str(row.completion))
         prompt, completion = _messages(row.prompt, "user"), _messages(row.completion, "assistant")
-        return self._first_whole(lambda form: self._row(form, prompt, completion, row), prompt + completion)
+        rendered = self._first_whole(lambda form: self._row(form, prompt, completion, row), prompt + completion)
+        self._note_unused(prompt + completion, row, rendered.whole)
+        return rendered
+
+    def _note_unused(self, messages: list[Message], row: Feedback, text: str) -> None:
+        template = self._source(row.tools)
+        others = [(key, value) for message in messages for key, value in message.items() if key not in READ]
+        given = {**self._chat.kwargs, **(row.template_kwargs or {})}
+        for key, value in [*others, *((key, None) for key in given)]:
+            if not re.search(rf"\b{re.escape(key)}\b", template) and not (isinstance(value, str) and value in text):
+                self.unused.add(key)
 
     def turn_end(self) -> str | None:
         """The special token that ends an assistant's turn under this template; None: none does, or it cannot be

@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from bnf_core.config import Where
 from bnf_core.data.messages import RowError, Text
 from bnf_core.data.readers import READERS, RawRow, number_rows
 from bnf_core.data.reading import Reading, RowReader
 from bnf_core.data.records import Feedback
 from bnf_core.errors import UserError
 from bnf_core.storage.digests import files_digest
+from bnf_core.types import Array
 
 # The names a split may have, best first. Held-out data that is only called test serves as valid.
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "test"), "test": ("test",)}
@@ -45,7 +47,7 @@ class LoadedFeedback:
 
 
 def load_feedback(
-    path_or_rows: str | Iterable[Any],
+    path_or_rows: str | Where | Source | Iterable[Any],
     split: str = "train",
     skip_bad_rows: bool = False,
     reading: Reading | None = None,
@@ -53,8 +55,9 @@ def load_feedback(
     """Read feedback from wherever it is, all of it into memory.
 
     Args:
-        path_or_rows: a .jsonl, .json, .csv or .parquet file, a folder with train, valid and test files of those
-            kinds or one that `datasets` saved, or a Hub data set as owner/name; or rows from Python, mappings.
+        path_or_rows: where it is, a .jsonl, .json, .csv or .parquet file, a folder with train, valid and test files of
+            those kinds or one that `datasets` saved, or a Hub data set as owner/name; what `find_source` found; or rows
+            from Python, mappings.
         split: train, valid or test; a single file is the split it is asked for.
         skip_bad_rows: list bad rows in `skipped` instead of stopping at the first.
         reading: the names of columns, and how labels are made.
@@ -63,7 +66,7 @@ def load_feedback(
         UserError: nothing there, not readable, no such split, no row or no good row.
     """
     reader = RowReader(reading)
-    source = find_source(path_or_rows, split) if isinstance(path_or_rows, str) else source_of(path_or_rows, split)
+    source = path_or_rows if isinstance(path_or_rows, Source) else _source(path_or_rows, split)
     found: list[Feedback] = []
     skipped: list[str] = []
     for row in source.read():
@@ -83,7 +86,7 @@ def load_feedback(
     return LoadedFeedback(rows, skipped, reader.unused, reader.described(), reader.neither)
 
 
-def read_rows(path_or_name: str, split: str) -> Iterator[tuple[str, Any]]:
+def read_rows(path_or_name: str | Where, split: str) -> Iterator[tuple[str, Any]]:
     """(file:line, row as it stands there or the RowError met in decoding it) of one split, unchecked.
 
     Raises:
@@ -108,7 +111,7 @@ def nothing_said(name: str, neither: int) -> UserError:
     )
 
 
-def has_split(path_or_name: str, split: str) -> bool:
+def has_split(path_or_name: str | Where, split: str) -> bool:
     """Whether `load_feedback(path_or_name, split)` has data of its own for that split.
 
     A single file is all train. Asks the Hub for a Hub data set.
@@ -116,7 +119,8 @@ def has_split(path_or_name: str, split: str) -> bool:
     Raises:
         UserError: nothing there, or an unknown split.
     """
-    path = Path(path_or_name).expanduser()
+    where = _where(path_or_name)
+    path = Path(where.path).expanduser()
     names = _split_names(split)
     if path.is_dir():
         if is_saved(path):
@@ -124,8 +128,8 @@ def has_split(path_or_name: str, split: str) -> bool:
         return bool(_split_files(path, names))
     if path.exists():
         return split == "train"
-    _check_hub_name(path_or_name)
-    return not set(names).isdisjoint(_hub_splits(path_or_name))
+    _check_hub_name(where.path)
+    return not set(names).isdisjoint(_hub_splits(where))
 
 
 def prompt_group(prompt: Text, *given: Any) -> int:
@@ -152,22 +156,18 @@ def pair_number(source: str) -> int:
     return int.from_bytes(hashlib.blake2b(source.encode(), digest_size=8, person=b"pair").digest()) >> 1 | 1
 
 
-def split_by_prompt(rows: Sequence[Feedback], fraction: float, seed: int) -> tuple[list[Feedback], list[Feedback]]:
-    """Hold out a share of the prompts, with all of their rows: no prompt is on both sides.
+def held_out_prompts(prompts: Sequence[int] | Array, fraction: float, seed: int) -> set[int]:
+    """Which prompts are held out, with all of their rows.
 
     Args:
-        rows: feedback; both sides keep its order.
+        prompts: the group of each, once, in the order of the data.
         fraction: share of the prompts to hold out, above 0 and below 1; at least one prompt goes to either side.
         seed: the same seed and prompts give the same split.
-    Returns:
-        train, held_out
     Raises:
         UserError: fewer than two prompts, or a share out of range.
     """
     if not 0 < fraction < 1:
         raise UserError(f"the share of prompts to hold out is {fraction}: expected a number above 0 and below 1")
-    groups = [group_of(row) for row in rows]
-    prompts = list(dict.fromkeys(groups))  # in order of appearance
     count = len(prompts)
     if count < 2:
         raise UserError(
@@ -175,25 +175,23 @@ def split_by_prompt(rows: Sequence[Feedback], fraction: float, seed: int) -> tup
             "least 2. Give held-out data in a file of its own, or train without."
         )
     held = min(max(round(fraction * count), 1), count - 1)
-    chosen = {prompts[i] for i in np.random.Generator(np.random.PCG64(seed)).permutation(count)[:held]}
-    sides: tuple[list[Feedback], list[Feedback]] = ([], [])
-    for row, group in zip(rows, groups, strict=True):
-        sides[group in chosen].append(row)
-    return sides
+    return {int(prompts[i]) for i in np.random.Generator(np.random.PCG64(seed)).permutation(count)[:held]}
 
 
 # Finding the rows
 
 
-def find_source(path_or_name: str, split: str, streaming: bool = False) -> Source:
+def find_source(path_or_name: str | Where, split: str, streaming: bool = False) -> Source:
     """One split of a file, a folder or a Hub data set, as `load_feedback` describes them; nothing is read yet.
 
     Args:
+        split: train, valid, test, or what the data themselves call theirs.
         streaming: read a Hub data set over the network, row by row, instead of fetching it first.
     Raises:
         UserError: nothing there, no such split, shards missing, or an unknown kind of file.
     """
-    path = Path(path_or_name).expanduser()
+    where = _where(path_or_name)
+    path = Path(where.path).expanduser()
     names = _split_names(split)
     if path.is_dir() and is_saved(path):
         return _saved(path, names)
@@ -207,13 +205,25 @@ def find_source(path_or_name: str, split: str, streaming: bool = False) -> Sourc
                 f"{names[0]}-0, or in a folder {names[0]}."
             )
         _check_shards(path, files, split)
-        return _files(path_or_name, files)
+        return _files(where.path, files)
     if not path.exists():
-        _check_hub_name(path_or_name)
-        return _hub(path_or_name, names, streaming)
+        _check_hub_name(where.path)
+        return _hub(where, names, streaming)
     if path.suffix.lower() not in READERS:
         raise UserError(f"{path}: unknown kind of file. Expected one of the endings {', '.join(READERS)}.")
-    return _files(path_or_name, [path])
+    if split not in SPLITS:
+        raise UserError(f"{path}: unknown split {split!r}: expected {', '.join(SPLITS)}; a file has no others")
+    return _files(where.path, [path])
+
+
+def _source(path_or_rows: str | Where | Iterable[Any], split: str) -> Source:
+    if isinstance(path_or_rows, str | Where):
+        return find_source(path_or_rows, split)
+    return source_of(path_or_rows, split)
+
+
+def _where(path_or_name: str | Where) -> Where:
+    return Where(path_or_name) if isinstance(path_or_name, str) else path_or_name
 
 
 def source_of(rows: Iterable[Any], split: str) -> Source:
@@ -225,7 +235,7 @@ def source_of(rows: Iterable[Any], split: str) -> Source:
     return Source(name, partial(number_rows, rows, name))
 
 
-def digest(path_or_name: str, split: str) -> str:
+def digest(path_or_name: str | Where, split: str) -> str:
     """Of the files of a split, as `files_digest`, or the name alone of a Hub data set.
 
     Raises:
@@ -237,13 +247,11 @@ def digest(path_or_name: str, split: str) -> str:
     try:
         return files_digest(source.files)
     except OSError as error:
-        raise _unreadable(Path(error.filename or path_or_name), error) from error
+        raise _unreadable(Path(error.filename or source.name), error) from error
 
 
 def _split_names(split: str) -> tuple[str, ...]:
-    if split not in SPLITS:
-        raise UserError(f"unknown split {split!r}: expected {', '.join(SPLITS)}")
-    return SPLITS[split]
+    return SPLITS.get(split, (split,))
 
 
 # Files
@@ -288,7 +296,7 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 def _split_files(folder: Path, names: Sequence[str]) -> list[Path]:
     """The files of the first of these names that has any, in the order of their names."""
     for name in names:
-        own = re.compile(f"{name}({SHARD})?")
+        own = re.compile(f"{re.escape(name)}({SHARD})?")
         here = [p for p in folder.iterdir() if own.fullmatch(p.stem)]
         inside = folder / name
         within = [p for p in inside.iterdir() if not p.name.startswith(".")] if inside.is_dir() else []
@@ -302,7 +310,7 @@ def _check_shards(folder: Path, files: Sequence[Path], split: str) -> None:
     if len(files) > 1 and (
         len({p.parent for p in files}) > 1
         or len({p.stem for p in files}) < len(files)
-        or any(p.parent == folder and p.stem in SPLITS[split] for p in files)
+        or any(p.parent == folder and p.stem in _split_names(split) for p in files)
     ):
         found = " and ".join(str(p.relative_to(folder)) for p in files[:4])
         raise UserError(f"{folder}: {found} are both the {split} split. Keep one, or give the file itself.")
@@ -365,19 +373,20 @@ def _check_hub_name(name: str) -> None:
         )
 
 
-def _hub(name: str, names: Sequence[str], streaming: bool) -> Source:
-    known = _hub_splits(name)
+def _hub(where: Where, names: Sequence[str], streaming: bool) -> Source:
+    name, known = str(where), _hub_splits(where)
     split = next((n for n in names if n in known), None)
     if split is None:
         raise UserError(f"{name}: this Hub data set has no {names[0]} split, only {', '.join(known)}")
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split, streaming=streaming)
+        rows = datasets.load_dataset(where.path, **_of_hub(where), split=split, streaming=streaming)
     except Exception as error:  # a dozen kinds, from three libraries
         raise _hub_error(name, error) from error
     full = f"{name}[{split}]"
-    return Source(full, partial(_read_hub, rows, name, full))
+    fetched = [Path(file["filename"]) for file in getattr(rows, "cache_files", ())]
+    return Source(full, partial(_read_hub, rows, name, full), fetched)
 
 
 def _read_hub(rows: Iterable[Any], name: str, full: str) -> Iterator[RawRow]:
@@ -387,13 +396,20 @@ def _read_hub(rows: Iterable[Any], name: str, full: str) -> Iterator[RawRow]:
         raise _hub_error(name, error) from error
 
 
-def _hub_splits(name: str) -> list[str]:
+def _hub_splits(where: Where) -> list[str]:
     import datasets
 
+    named = {"config_name" if key == "name" else key: value for key, value in _of_hub(where).items()}
     try:
-        return [str(split) for split in datasets.get_dataset_split_names(name)]
+        return [str(split) for split in datasets.get_dataset_split_names(where.path, **named)]
     except Exception as error:  # a dozen kinds, from three libraries
-        raise _hub_error(name, error) from error
+        raise _hub_error(str(where), error) from error
+
+
+def _of_hub(where: Where) -> dict[str, str]:
+    """What is said, as `datasets.load_dataset` calls it."""
+    said = {"name": where.subset, "revision": where.revision}
+    return {key: value for key, value in said.items() if value is not None}
 
 
 def _hub_error(name: str, error: Exception) -> UserError:

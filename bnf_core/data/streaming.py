@@ -5,12 +5,14 @@ nothing else. The buffer holds rows that are not yet decoded, so going on in the
 reading up to there: the same draws over the same rows, with none of them parsed.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, TypeVar
 
+import numpy as np
 from numpy.random import PCG64
 
+from bnf_core.config import Where
 from bnf_core.data.messages import RowError
 from bnf_core.data.readers import RawRow
 from bnf_core.data.reading import Reading, RowReader
@@ -41,13 +43,14 @@ class FeedbackStream:
         skip_bad_rows: list bad rows in `skipped` instead of stopping at the first.
         unit: what the loss compares. A pair is never parted: a batch may have one row more than asked for.
         reading: the names of columns, and how labels are made.
+        labelled: whether the labels are asked for; otherwise rules that compare the rows of a prompt are passed over.
     Raises:
         UserError: nothing there, no such split, no buffer, or a loss that compares all rows of a prompt.
     """
 
     def __init__(
         self,
-        source: str | Iterable[Mapping[str, Any]],
+        source: str | Where | Iterable[Mapping[str, Any]],
         split: str,
         tokenize_rows: Callable[[list[Feedback]], list[Example]],
         *,
@@ -56,12 +59,13 @@ class FeedbackStream:
         skip_bad_rows: bool = False,
         unit: Unit = "row",
         reading: Reading | None = None,
+        labelled: bool = True,
     ) -> None:
         if unit == "prompt":
             raise UserError("this objective compares all rows of a prompt, which streamed data do not hold together")
         if shuffle_buffer < 1:
             raise UserError(f"the shuffle buffer is {shuffle_buffer} rows: expected at least 1, which does not shuffle")
-        self.source = find_source(source, split, True) if isinstance(source, str) else source_of(source, split)
+        self.source = find_source(source, split, True) if isinstance(source, str | Where) else source_of(source, split)
         self.split = split
         self.tokenize_rows = tokenize_rows
         self.shuffle_buffer = shuffle_buffer
@@ -70,7 +74,7 @@ class FeedbackStream:
         self.unit = unit
         self.skipped: list[str] = []  # the first messages of bad rows, each once
         self._reading = reading
-        self.reader = RowReader(reading, alone=True)
+        self.reader = RowReader(reading, alone=labelled)
         self.skipped_count = 0  # bad rows met so far; what is met in two epochs counts twice
 
     def batches(self, batch_size: int, position: Position | None = None) -> Iterator[tuple[list[Example], Position]]:
@@ -100,9 +104,13 @@ class FeedbackStream:
                 yield batch, after
             at = {"epoch": at["epoch"] + 1, "rows": 0, "examples": 0}
 
+    def drawn(self, batch_size: int, position: Position) -> dict[str, int]:
+        """Of one source, nothing to tell."""
+        return {}
+
     def shape(self) -> str:
         """What the first row is of; nothing where it is bad, or there is none."""
-        reader = RowReader(self._reading, alone=True)
+        reader = RowReader(self._reading)
         for row in self.source.read():
             try:
                 reader(row.columns(), row.source)
@@ -118,6 +126,13 @@ class FeedbackStream:
             RowError, UserError: as `batches`.
         """
         return (example for example, _ in self._epoch({"epoch": epoch, "rows": 0, "examples": 0}, chunk))
+
+    def endless(self, at: Position, chunk: int) -> Iterator[tuple[Example, Position]]:
+        """Example by example, epoch after epoch, each with the position after it; whole rows of the data end where
+        that has no `examples`. Of what is `chunk` rows ahead tokens are made already."""
+        while True:
+            yield from self._epoch(at, chunk)
+            at = {"epoch": at["epoch"] + 1, "rows": 0, "examples": 0}
 
     def _epoch(self, at: Position, chunk: int) -> Iterator[tuple[Example, Position]]:
         """The examples of an epoch from a position on, each with the position after it."""
@@ -194,6 +209,62 @@ class FeedbackStream:
                 "read again, as a list or a datasets.IterableDataset can, and a generator cannot."
             )
         return no_rows(self.source.name, self.split)
+
+
+class MixedStream:
+    """Batches of several streams, of which each gives its share: before each row a draw decides whose it is. Every
+    stream begins anew when it is at its end.
+
+    Args:
+        streams: by name; all of one `unit`.
+        weights: of each, 0 or more, one at least above 0.
+        seed: of the draws.
+    """
+
+    def __init__(self, streams: Mapping[str, FeedbackStream], weights: Sequence[float], seed: int):
+        self.streams = streams
+        sums = np.cumsum(weights)
+        self._shares = sums / sums[-1]
+        self._seed = seed
+        self._whole = {stream.unit for stream in streams.values()} == {"pair"}
+
+    def batches(self, batch_size: int, position: Position | None = None) -> Iterator[tuple[list[Example], Position]]:
+        """Endless batches, as those of a FeedbackStream. A position has that of each stream, how many examples each
+        has given, and the number of the draw.
+
+        Raises:
+            RowError, UserError: as of a FeedbackStream, or the position is of other streams.
+        """
+        parts = ("epoch", "rows", "examples", "given")
+        start = {f"{name}/{part}": 0 for name in self.streams for part in parts} | {"draws": 0}
+        at = dict(start if position is None else position)
+        if at.keys() != start.keys():
+            raise UserError(
+                f"{position} is no position in these streams. Go on with the sources that the run began with."
+            )
+        sources = {
+            name: stream.endless({part: at[f"{name}/{part}"] for part in parts[:3]}, batch_size)
+            for name, stream in self.streams.items()
+        }
+        draws = PCG64([self._seed, len(sources)])
+        draws.advance(at["draws"])
+        batch: list[Example] = []
+        while True:
+            drawn = int(np.searchsorted(self._shares, (draws.random_raw() >> 11) / 2.0**53, "right"))
+            name, within = list(sources)[drawn], True
+            while within:
+                example, after = next(sources[name])
+                batch.append(example)
+                within = after["examples"] > 0
+                at |= {f"{name}/{part}": value for part, value in after.items()}
+                at |= {f"{name}/given": at[f"{name}/given"] + 1, "draws": at["draws"] + (not within)}
+                if len(batch) >= batch_size and not (within and self._whole):
+                    yield batch, dict(at)
+                    batch = []
+
+    def drawn(self, batch_size: int, position: Position) -> dict[str, int]:
+        """How many rows each stream has given up to a position."""
+        return {name: position[f"{name}/given"] for name in self.streams}
 
 
 def shuffle(rows: Iterable[Row], size: int, seed: int, epoch: int) -> Iterator[Row]:

@@ -7,8 +7,9 @@ as " " and "Paris" into " Paris".
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import IntFlag
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,13 +28,36 @@ if TYPE_CHECKING:
 CHUNK = 1000  # rows tokenised in one call, which fast tokenizers spread over the cores
 
 
+class Fate(IntFlag):
+    """What became of a row as it was tokenised."""
+
+    PROMPT_CUT = 1  # its prompt lost its beginning
+    COMPLETION_CUT = 2  # its completion, too long by itself, lost its end
+    REOPENED = 4  # its turn is opened by the template otherwise than a finished one is written
+    VERBATIM = 8  # plain text, and no template
+
+
 @dataclass(frozen=True)
 class Tokenized:
     examples: list[Example]
-    prompts_cut: int  # rows whose prompt lost its beginning
-    completions_cut: int  # rows whose completion, too long by itself, lost its end
+    fates: list[Fate]  # of each
     skipped: list[str]  # the message of every bad row, when they are to be skipped
-    reopened: int = 0  # rows whose turn the template opens otherwise than it writes a finished one
+    unused: frozenset[str] = frozenset()  # keys of messages and arguments of the template that it does not write
+
+    @property
+    def prompts_cut(self) -> int:
+        return self._count(Fate.PROMPT_CUT)
+
+    @property
+    def completions_cut(self) -> int:
+        return self._count(Fate.COMPLETION_CUT)
+
+    @property
+    def reopened(self) -> int:
+        return self._count(Fate.REOPENED)
+
+    def _count(self, fate: Fate) -> int:
+        return sum(fate in of_row for of_row in self.fates)
 
 
 def tokenize(
@@ -44,7 +68,6 @@ def tokenize(
     chat: Chat | None = None,
     max_length: int,
     skip_bad_rows: bool = False,
-    progress: Callable[[int, int], None] | None = None,
 ) -> Tokenized:
     """Tokenise rows of feedback, in order.
 
@@ -59,12 +82,32 @@ def tokenize(
         chat: which chat template, with what; default: the tokenizer's.
         max_length: most tokens of prompt and completion together, at least 2.
         skip_bad_rows: list the rows that cannot be tokenised in `skipped` instead of stopping at the first.
-        progress: called with the number of rows done and of all rows.
     Raises:
         RowError: the chat template refuses a row or leaves out a part of it, or no token of its prompt or completion
             is left.
         UserError: the tokenizer lacks an EOS token or the chat template that the rows need.
     """
+    whole, unused = Tokenized([], [], []), frozenset[str]()
+    for at in range(0, max(len(rows), 1), CHUNK):
+        part = tokenize_some(rows[at : at + CHUNK], tokenizer, template, chat, max_length, skip_bad_rows)
+        whole.examples.extend(part.examples)
+        whole.fates.extend(part.fates)
+        whole.skipped.extend(part.skipped)
+        unused |= part.unused
+    if whole.skipped and not whole.examples:
+        raise none_left(len(rows), whole.skipped[0])
+    return replace(whole, unused=unused)
+
+
+def tokenize_some(
+    rows: Sequence[Feedback],
+    tokenizer: "Tokenizer",
+    template: Template,
+    chat: Chat | None,
+    max_length: int,
+    skip_bad_rows: bool,
+) -> Tokenized:
+    """As `tokenize`, for no more rows than fit into memory; none may be left."""
     if max_length < 2:
         raise UserError(f"data.max_length is {max_length}: expected at least 2, a token each of prompt and completion")
     if tokenizer.eos_token_id is None:
@@ -72,48 +115,48 @@ def tokenize(
             "the tokenizer has no EOS token, so completions would never end. Set eos_token in tokenizer_config.json."
         )
     added, renderer = _added_before(tokenizer), Renderer(tokenizer, template, chat)
-    examples: list[Example] = []
-    skipped: list[str] = []
-    prompts_cut = completions_cut = reopened = 0
-    for at in range(0, len(rows), CHUNK):
-        chunk: list[tuple[Feedback, Rendered | None]] = []
-        for row in rows[at : at + CHUNK]:
-            try:
-                chunk.append((row, None if _drawn_here(row, renderer, tokenizer) else renderer.row(row)))
-            except RowError as error:
-                _skip(error, skipped, skip_bad_rows)
-        ids = _encode([text for _, rendered in chunk if rendered for text in _texts(rendered)], tokenizer)
-        for row, rendered in chunk:
-            try:
-                if rendered is None:
-                    assert row.ids is not None
-                    whole = _Tokens(list(row.ids.prompt), list(row.ids.completion), None)
-                else:
-                    whole = _split(rendered, ids, tokenizer, added, row.source)
-                cut = _cut(whole, max_length, tokenizer.bos_token_id, row.source)
-            except RowError as error:
-                _skip(error, skipped, skip_bad_rows)
-                continue
-            prompts_cut += len(cut.prompt) < len(whole.prompt)
-            completions_cut += len(cut.completion) < len(whole.completion)
-            reopened += rendered is not None and rendered.reopened
-            examples.append(
-                Example(
-                    tuple(cut.prompt),
-                    tuple(cut.completion),
-                    row.label,
-                    group=prompt_group(row.prompt, row.tools, row.template_kwargs),
-                    pair=pair_number(row.source) if row.paired else 0,
-                    source=row.source,
-                    trained=None if cut.trained is None else tuple(cut.trained),
-                    weight=row.weight,
-                )
+    tokens = Tokenized([], [], [])
+    texts: list[tuple[Feedback, Rendered | None]] = []
+    for row in rows:
+        try:
+            texts.append((row, None if _drawn_here(row, renderer, tokenizer) else renderer.row(row)))
+        except RowError as error:
+            _skip(error, tokens.skipped, skip_bad_rows)
+    ids = _encode([text for _, rendered in texts if rendered for text in _texts(rendered)], tokenizer)
+    for row, rendered in texts:
+        try:
+            if rendered is None:
+                assert row.ids is not None
+                whole = _Tokens(list(row.ids.prompt), list(row.ids.completion), None)
+            else:
+                whole = _split(rendered, ids, tokenizer, added, row.source)
+            cut = _cut(whole, max_length, tokenizer.bos_token_id, row.source)
+        except RowError as error:
+            _skip(error, tokens.skipped, skip_bad_rows)
+            continue
+        tokens.fates.append(
+            (Fate.PROMPT_CUT if len(cut.prompt) < len(whole.prompt) else Fate(0))
+            | (Fate.COMPLETION_CUT if len(cut.completion) < len(whole.completion) else Fate(0))
+            | (Fate.REOPENED if rendered is not None and rendered.reopened else Fate(0))
+            | (Fate(0) if rendered is None or rendered.templated else Fate.VERBATIM)
+        )
+        tokens.examples.append(
+            Example(
+                tuple(cut.prompt),
+                tuple(cut.completion),
+                row.label,
+                group=prompt_group(row.prompt, row.tools, row.template_kwargs),
+                pair=pair_number(row.source) if row.paired else 0,
+                source=row.source,
+                trained=None if cut.trained is None else tuple(cut.trained),
+                weight=row.weight,
             )
-        if progress is not None:
-            progress(min(at + CHUNK, len(rows)), len(rows))
-    if skipped and not examples:
-        raise UserError(f"none of the {len(rows)} rows can be tokenised; the first: {skipped[0]}")
-    return Tokenized(examples, prompts_cut, completions_cut, skipped, reopened)
+        )
+    return replace(tokens, unused=frozenset(renderer.unused))
+
+
+def none_left(count: int, first: str) -> UserError:
+    return UserError(f"none of the {count} rows can be tokenised; the first: {first}")
 
 
 def prompt_ids(

@@ -6,15 +6,16 @@ into micro-batches, packed, or dealt to processes.
 """
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
+from bnf_core.data.table import column
 from bnf_core.errors import UserError
 from bnf_core.objectives import Objective
+from bnf_core.steps.mixing import Mixture, epoch_order, first_of_unit
 from bnf_core.types import Array, Batch, Counts, Example, Position, Unit
 
 T = TypeVar("T")
@@ -265,19 +266,27 @@ class Rows:
 
     Args:
         unit: what the loss compares: never parted, so that a batch may have some more rows than asked for.
+        mixture: of the sources that the examples are of.
     Raises:
         UserError: rows that make no pair, or a prompt without a chosen or a rejected row, where the loss compares them.
     """
 
-    def __init__(self, examples: Sequence[Example], seed: int, unit: Unit = "row"):
+    def __init__(self, examples: Sequence[Example], seed: int, unit: Unit = "row", mixture: Mixture | None = None):
         require_units(examples, unit)
         self.examples = examples
         self.seed = seed
         self.unit = unit
-        self._largest = 1 if unit == "row" else max(Counter(map(_unit_key(unit), examples)).values(), default=1)
+        self.mixture = mixture
+        counts = np.unique(_keys(examples, unit), return_counts=True)[1]
+        self._largest = 1 if unit == "row" else int(counts.max(initial=1))
+
+    @property
+    def epoch_rows(self) -> int:
+        """How many rows an epoch has."""
+        return self.mixture.rows if self.mixture else len(self.examples)
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        return -(-len(self.examples) // max(batch_size, self._largest))
+        return -(-self.epoch_rows // max(batch_size, self._largest))
 
     def batches(self, batch_size: int, position: Position | None = None) -> Iterator[tuple[list[Example], Position]]:
         """Epoch after epoch without end; the last batch of an epoch may be short and is never dropped.
@@ -288,46 +297,52 @@ class Rows:
         epoch, at = (position["epoch"], position["rows"]) if position else (0, 0)
         batch_size = max(batch_size, self._largest)
         while True:
-            order = epoch_order(len(self.examples), epoch, self.seed)
-            units = self._units(order, batch_size)
-            ends = np.cumsum([len(unit) for unit in units])
-            # Each batch has the units whose last rows are among its `batch_size`: as many batches in every epoch.
-            for _, batch in itertools.groupby(
-                zip(ends.tolist(), units, strict=True), lambda u: (u[0] - 1) // batch_size
-            ):
-                members = [member for member in batch if member[0] > at]
-                if members:
-                    at = members[-1][0]
-                    yield [self.examples[i] for _, unit in members for i in unit], {"epoch": epoch, "rows": at}
+            order, edges = self.epoch(epoch, batch_size)
+            for edge in edges:
+                if edge > at:
+                    yield [self.examples[i] for i in order[at:edge].tolist()], {"epoch": epoch, "rows": edge}
+                    at = edge
             epoch, at = epoch + 1, 0
 
-    def _units(self, order: Array, most: int) -> list[list[int]]:
-        """The rows in order, with those of one unit moved up to the first of them; single rows with those of their
-        prompt, but never more than `most` of them."""
-        key = _unit_key("prompt" if self.unit == "row" else self.unit)
-        chunks: list[list[int]] = []
-        open_chunks: dict[object, list[int]] = {}
-        for i in order.tolist():
-            group = key(self.examples[i])
-            if group not in open_chunks:
-                open_chunks[group] = []
-                chunks.append(open_chunks[group])
-            open_chunks[group].append(i)
-            if self.unit == "row" and len(open_chunks[group]) == most:
-                del open_chunks[group]
-        return [[i] for chunk in chunks for i in chunk] if self.unit == "row" else chunks
+    def epoch(self, epoch: int, batch_size: int) -> tuple[Array, list[int]]:
+        """The rows of an epoch in their order, (rows,) int32, and where each batch ends."""
+        batch_size = max(batch_size, self._largest)
+        keys = _keys(self.examples, "prompt" if self.unit == "row" else self.unit)
+        if self.mixture is None:
+            order = epoch_order(len(self.examples), epoch, self.seed)
+            keys = keys[order]
+        else:
+            order, keys = self.mixture.epoch(epoch, self.seed, keys)
+        first = first_of_unit(keys, batch_size if self.unit == "row" else None)
+        moved = np.argsort(first, kind="stable")
+        rows = np.arange(batch_size, len(order) + batch_size, batch_size)
+        if self.unit == "row":
+            return order[moved].astype(np.int32), np.minimum(rows, len(order)).tolist()
+        # Each batch has the units whose last rows are among its `batch_size`: as many batches in every epoch.
+        unit_ends = np.flatnonzero(np.diff(first[moved], append=-1)) + 1
+        edges = unit_ends[np.searchsorted(unit_ends, rows, "right") - 1]
+        return order[moved].astype(np.int32), edges.tolist()
+
+    def drawn(self, batch_size: int, position: Position) -> dict[str, int]:
+        """How many rows each of several sources has given up to a position."""
+        if self.mixture is None:
+            return {}
+        order, _ = self.epoch(position["epoch"], batch_size)
+        return self.mixture.drawn(position["epoch"], order[: position["rows"]])
 
 
-def rows_alone(examples: Sequence[Example], unit: Unit) -> list[int]:
+def _keys(examples: Sequence[Example], unit: Unit) -> Array:
+    """What the rows of one pair or prompt have alike, (rows,) int64."""
+    return column(examples, "pair" if unit == "pair" else "group")
+
+
+def rows_alone(examples: Sequence[Example], unit: Unit) -> Array:
     """Which rows have nothing of the other label to be compared with, where the loss compares them."""
     if unit == "row":
-        return []
-    key = _unit_key(unit)
-    labels: dict[object, set[bool]] = {}
-    for e in examples:
-        labels.setdefault(key(e), set()).add(e.label)
-    unpaired = {0} if unit == "pair" else set()
-    return [i for i, e in enumerate(examples) if key(e) in unpaired or len(labels[key(e)]) < 2]
+        return np.zeros(0, np.int64)
+    keys, chosen = _keys(examples, unit), column(examples, "label") > 0
+    compared = np.isin(keys, keys[chosen]) & np.isin(keys, keys[~chosen])
+    return np.flatnonzero(~compared | (keys == 0) if unit == "pair" else ~compared)
 
 
 def require_units(examples: Sequence[Example], unit: Unit) -> None:
@@ -335,11 +350,11 @@ def require_units(examples: Sequence[Example], unit: Unit) -> None:
     Raises:
         UserError: rows that have nothing to be compared with, with the first of them.
     """
-    if alone := rows_alone(examples, unit):
+    if len(alone := rows_alone(examples, unit)):
         wants = "pairs, with columns chosen and rejected" if unit == "pair" else "a prompt's chosen rows with rejected"
         raise UserError(
             f"this objective compares {wants}, and {len(alone)} of {len(examples)} rows have nothing to be compared "
-            f"with, the first: {examples[alone[0]].source}. Give such data, or take an objective for single rows, "
+            f"with, the first: {examples[int(alone[0])].source}. Give such data, or take an objective for single rows, "
             "such as bnf, kto or simper"
         )
 
@@ -349,16 +364,11 @@ def require_weights(examples: Sequence[Example], objective: Objective) -> None:
     Raises:
         UserError: rows that count more or less than others, and an objective that knows chosen and rejected ones alone.
     """
-    weighted = [] if objective.takes_weights else [e for e in examples if e.weight != 1]
-    if weighted:
+    weighted = np.flatnonzero(column(examples, "weight") != 1)
+    if len(weighted) and not objective.takes_weights:
         raise UserError(
             f"objective {objective}: a row is chosen or rejected to it and nothing between, and {len(weighted)} of "
-            f"{len(examples)} rows have a graded label or a weight, the first: {weighted[0].source}. Leave out the "
-            'weights and give data.label a rule, such as "label > 0", or take another objective, such as bnf, kto or '
-            "simper"
+            f"{len(examples)} rows have a graded label or a weight, the first: {examples[int(weighted[0])].source}. "
+            'Leave out the weights and give data.label a rule, such as "label > 0", or take another objective, such as '
+            "bnf, kto or simper"
         )
-
-
-def epoch_order(num_rows: int, epoch: int, seed: int) -> Array:
-    """The order of rows in one epoch, (num_rows,) int64: the same on every backend and machine."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_rows)

@@ -27,11 +27,15 @@ class Step:
 
 
 class Data(Protocol):
-    """Where the rows of a run come from: `batching.Rows` or `streaming.FeedbackStream`."""
+    """Where the rows of a run come from: `batching.Rows`, `streaming.FeedbackStream` or `streaming.MixedStream`."""
 
     def batches(
         self, batch_size: int, position: Position | None = None
     ) -> Iterator[tuple[list[Example], Position]]: ...
+
+    def drawn(self, batch_size: int, position: Position) -> dict[str, int]:
+        """How many rows each of several sources has given up to a position."""
+        ...
 
 
 def micro_batching_of(config: TrainConfig, engine: Engine | None = None) -> MicroBatching:

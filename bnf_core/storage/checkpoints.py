@@ -44,7 +44,7 @@ ABOUT, SUMS = "state.json", "SHA256SUMS"
 # Settings that may differ after a resume: the weights a run ends with do not depend on them.
 FREE = {"output", "overwrite", "resume", "resume_anyway", "eval_every", "save_every", "keep_checkpoints"}
 FREE |= {"report_to", "sample_every", "sample_count", "sample_tokens"}
-FREE |= {"reference"}  # the same values, wherever they come from
+FREE |= {"reference", "data.cache"}  # the same values, wherever they come from
 FREE |= {f"sample.{f.name}" for f in fields(SamplingConfig)}
 # Of the last bits only.
 FREE |= {"micro_batch_size", "auto_batch", "group_by_length", "packing", "share_prompts", "gradient_checkpointing"}
@@ -226,7 +226,7 @@ def run_facts(config: TrainConfig, model: Path, rows: str, held_out: str | None)
 
 def changes(before: Facts, now: Facts) -> list[Change]:
     """The facts that differ; none where only names of the same content do."""
-    before = {"objective": "bnf"} | dict(before)  # runs before 0.2 knew no other
+    before = {"objective": "bnf", "deterministic": False} | dict(before)  # runs before 0.2 knew no other
     changed = [name for name in before | now if before.get(name) != now.get(name)]
     if before.get("data.streaming") or now.get("data.streaming"):
         same_content = all(name in STREAM_SOURCES for name in changed)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -13,14 +13,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 
-def rows_digest(rows: Sequence[Example]) -> str:
+def rows_digest(rows: Iterable[Example]) -> str:
     """Of tokenised rows: all of them, in their order."""
-    digest = hashlib.sha256()
-    for e in rows:
-        row = (e.prompt_ids, e.completion_ids, e.label, e.group)
-        more = (*(() if e.trained is None else (e.trained,)), *(() if e.weight == 1 else (e.weight,)))
-        digest.update(repr((*row, *more)).encode())
-    return f"{len(rows):,} rows, SHA-256 {digest.hexdigest()[:16]}"
+    digest, count = hashlib.sha256(), 0
+    for row in rows:
+        digest.update(content(row))
+        count += 1
+    return named_digest(count, digest)
+
+
+def content(row: Example) -> bytes:
+    """What counts of a row."""
+    parts = (row.prompt_ids, row.completion_ids, row.label, row.group)
+    more = (*(() if row.trained is None else (row.trained,)), *(() if row.weight == 1 else (row.weight,)))
+    return repr((*parts, *more)).encode()
+
+
+def named_digest(rows: int, digest: "hashlib._Hash") -> str:
+    return f"{rows:,} rows, SHA-256 {digest.hexdigest()[:16]}"
 
 
 def files_digest(paths: Sequence[Path]) -> str:

@@ -3,13 +3,18 @@
 What takes the old one's place has reached the disk before, so this holds through a kill and a power cut.
 """
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import BaseFileLock, FileLock
+
 from bnf_core.processes import ALONE, Processes
+
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems that have none
 
 
 @contextmanager
@@ -98,6 +103,26 @@ def replace_file(path: Path, content: str | bytes) -> None:
         raise
     partial.replace(path)
     sync(path.parent)
+
+
+def lock(path: Path, *, wait: bool) -> BaseFileLock:
+    """Take a lock that the system lets go of when this process ends; the file stays, since a lock on a file that was
+    removed keeps nobody out. On a file system without locks nothing is taken (`is_locked` says so): a file in a lock's
+    place would outlive a process that was killed, and keep out the one that comes after it.
+
+    Args:
+        wait: until another process lets go of it.
+    Raises:
+        Timeout: another process has it.
+        OSError: the file cannot be written.
+    """
+    made = FileLock(path, fallback_to_soft=False)
+    try:
+        made.acquire(blocking=wait)
+    except OSError as error:  # of which Timeout is one
+        if error.errno not in NO_LOCKS:
+            raise
+    return made
 
 
 def sync(path: Path) -> None:

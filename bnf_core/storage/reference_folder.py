@@ -20,6 +20,7 @@ import safetensors.numpy
 
 from bnf_core.config import DataConfig, HardwareConfig
 from bnf_core.data.rendering import asks_for_date, chat_of
+from bnf_core.data.table import column
 from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes
 from bnf_core.storage.digests import json_digest, model_digest, tokenizer_digest
@@ -132,14 +133,14 @@ class StoredReference:
 
     def require(self, examples: Sequence[Example]) -> None:
         """Raises UserError, with how many are missing and where the first is from, unless all rows are there."""
-        keys = np.asarray([e.key for e in examples], np.uint64)
+        keys = column(examples, "key")
         missing = np.flatnonzero(~np.isin(keys, self.keys))
         if len(missing):
             made_of = "; ".join(f"{name}: {rows}" for name, rows in self.index["data"].items()) or "no data to the end"
             raise UserError(
                 f"the reference cache {self.folder} lacks {len(missing):,} of {len(keys):,} rows, the first is "
-                f"{examples[missing[0]].source or f'row {missing[0]}'}. It is of {made_of}. Run `bnf reference` with "
-                f"this data and --output {self.folder}, which adds what is missing"
+                f"{examples[int(missing[0])].source or f'row {missing[0]}'}. It is of {made_of}. Run `bnf reference` "
+                f"with this data and --output {self.folder}, which adds what is missing"
             )
 
 

@@ -29,12 +29,13 @@ from bnf_core.types import Batch, Example
 
 Array = NDArray[Any]
 
-VERSION = 3
+VERSION = 4
 # Of the stored files, by version. A changed vector is a new version with a new line here; old lines stay.
 DIGESTS = {
     1: "sha256:9e24e4ee6ee35a431a2de750f572ac868a900351dd256e992bd1747ad1a9debb",
     2: "sha256:e5aafd7b037c0447ad8d322329602ea00d6207d034c067b22891586aad8311aa",
     3: "sha256:474f6dca25fdcbf0c9b40d60363df4f7c59958b9ef7581eee51a023e16f4a8a0",
+    4: "sha256:cfa054e7324f238bb670f53b4cfc62fd4b3d0283e126bdc6a93d698b8e3a6ebb",
 }
 FOLDER = Path(__file__).parent / "vectors"
 FLOAT32 = ("float32",)
@@ -57,13 +58,14 @@ DESCRIPTIONS = {
         "token_ids": "input int32, each sequence's prompt and completion, one sequence after the other",
         "labels": "input (S,) int32, +1 preferred, −1 dispreferred",
         "weights": "input (S,) float32, how much each sequence counts: the size of a graded label; absent: 1",
-        "ref_log_odds": "input (N,) float32 of all completion tokens, one sequence after the other",
+        "trained": "input int32, 1 or 0 of each completion token, sequence after sequence; absent: all are trained",
+        "ref_log_odds": "input (N,) float32 of all trained tokens, one sequence after the other",
         "micro_batch_sizes": "input (M,) int32: the sequences, in order, are cut into micro-batches of so many",
         "logits_<m>": "input (rows, T, V) float32 of micro-batch m, one sequence to a row, or as the field bins says: "
         "bins[m] lists the sequences of each row, one after the other; rows are padded on the right to the longest; "
         "the logits at position i predict the token at i + 1",
         "loss": "expected () float64, mean of weight · sequence_loss over all S sequences",
-        "sequence_loss": "expected (S,) float64, label · mean of ℓ over the completion's tokens",
+        "sequence_loss": "expected (S,) float64, label · mean of ℓ over the completion's trained tokens",
         "grad_logits_<m>": "expected (rows, T, V) float64, gradient of loss; 0 where nothing is scored",
     },
     "L2": {
@@ -260,14 +262,16 @@ def hopeless_to_saturated(tokens: int = 4000, vocab: int = 97) -> Case:
 
 def micro_batches(case: Case) -> list[tuple[Array, Batch, Array]]:
     """An L1 case as `Losses.batch` takes it: (logits (B, T, V), batch, ref_log_odds (N,)) per micro-batch."""
-    ends = np.cumsum(case["prompt_lengths"] + case["completion_lengths"])
+    prompts, completions = case["prompt_lengths"], case["completion_lengths"]
+    ends, last = np.cumsum(prompts + completions), np.cumsum(completions)
     weights = case.arrays.get("weights", np.ones(len(ends), np.float32))
     examples = []
-    for end, prompt, completion, label, weight in zip(
-        ends, case["prompt_lengths"], case["completion_lengths"], case["labels"], weights, strict=True
-    ):
-        ids = [int(i) for i in case["token_ids"][end - prompt - completion : end]]
-        examples.append(Example(tuple(ids[:prompt]), tuple(ids[prompt:]), bool(label > 0), weight=float(weight)))
+    for s, label in enumerate(case["labels"]):
+        ids = tuple(case["token_ids"][ends[s] - prompts[s] - completions[s] : ends[s]].tolist())
+        mask = case["trained"][last[s] - completions[s] : last[s]] > 0 if "trained" in case.arrays else None
+        trained = None if mask is None or mask.all() else tuple(mask.tolist())
+        prompt, completion = ids[: prompts[s]], ids[prompts[s] :]
+        examples.append(Example(prompt, completion, bool(label > 0), trained=trained, weight=float(weights[s])))
     result = []
     first = token = 0
     for m, size in enumerate(case["micro_batch_sizes"]):
@@ -289,19 +293,24 @@ def batch_case(
     micro_batch_sizes: Sequence[int],
     vocab: int,
     bins: Sequence[Sequence[Sequence[int]]] | None = None,  # the sequences of each row of each micro-batch
+    trained: Sequence[str] | None = None,  # of each sequence, + for a trained token of the completion, - for another
     weights: Sequence[float] | None = None,  # of each sequence
 ) -> Case:
     """A case of sequences with its expected values; all else is drawn by `name`."""
     draw, bits = Draw(name), 24 if dtypes == FLOAT32 else 8
     prompts, completions = np.asarray(lengths, np.int32).T
+    masks = trained or ["+" * count for count in completions]
+    counts = np.array([mask.count("+") for mask in masks])
     arrays: dict[str, Array] = {
         "prompt_lengths": prompts,
         "completion_lengths": completions,
         "token_ids": draw.below(vocab, int((prompts + completions).sum())).astype(np.int32),
         "labels": np.asarray(labels, np.int32),
-        "ref_log_odds": draw.values(8.0, int(completions.sum()), bits=bits),
+        "ref_log_odds": draw.values(8.0, int(counts.sum()), bits=bits),
         "micro_batch_sizes": np.asarray(micro_batch_sizes, np.int32),
     }
+    if trained is not None:
+        arrays["trained"] = np.asarray([mark == "+" for mark in "".join(trained)], np.int32)
     if weights is not None:
         arrays["weights"] = np.asarray(weights, np.float32)
     weight = np.asarray([1.0] * len(labels) if weights is None else arrays["weights"], np.float64)
@@ -310,7 +319,7 @@ def batch_case(
     # The expected values walk sequence by sequence and token by token, sharing nothing with `collate`.
     sequence_loss = np.zeros(len(labels))
     end = np.cumsum(prompts + completions)
-    seen = np.cumsum(completions) - completions
+    seen = np.cumsum(counts) - counts
     for m, rows in enumerate(layout):
         width = max(sum(int(prompts[s] + completions[s]) for s in row) for row in rows)
         logits = draw.values(4.0, len(rows), width, vocab, bits=bits)  # padding and prompts have logits too
@@ -319,12 +328,12 @@ def batch_case(
             start = 0
             for s in row:
                 ids = arrays["token_ids"][end[s] - prompts[s] - completions[s] : end[s]]
-                for k in range(completions[s]):
+                scored = [k for k in range(completions[s]) if masks[s][k] == "+"]
+                for reference, k in zip(arrays["ref_log_odds"][seen[s] :], scored, strict=False):
                     at = prompts[s] + k
-                    reference = arrays["ref_log_odds"][seen[s] + k]
                     loss, slope = oracle.token_loss(logits[b, start + at - 1][None], [ids[at]], [reference])
-                    sequence_loss[s] += labels[s] * loss[0] / completions[s]
-                    grad[b, start + at - 1] = slope[0] * weight[s] * labels[s] / (completions[s] * len(labels))
+                    sequence_loss[s] += labels[s] * loss[0] / counts[s]
+                    grad[b, start + at - 1] = slope[0] * weight[s] * labels[s] / (counts[s] * len(labels))
                 start += len(ids)
         arrays |= {f"logits_{m}": logits, f"grad_logits_{m}": grad}
     arrays |= {"sequence_loss": sequence_loss, "loss": np.asarray((weight * sequence_loss).mean())}
@@ -346,6 +355,10 @@ def _batch_cases() -> Iterator[Case]:
     yield batch_case("graded", "graded labels and weights", ALL, uneven, mixed, [3, 1, 3], 11, weights=graded)
     packed = [[[0, 1, 2], [3]], [[4, 5], [6]]]
     yield batch_case("packed", "several sequences in a row", ALL, uneven, mixed, [4, 3], 11, packed)
+    # Turns of a tool between the assistant's, a first and a last turn that are not trained, and a row of one turn.
+    turns = ["++-+", "+", "--+++--", "++++-----+++", "-+", "+----", "+++"]
+    yield batch_case("masked", "turns that are not trained", ALL, uneven, mixed, [3, 1, 3], 11, trained=turns)
+    yield batch_case("masked_packed", "the same in packed rows", ALL, uneven, mixed, [4, 3], 11, packed, trained=turns)
 
 
 # L2: hidden states and head -----------------------------------------------------------------------------------

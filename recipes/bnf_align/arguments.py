@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, get_loader, set_loader, set_parsing_settings
 
 from bnf_core.errors import UserError
 
@@ -20,6 +21,20 @@ T = TypeVar("T")
 LISTS = (list[str], list[int])
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+
+_load_yaml = get_loader("yaml")
+
+
+def _load(text: str) -> Any:
+    """YAML, in which `data` may also be its path alone, or a list of sources."""
+    found = _load_yaml(text)
+    if isinstance(found, dict) and isinstance(found.get("data"), str | list):
+        found["data"] = {"path": found["data"]}
+    return found
+
+
+set_loader("yaml", _load, (yaml.YAMLError,))
 
 # Flags that mean a setting of another name.
 ALIASES = {"data": "data.path", "prompts": "data.path", "r": "lora.rank", "lr": "optimizer.learning_rate"}

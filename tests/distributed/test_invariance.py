@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import BACKENDS
-from invariance import ALLOWED, UNSHARED, WAYS, Runs, Trajectory, complaints, launch
+from invariance import ALLOWED, BASE, UNSHARED, WAYS, Runs, Trajectory, complaints, launch, write_turns
 
 PACKED = "--packing true --max-length 192"
 UNSORTED = "--micro-batch-size 3 --group-by-length false"
@@ -190,6 +190,37 @@ def test_two_processes_take_the_same_road_with_other_objectives(
     objective_runs: Callable[[str], Runs], pair: Pair, way: str, name: str
 ) -> None:
     assert objective_runs(name).complaints(WAYS[way][0], "lora", pair(way)[name, SEVERAL, ""]) == []
+
+
+# Rows with turns that are not trained
+
+TURNS = ["--micro-batch-size 1", UNSORTED, CHECKPOINTED, f"--micro-batch-size 8 {PACKED}"]
+
+
+@pytest.fixture(scope="module")
+def turns(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tiny_model, tmp_path_factory.mktemp("turns"), rows=write_turns)
+
+
+@pytest.mark.parametrize("flags", TURNS)
+def test_rows_with_turns_that_are_not_trained_take_one_trajectory(turns: Runs, backend_name: str, flags: str) -> None:
+    assert turns.complaints(backend_name, "lora", turns.train(backend_name, "lora", flags)) == []
+
+
+def test_turns_that_are_trained_by_mistake_are_seen(turns: Runs, backend_name: str) -> None:
+    assert turns.complaints(backend_name, "lora", turns.train(backend_name, "lora", BASE, "turns trained"))
+
+
+@pytest.mark.parametrize("way", PAIRS)
+def test_two_processes_take_the_same_road_with_turns_that_are_not_trained(turns: Runs, way: str) -> None:
+    """Bit-for-bit the same with tokens that are kept on the disk and with each process's own."""
+    backend = WAYS[way][0]
+    kept, own = (turns.words(backend, "lora", f"{SEVERAL} --data.cache {keeps}") for keeps in ("true", "false"))
+    results = launch(way, [("", kept[0]), ("", own[0])], [turns.folder] * 2)
+    assert [code for code, _ in results] == [0, 0], results
+    first, second = Trajectory.read(kept[1]), Trajectory.read(own[1])
+    assert turns.complaints(backend, "lora", first) == []
+    assert first.loss.tolist() == second.loss.tolist() and first.flat.tolist() == second.flat.tolist()
 
 
 # The judge

@@ -102,6 +102,11 @@ MISTAKES = [
         {(L1, "packed", "loss"), (L1, "packed", "gradient")},
         {L1},
     ),
+    (
+        wrong.UntrainedTurnsCounted,
+        {(L1, case, quantity) for case in ("masked", "masked_packed") for quantity in ("sequence_loss", "gradient")},
+        {L1},
+    ),
     (wrong.LastChunkDropped, {(L2, "head_v257", "grad_hidden"), (L2, "head_saturated", "grad_hidden")}, {L2}),
     (wrong.TrainsFrozenHead, {(L2, "head_v257", "frozen_head")}, {L2}),
     (wrong.NeverTheSame, {(L0, "n7_v17", "repeat"), (L2, "head_v257", "repeat")}, {L0, SATURATION, L2}),
@@ -226,6 +231,8 @@ def test_mistakes_are_told_apart() -> None:
     def failed(losses: type[OracleLosses]) -> set[tuple[str, str]]:
         return {(r.case, r.quantity) for r in small_report(losses).failures}
 
+    turns = {case for case, _ in failed(wrong.UntrainedTurnsCounted)}
+    assert turns == {"masked", "masked_packed"}
     # Values are right without the stop-gradient, sequences are right with a mean of means, and one micro-batch
     # is its own mean; the literal form is right for ordinary tokens, so that the epsilon alone is to blame.
     assert {q for _, q in failed(wrong.MissingStopGradient)}.isdisjoint({"token_loss", "loss", "log_odds"})
@@ -468,6 +475,9 @@ def test_all_checks_every_installed_backend_and_says_what_it_left_out(
 def test_every_tolerance_has_its_reason_and_every_reason_is_used(looked_up: set[tuple[str, str]]) -> None:
     levels = tomllib.loads(tolerances.FILE.read_text())
     tiers = levels.pop("tier")
+    goldens = levels.pop("golden")
+    assert goldens.keys() == {"loss", "grad_norm", "adapter"}
+    assert all(quantity["scale"] and quantity["float32"]["reason"] for quantity in goldens.values())
     assert looked_up == {(level, quantity) for level, quantities in levels.items() for quantity in quantities}
     for quantities in levels.values():
         for quantity in quantities.values():

@@ -12,6 +12,7 @@ import pytest
 from bnf_align import cli
 from bnf_align.commands import data_check
 from bnf_core.config import DataCheckConfig, DataConfig
+from bnf_core.data import reading
 from bnf_core.data.records import Feedback
 from bnf_core.data.sources import load_feedback
 from bnf_core.data.tokenization import Tokenized, load_tokenizer, tokenize
@@ -63,7 +64,8 @@ def test_every_bad_row_is_listed_with_line_and_field(capsys: pytest.CaptureFixtu
     path = write(tmp_path / "f.jsonl", rows)
     code, out, _ = run(capsys, "--data", path)
     assert code == 2
-    lines = out.splitlines()
+    shape, *lines = out.splitlines()
+    assert shape == f"{path}: unpaired rows (prompt, completion, label)"
     assert [line.partition(" ")[0] for line in lines[:4]] == [f"{path}:{n}:" for n in (2, 3, 4, 5)]
     for line, field in zip(lines, ("label:", "column 11:", "label:", "completion:"), strict=False):
         assert line.split(": ", 1)[1].startswith(field)
@@ -105,6 +107,7 @@ def test_labels_prompts_and_pairs_are_counted(tmp_path: Path) -> None:
         "prompts": 3,
         "prompts_with_both": 1,
         "reopened": 0,
+        "neither": 0,
     }
 
 
@@ -232,7 +235,7 @@ def test_the_picture_holds_every_row_on_its_side(tokenizer_folder: Path, feedbac
     [
         (["--split", "vaild"], "split is 'vaild': expected train, valid, test or all"),
         (["--picture", "p.pdf"], "expected a name that ends in .png or .svg"),
-        (["--report", "."], "cannot be written"),
+        (["--report", "."], "is a folder: expected the name of a file"),
         (["--model", "./nowhere"], "no such folder"),
         (["--model", "owner/nowhere"], "its tokenizer cannot be fetched"),
         (["--data", "missing.jsonl"], "no such file or folder"),
@@ -256,11 +259,11 @@ def test_the_work_grows_with_the_rows(tokenizer_folder: Path, tmp_path: Path, mo
     rows = [row(f"{i % 18_000} + 1 =", f" {i % 18_000 + 1}", label=i % 1000 != 7 or "no") for i in range(20_000)]
     path = write(tmp_path / "f.jsonl", rows)
     work = {"parsed": 0, "tokenised": 0, "compared": 0}
-    parse_row, digest = data_check.parse_row, data_check._digest
+    parse_row, digest = reading.parse_row, data_check._digest
 
-    def counting_parse(*args: Any) -> list[Feedback]:
+    def counting_parse(*args: Any, **settings: Any) -> list[Feedback]:
         work["parsed"] += 1
-        return parse_row(*args)
+        return parse_row(*args, **settings)
 
     def counting_tokenize(part: Sequence[Feedback], *args: Any, **settings: Any) -> Tokenized:
         work["tokenised"] += len(part)
@@ -277,7 +280,7 @@ def test_the_work_grows_with_the_rows(tokenizer_folder: Path, tmp_path: Path, mo
             work["compared"] += 1
             return isinstance(other, Key) and self.digest == other.digest
 
-    monkeypatch.setattr(data_check, "parse_row", counting_parse)
+    monkeypatch.setattr(reading, "parse_row", counting_parse)
     monkeypatch.setattr(data_check, "tokenize", counting_tokenize)
     monkeypatch.setattr(data_check, "_digest", Key)
     report = check(path, tokenizer_folder)

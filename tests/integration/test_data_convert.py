@@ -68,6 +68,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     }
     assert cli.run([*arguments, "--overwrite", "--skip-bad-rows"]) == 0
     assert len(Path("feedback.jsonl").read_text().splitlines()) == 1
+    assert cli.run(["data", "convert", "feedback.jsonl", "feedback.jsonl", "--overwrite"]) == 2  # onto itself
+    assert "is there already" in capsys.readouterr().err
     for output, why in (("feedback.txt", "expected the name of a .jsonl file"), ("nowhere.jsonl", "no such file")):
         data = "answers.json" if output.endswith("txt") else "absent.json"
         assert cli.run(["data", "convert", data, output]) == 2 and why in capsys.readouterr().err

@@ -1,13 +1,23 @@
 """Import of GGUF files, on a tiny llama model written here."""
 
 import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from bnf_align import cli
 from bnf_align.commands import import_gguf as module
 from bnf_align.commands.import_gguf import RECORD, find_gguf, import_gguf
+from bnf_align.run import gguf_check
+from bnf_align.run.gguf_header import read_gguf_header
 from bnf_core.errors import UserError
 from bnf_core.models.model_folder import resolve_model
 
@@ -146,8 +156,9 @@ def test_an_import_that_is_there_is_kept(
     assert "already holds tiny.gguf" in capsys.readouterr().out
 
 
-def fake_convert(source: Path, output: Path) -> None:
+def fake_convert(source: Path, output: Path, say: Callable[[str], None]) -> str:
     (output / "config.json").write_text(json.dumps({"source": source.name}))
+    return "converted"
 
 
 def test_another_file_needs_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,8 +188,8 @@ def test_never_replaces_what_it_did_not_make(tmp_path: Path, force: bool) -> Non
 def test_an_interrupted_import_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
-    def interrupted(source: Path, output: Path) -> None:
-        fake_convert(source, output)
+    def interrupted(source: Path, output: Path, say: Callable[[str], None]) -> str:
+        fake_convert(source, output, say)
         raise error
 
     source, output = tmp_path / "one.gguf", tmp_path / "model"
@@ -202,11 +213,97 @@ def test_refuses_what_is_no_gguf(tmp_path: Path) -> None:
 def test_refuses_a_cut_file_and_an_unknown_architecture(tmp_path: Path) -> None:
     cut, unknown = tmp_path / "cut.gguf", tmp_path / "unknown.gguf"
     write_gguf(cut)
-    cut.write_bytes(cut.read_bytes()[:-5000])
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[:-1])
+    said = f"it has {len(whole) - 1:,} bytes, and its tensors end at {len(whole):,}"
+    assert f"cut.gguf is cut short: {said}" in refused(cut, tmp_path / "out")
+    for length in (100, 2000, 6):  # within the metadata, the vocabulary, and the first number
+        cut.write_bytes(whole[:length])
+        assert f"({length:,} bytes) is cut short or damaged" in refused(cut, tmp_path / "out")
+    cut.write_bytes(whole[:4] + b"\x07" + whole[5:])
+    assert "is a GGUF of version 7: expected version 2 or 3" in refused(cut, tmp_path / "out")
     write_gguf(unknown, architecture="abacus")
-    for source in (cut, unknown):
-        assert "cannot read this GGUF" in refused(source, tmp_path / "out")
+    said = refused(unknown, tmp_path / "out")
+    assert "transformers cannot read this GGUF, whose architecture is abacus" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.gguf", "unknown.gguf"]
+
+
+def test_a_tensor_of_an_unknown_type_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    with pytest.raises(UserError, match="is of ggml's type 8, which the package gguf does not know"):
+        read_gguf_header(path, {0: (1, 4)})
+
+
+def test_the_header_says_what_the_package_gguf_says(tmp_path: Path) -> None:
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path)
+    header, reader = module._header(path), gguf.GGUFReader(path)
+    last = reader.tensors[-1]
+    assert header.size == last.data_offset + last.n_bytes == path.stat().st_size
+    assert header.types == Counter(int(tensor.tensor_type) for tensor in reader.tensors)
+    for name, value in header.metadata.items():
+        field = reader.get_field(name)
+        expected = field.contents()
+        assert value == (len(expected) if isinstance(expected, list) else expected), name
+    assert header.architecture == "llama" and header.metadata["tokenizer.ggml.tokens"] == len(tokens())
+
+
+# What is said of it
+
+
+def test_the_file_that_is_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "tiny.gguf"
+    write_gguf(source)
+    assert cli.run(["import-gguf", "--source", str(source), "--output", str(tmp_path / "model")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    size = source.stat().st_size
+    assert f"reading {source} ({size:,} bytes): without a name, architecture llama, tensors 14 Q8_0, 6 F32" in said
+    if find_spec("llama_cpp") is None:
+        assert "not compared with llama.cpp: llama-cpp-python is not installed" in said
+
+
+class Words:
+    """A tokenizer of one token a word."""
+
+    bos_token_id = 0
+    ids = (5, 6, 7, 8, 9)
+
+    def __call__(self, text: str) -> SimpleNamespace:
+        return SimpleNamespace(input_ids=list(self.ids[: len(text.split())]))
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(f" w{i}" for i in ids)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "said", "line"),
+    [
+        ([5, 6, 7, 8, 9], list(range(20, 40)), "llama.cpp says the same: The capital of France is w20 w21"),
+        ([5, 6, 7, 8, 9], [20, 21, 22, *[1] * 20], "says the same for 3 of 16 tokens: The capital of France is"),
+        ([5, 6, 7, 8], [], "llama.cpp has other tokens for 'The capital of France is': [5, 6, 7, 8], the tokenizer"),
+    ],
+)
+def test_what_llama_cpp_says_stands_beside_it(
+    monkeypatch: pytest.MonkeyPatch, tokens: list[int], said: list[int], line: str
+) -> None:
+    class Llama:
+        def __init__(self, model_path: str, n_ctx: int, verbose: bool):
+            assert model_path == "some.gguf"
+
+        def tokenize(self, text: bytes, add_bos: bool) -> list[int]:
+            assert not add_bos
+            return tokens
+
+        def generate(self, ids: list[int], temp: float) -> Iterator[int]:
+            assert ids == tokens and temp == 0
+            yield from said
+
+    fake: Any = ModuleType("llama_cpp")
+    fake.Llama, fake.__spec__ = Llama, ModuleSpec("llama_cpp", None)
+    monkeypatch.setitem(sys.modules, "llama_cpp", fake)
+    words: Any = Words()
+    assert line in gguf_check.beside_llama_cpp(Path("some.gguf"), words, lambda ids, n: list(range(20, 20 + n)))
 
 
 def test_names_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ FOLDERS = {
     "bnf_mlx": ROOT / "backends" / "bnf_mlx",
     "bnf_conformance": ROOT / "conformance" / "bnf_conformance",
     "bnf_align": ROOT / "recipes" / "bnf_align",
+    "others": ROOT / "conformance" / "others",
     "benchmarks": ROOT / "benchmarks",
 }
 # What each package may import of the others. Backends are found by entry point: no command names one.
@@ -27,6 +28,7 @@ MAY_IMPORT = {
     "bnf_mlx": {"bnf_core"},
     "bnf_conformance": {"bnf_core"},
     "bnf_align": {"bnf_core", "bnf_conformance"},
+    "others": {"bnf_core", "bnf_align", "bnf_conformance", "bnf_torch", "bnf_mlx"},
     "benchmarks": {"bnf_core", "bnf_align", "bnf_torch", "bnf_mlx"},
 }
 # The face of the package gives BNFTrainer, which only PyTorch has.

@@ -26,6 +26,7 @@ from bnf_core.errors import UserError
 from bnf_core.models.architecture import Architecture, Grid, Memory, Training, memory
 from bnf_core.steps.batching import MicroBatching, Rows
 from bnf_core.types import Example
+from invariance import write_turns
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -52,7 +53,7 @@ def settings(model: Path, backend: str, dtype: Any, **overrides: Any) -> TrainCo
 
 
 def held_in_memory(rows: list[Example]) -> TrainingData:
-    return TrainingData(Rows(rows, 0), rows, "", None)
+    return TrainingData(Rows(rows, 0), rows, "", {})
 
 
 @pytest.fixture(scope="module")
@@ -156,13 +157,25 @@ def test_a_plan_counts_rows_tokens_and_steps(tiny_model: Path, feedback: Path, b
     config = TrainConfig(str(tiny_model), DataConfig(str(feedback)), hardware=hardware, batch_size=5, epochs=2)
     console = Console(record=True, width=120)
     plan = plan_run.plan(config, console)
-    rows = load_split(str(feedback), "train", config.data, load_tokenizer(tiny_model), Console(quiet=True))
+    rows = load_split(config.data, "train", load_tokenizer(tiny_model), Console(quiet=True))
     assert plan.steps == 6  # 12 rows, twice: the last batch of an epoch is short
     assert plan.tokens == sum(map(len, rows))
     assert plan.completion_tokens == sum(len(row.completion_ids) for row in rows)
     assert plan.largest == 5 and plan.seconds > 0
     for word in ("peak", "micro_batch_size 5 fits", "6  of 5 rows"):
         assert word in console.export_text(clear=False)
+
+
+def test_a_plan_counts_trained_tokens_alone(tiny_model: Path, tmp_path: Path) -> None:
+    """Rejects turns of tools, and those that are switched off, counted as trained."""
+    data = write_turns(tmp_path / "turns.jsonl")
+    hardware = HardwareConfig(backend="torch", device="cpu", dtype="float32")
+    config = TrainConfig(str(tiny_model), DataConfig(str(data)), hardware=hardware)
+    plan = plan_run.plan(config, Console(quiet=True))
+    rows = load_split(config.data, "train", load_tokenizer(tiny_model), Console(quiet=True))
+    completions = sum(len(row.completion_ids) for row in rows)
+    assert plan.completion_tokens == sum(sum(row.trained or (1,) * len(row.completion_ids)) for row in rows)
+    assert 0 < plan.completion_tokens < completions < plan.tokens
 
 
 def test_a_plan_needs_no_weights(tiny_model: Path, feedback: Path, tmp_path: Path) -> None:
@@ -197,7 +210,7 @@ def test_auto_batch_takes_what_fits(
         batch_size=12,
         share_prompts=False,
     )
-    rows = load_split(str(feedback), "train", config.data, load_tokenizer(tiny_model), Console(quiet=True))
+    rows = load_split(config.data, "train", load_tokenizer(tiny_model), Console(quiet=True))
     measures = benchmark(config.hardware)
     training = auto_batch.training_of(config, measures)
 

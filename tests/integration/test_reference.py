@@ -514,7 +514,7 @@ def made(tiny_model: Path, feedback: Path, tmp_path_factory: pytest.TempPathFact
 def examples(tiny_model: Path, feedback: Path) -> list[Example]:
     from bnf_align.run.feedback import load_split
 
-    return load_split(str(feedback), "train", DataConfig(str(feedback)), load_tokenizer(tiny_model), QUIET)
+    return load_split(DataConfig(str(feedback)), "train", load_tokenizer(tiny_model), QUIET)
 
 
 def test_the_folder_holds_what_the_model_says(

@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -66,6 +67,17 @@ def odds(p: float) -> float:
 )
 def test_worked_by_hand(expression: str, expected: float) -> None:
     assert loss(expression) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if OBJECTIVES[name].takes_weights])
+def test_a_weight_multiplies_the_loss_of_its_row_or_pair_and_no_count(name: str) -> None:
+    def weighted(chosen: float, rejected: float) -> float:
+        return loss(name, [replace(PAIR[0], weight=chosen), replace(PAIR[1], weight=rejected)])
+
+    assert weighted(0.25, 0.25) == pytest.approx(loss(name) / 4, rel=1e-6)
+    if OBJECTIVES[name].unit == "row":
+        assert 0.25 * weighted(1, 0) + 2 * weighted(0, 1) == pytest.approx(weighted(0.25, 2), rel=1e-6)
+        assert weighted(1, 0) + weighted(0, 1) == pytest.approx(loss(name), rel=1e-6)
 
 
 def test_baselines_shift_rewards() -> None:

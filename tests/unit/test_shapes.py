@@ -124,6 +124,21 @@ def test_tools_and_calls_of_sharegpt() -> None:
     assert row.tools == json.loads(tools)
 
 
+def test_reasoning_of_open_webui() -> None:
+    (row, _, _), thoughts = (
+        section("Open WebUI")[1],
+        '<details type="reasoning" done="true" duration="3">\n<summary>Thought',
+    )
+    messages = row["snapshot"]["chat"]["chat"]["history"]["messages"]
+    messages["b"]["content"] = thoughts + " for 3 seconds</summary>\n> 1 &lt; 2.\n> So.\n</details>\nA pear."
+    (found,) = reader()(row, AT)
+    assert found.completion == [{"role": "assistant", "content": "A pear.", "reasoning_content": "1 < 2.\nSo."}]
+    messages |= {"c": {"id": "c", "parentId": "b", "role": "user", "content": "And?"}}
+    messages |= {"d": {"id": "d", "parentId": "c", "role": "assistant", "content": "A plum."}}
+    (found,) = reader()(row | {"meta": {"message_id": "d"}}, AT)
+    assert found.prompt[1] == {"role": "assistant", "content": "A pear."} and said(found)[1] == "A plum."
+
+
 def test_argilla_ranks_its_fields() -> None:
     fields = {"prompt": FRUIT, "response-1": "Iron.", "response-2": "A pear."}
     for answer in (
@@ -154,6 +169,17 @@ def test_a_list_of_completions(
         (FRUIT, text, label) for text, label in zip(("A pear.", "Iron."), expected, strict=True)
     ]
     assert not any(row.paired for row in found)
+
+
+def test_lists_by_other_names() -> None:
+    answers = [{"answer": "A pear.", "rank": 1.0, "model": "a"}, {"answer": "Iron.", "rank": 2.0, "model": "b"}]
+    assert (
+        list(map(said, reader("rank <= 1", completions="answers")({"prompt": FRUIT, "answers": answers}, AT))) == PAIRS
+    )
+    row = {"instruction": FRUIT, "responses": [{"response": "A pear."}, {"response": "Iron."}]}
+    row |= {"annotations": [{"rating": "5"}, {"rating": "2"}]}
+    read = reader("annotations.rating > mean", prompt="instruction", completions="responses")
+    assert list(map(said, read(row, AT))) == PAIRS and read.unused == set()
 
 
 def test_graded_labels_and_weights() -> None:

@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bnf_core.data.labels import LabelRule
 from bnf_core.data.messages import RowError
+from bnf_core.data.reading import Reading
 from bnf_core.data.records import Feedback
-from bnf_core.data.sources import digest, has_split, load_feedback, prompt_group, split_by_prompt
+from bnf_core.data.sources import digest, has_split, held_out_prompts, load_feedback, prompt_group
 from bnf_core.errors import UserError
 
 ROW = '{"prompt": "q", "completion": "a", "label": true}'
@@ -342,8 +344,9 @@ def test_a_single_file_is_all_train(tmp_path: Path) -> None:
     path = write(tmp_path / "f.jsonl", ROW)
     assert (has_split(path, "train"), has_split(path, "valid")) == (True, False)
     assert len(load_feedback(path, "valid").rows) == 1  # held-out data given as a file of its own
-    with pytest.raises(UserError, match="unknown split 'dev': expected train, valid, test"):
-        has_split(path, "dev")
+    assert not has_split(path, "dev")
+    with pytest.raises(UserError, match="unknown split 'dev': expected train, valid, test; a file has no others"):
+        load_feedback(path, "dev")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./a/b", "data/train.jsonl", "a/b/c", "/no/such", "~/none"])
@@ -421,29 +424,25 @@ def test_the_group_of_a_prompt_is_always_the_same_number() -> None:
     assert any(prompt_group(str(i)) >= 2**62 for i in range(100))
 
 
-def test_no_prompt_is_on_both_sides_and_no_row_is_lost() -> None:
-    rows = rows_of(*(f"p{i % 20}" for i in range(60)))
-    train, held_out = split_by_prompt(rows, 0.25, seed=1)
-    assert {r.prompt for r in train}.isdisjoint(r.prompt for r in held_out)
-    assert len({str(r.prompt) for r in held_out}) == 5
-    assert sorted(train + held_out, key=rows.index) == rows
-    assert [rows.index(r) for r in train] == sorted(rows.index(r) for r in train)
-    assert split_by_prompt(rows, 0.25, seed=1) == (train, held_out)
-    assert split_by_prompt(rows, 0.25, seed=2) != (train, held_out)
+def test_a_share_of_the_prompts_is_held_out() -> None:
+    prompts = range(100, 120)
+    held = held_out_prompts(prompts, 0.25, seed=1)
+    assert len(held) == 5 and held < set(prompts)
+    assert held_out_prompts(np.asarray(prompts), 0.25, seed=1) == held
+    assert held_out_prompts(prompts, 0.25, seed=2) != held
 
 
 @pytest.mark.parametrize(("fraction", "held"), [(0.01, 1), (0.5, 2), (0.99, 2)])
 def test_at_least_one_prompt_goes_to_either_side(fraction: float, held: int) -> None:
-    train, held_out = split_by_prompt(rows_of("a", "b", "c"), fraction, seed=0)
-    assert (len(train), len(held_out)) == (3 - held, held)
+    assert len(held_out_prompts([1, 2, 3], fraction, seed=0)) == held
 
 
 def test_a_split_that_cannot_be_made() -> None:
     with pytest.raises(UserError, match="has 1 different prompt, expected at least 2"):
-        split_by_prompt(rows_of("a", "a"), 0.5, seed=0)
+        held_out_prompts([1], 0.5, seed=0)
     for fraction in (0.0, 1.0, -1.0, float("nan")):
         with pytest.raises(UserError, match="expected a number above 0 and below 1"):
-            split_by_prompt(rows_of("a", "b"), fraction, seed=0)
+            held_out_prompts([1, 2], fraction, seed=0)
 
 
 # The documentation
@@ -510,3 +509,24 @@ def test_what_datasets_saved_to_disk_is_read(tmp_path: Path) -> None:
     next((tmp_path / "one").glob("*.arrow")).unlink()
     with pytest.raises(UserError, match="the saved data set cannot be read"):
         load_feedback(str(tmp_path / "one"))
+
+
+def test_a_table_of_text_has_labels_weights_and_scores(tmp_path: Path) -> None:
+    text = "question,answer,correct,weight,stars,tools\nq,a,TRUE,2,5,\nq,b,false,,1,\n"
+    path = write(tmp_path / "f.csv", text)
+    columns = {"prompt": "question", "completion": "answer"}
+    loaded = load_feedback(path, reading=Reading({**columns, "label": "correct"}))
+    assert [(row.label, row.weight) for row in loaded.rows] == [(True, 2), (False, 1)]
+    for rule in ("stars >= 4", "correct == true", "stars > mean", "correct"):
+        found = load_feedback(path, reading=Reading(columns, LabelRule.parse(rule))).rows
+        assert [(row.prompt, row.label) for row in found] == [("q", True), ("q", False)]
+    graded = write(tmp_path / "g.csv", "prompt,completion,label\nq,a,0.6\nq,b,-0.25\nq,c,1\n")
+    assert [row.weight for row in load_feedback(graded, skip_bad_rows=True).rows] == [0.6, 0.25]  # 1 may mean anything
+    whole = load_feedback(
+        write(tmp_path / "h.csv", "prompt,completion,label\nq,a,1\nq,b,0\n"), reading=reading("label")
+    )
+    assert [row.label for row in whole.rows] == [True, False]
+
+
+def reading(rule: str) -> Reading:
+    return Reading(label=LabelRule.parse(rule))

@@ -128,10 +128,7 @@ def test_rows_are_independent_of_their_batch(monkeypatch: pytest.MonkeyPatch) ->
         row("Paris", " is a city", True, 4),
         row(QUESTION, [assistant("Rome, I think.")], False, 5),
     ]
-    done: list[tuple[int, int]] = []
-    result = tokenize(
-        rows, tokenizer, template="auto", max_length=99, progress=lambda at, total: done.append((at, total))
-    )
+    result = tokenize(rows, tokenizer, template="auto", max_length=99)
     alone = [tokenize([r], tokenizer, template="auto", max_length=99).examples[0] for r in rows]
     assert [(e.prompt_ids, e.completion_ids) for e in result.examples] == [
         (e.prompt_ids, e.completion_ids) for e in alone
@@ -140,7 +137,6 @@ def test_rows_are_independent_of_their_batch(monkeypatch: pytest.MonkeyPatch) ->
     groups = [e.group for e in result.examples]
     assert [groups.index(group) for group in groups] == [0, 1, 0, 3, 1]
     assert groups == [e.group for e in alone]
-    assert done == [(2, 5), (4, 5), (5, 5)]
 
 
 # BOS and EOS
@@ -650,3 +646,14 @@ def test_a_broken_generation_config(text: str, says: str, tmp_path: Path) -> Non
     (tmp_path / "generation_config.json").write_text(text)
     with pytest.raises(UserError, match=says):
         stop_ids(make(), tmp_path)
+
+
+def test_keys_and_arguments_that_the_template_does_not_use_are_named() -> None:
+    tokenizer = make(CHATML, eos_token="<|im_end|>")
+    question = [user("Hi") | {"name": "Ada", "id": "1"}]
+    chat = Chat(kwargs={"enable_thinking": False})
+    rows = [replace(row(question, ANSWER), template_kwargs={"style": "brief"})]
+    assert tokenize(rows, tokenizer, chat=chat, max_length=99).unused == {"name", "enable_thinking", "style"}
+    writes = Chat(CHATML.replace("{{ m.content }}", "{{ m.name }}{{ m.content }}"))
+    assert tokenize(rows, tokenizer, chat=writes, max_length=99).unused == {"style"}
+    assert tokenize([row("Hi", "Ho")], tokenizer, max_length=99).unused == set()

@@ -164,7 +164,7 @@ def rows(folder: Path, data: str | None, console: Console) -> Batch:
     """
     if data is not None:
         settings = DataConfig(path=data, max_length=MAX_LENGTH)
-        examples = load_split(data, "train", settings, load_tokenizer(folder), console)[:ROWS]
+        examples = load_split(settings, "train", load_tokenizer(folder), console)[:ROWS]
         return collate(examples, len(examples))
     config = full_config(folder)
     vocabulary = config.get("vocab_size") or config["text_config"]["vocab_size"]

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from bnf_align.run.pictures import AFTER, CHOSEN, PLAIN, REJECTED, save
 from bnf_align.run.progress import bar
 from bnf_align.run.results import result_file
-from bnf_core.config import DataCheckConfig, DataConfig
+from bnf_core.config import DataCheckConfig, DataConfig, Where
 from bnf_core.data import sources
 from bnf_core.data.messages import RowError, Text
 from bnf_core.data.reading import Reading, RowReader
@@ -161,8 +161,9 @@ def data_check(config: DataCheckConfig, console: Console) -> DataReport:
     tokenizer = None if folder is None else load_tokenizer(folder)
     positions = None if folder is None else position_limit(resolved_config(folder))
     repeats, files = Repeats(), {}
-    for name, rows in _read(config.data.path, config.split).items():
-        files[name] = _check(name, rows, config.data, tokenizer, positions, repeats, console)
+    for of in config.data.each().values():
+        for name, rows in _read(of, config.split).items():
+            files[name] = _check(name, rows, of, tokenizer, positions, repeats, console)
     report = DataReport(
         files,
         repeats,
@@ -183,22 +184,22 @@ def data_check(config: DataCheckConfig, console: Console) -> DataReport:
 # Reading
 
 
-def _read(path: str, split: str) -> dict[str, list[RawRow]]:
+def _read(config: DataConfig, split: str) -> dict[str, list[RawRow]]:
     """The rows of each file, by its name; `all` is every split that the data has."""
     splits = [split]
     if split == "all":
-        splits = [name for name in sources.SPLITS if sources.has_split(path, name)] or ["train"]
+        splits = [name for name in sources.SPLITS if sources.has_split(config.where, config.called(name))] or ["train"]
     files = {}
     for name in splits:
-        rows = list(_rows(path, name))
+        rows = list(_rows(config.where, config.called(name)))
         if not rows:
-            raise UserError(f"{path}: no rows in the {name} split. Expected at least one row of feedback.")
+            raise UserError(f"{config.where}: no rows in the {name} split. Expected at least one row of feedback.")
         # By file, because test may serve as valid and is then met twice.
         files[rows[0][0].rpartition(":")[0]] = rows
     return files
 
 
-def _rows(path: str, split: str) -> Iterator[RawRow]:
+def _rows(path: Where, split: str) -> Iterator[RawRow]:
     try:
         yield from sources.read_rows(path, split)
     except RowError as error:  # a file that is broken from here on: its last row
@@ -249,7 +250,7 @@ def _check(
             progress.advance()
         feedback = reader.finish(parsed, (sources.group_of(row) for row in parsed))
         for at in range(0, len(feedback), CHUNK):
-            measured, refused, differ = _measure(feedback[at : at + CHUNK], config, tokenizer)
+            measured, refused, differ = _measure(feedback[at : at + CHUNK], config, tokenizer, reader.unused)
             if positions is not None:
                 lengths = [(size.source, min(size.whole, config.max_length)) for size in measured]
                 too_many = [too_long(source, length, positions) for source, length in lengths if length > positions]
@@ -268,10 +269,10 @@ def _check(
 
 
 def _measure(
-    rows: Sequence[Feedback], config: DataConfig, tokenizer: PreTrainedTokenizerBase | None
+    rows: Sequence[Feedback], config: DataConfig, tokenizer: PreTrainedTokenizerBase | None, unused: set[str]
 ) -> tuple[list[Size], list[str], int]:
     """Sizes of the rows, a message for each row that the tokenizer or its chat template refuses, and how many turns the
-    template opens otherwise than it writes them."""
+    template opens otherwise than it writes them; and what it is given and does not use, added to `unused`."""
     if tokenizer is None:
         return [Size(r.source, r.label, _characters(r.prompt), _characters(r.completion)) for r in rows], [], 0
 
@@ -284,6 +285,7 @@ def _measure(
             max_length=sys.maxsize,
             skip_bad_rows=skip_bad_rows,
         )
+        unused.update(tokens.unused)
         found = [Size(e.source, e.label, len(e.prompt_ids), len(e.completion_ids)) for e in tokens.examples]
         return found, tokens.skipped, tokens.reopened
 
@@ -377,7 +379,7 @@ def _print(report: DataReport, config: DataConfig, console: Console) -> None:
         if len(places) > EXAMPLES:
             line(f"  and {len(places) - EXAMPLES:,} more", "dim")
     if unused := set().union(*(file.unused for file in report.files.values())):
-        line(f"columns that are not used: {', '.join(sorted(unused))}", "yellow")
+        line(f"columns and keys of messages that are not used: {', '.join(sorted(unused))}", "yellow")
     if neither := sum(file.neither for file in report.files.values()):
         line(f"completions that are left out, because their label or weight is 0: {neither:,}", "yellow")
     if differ := sum(file.reopened for file in report.files.values()):

@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
+from bnf_align.run.results import result_file
 from bnf_core.config import DataConfig
 from bnf_core.data.feedback import Tally
 from bnf_core.data.reading import Reading
@@ -40,12 +41,16 @@ def data_convert(config: DataConvertConfig, console: Console) -> int:
     Raises:
         UserError: no such data or a bad row, or the file is taken or cannot be written. Nothing is written then.
     """
+    if not isinstance(config.data.path, str):
+        raise UserError("data is a list of sources: expected one, which is written to one file")
     output = Path(config.output).expanduser()
     if output.suffix.lower() != ".jsonl":
         raise UserError(f"{output}: expected the name of a .jsonl file to write")
-    if output.exists() and (not config.overwrite or output.samefile(Path(config.data.path).expanduser())):
+    if output.exists() and (not config.overwrite or output.resolve() == Path(config.data.path).expanduser().resolve()):
         raise UserError(f"{output} is there already: give --output another name, or --overwrite to replace other data")
-    loaded = load_feedback(config.data.path, config.split, config.data.skip_bad_rows, Reading.of(config.data))
+    loaded = load_feedback(
+        config.data.where, config.data.called(config.split), config.data.skip_bad_rows, Reading.of(config.data)
+    )
 
     def line(text: str, style: str = "") -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
@@ -59,8 +64,7 @@ def data_convert(config: DataConvertConfig, console: Console) -> int:
         line(note, "yellow")
     rows = [json.dumps(row, ensure_ascii=False) for row in as_rows(loaded.rows)]
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(output, "".join(f"{row}\n" for row in rows))
+        replace_file(result_file(str(output), "output"), "".join(f"{row}\n" for row in rows))
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error.strerror or error}") from error
     for row in islice(rows, SAMPLE):

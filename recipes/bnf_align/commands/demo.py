@@ -72,7 +72,7 @@ def demo(config: DemoConfig, console: Console) -> None:
     """Raises UserError where the model cannot be had, TrainingStopped where the run cannot go on."""
     if config.model == DemoConfig.model and not Path(config.model).exists():
         console.print(f"importing {config.model} from the package {GGUF_PACKAGE}", highlight=False)
-        import_gguf(GGUF_PACKAGE, Path(config.model))
+        import_gguf(GGUF_PACKAGE, Path(config.model), console=console)
     model = resolve_model(config.model)
     data = word_problems.write(
         Path(config.output) / "data", config.train_prompts, config.valid_prompts, seed=config.seed

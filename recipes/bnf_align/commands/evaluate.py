@@ -6,10 +6,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bnf_align.run.feedback import load_split, with_date
+from bnf_align.run.feedback import load_sets, with_date
 from bnf_align.run.results import result_file
 from bnf_align.run.run_folder import recorded_setting
-from bnf_align.run.scoring import score, table
+from bnf_align.run.scoring import score_sets, table
 from bnf_core import registry
 from bnf_core.config import EvaluateConfig
 from bnf_core.data.tokenization import load_tokenizer, pad_id
@@ -32,7 +32,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> Metrics:
     tokenizer = load_tokenizer(folder)
     trained_in = Path(config.adapter or folder).resolve().parent  # a run's adapter, or its model
     config = replace(config, data=with_date(config.data, tokenizer, recorded_setting(trained_in, "data.date")))
-    examples = load_split(config.data.path, config.split, config.data, tokenizer, console)
+    sets = load_sets(config.data, config.split, tokenizer, console)
     engine = registry.get(config.hardware.backend).load(
         folder,
         device=config.hardware.device,
@@ -41,7 +41,7 @@ def evaluate(config: EvaluateConfig, console: Console) -> Metrics:
     )
     reference = ReferenceCache(engine.reference_log_odds)
     batching = MicroBatching(config.micro_batch_size, share_prompts=engine.shares_prompts)
-    metrics = score(engine, reference, examples, batching, pad_id(tokenizer), console)
+    metrics = score_sets(engine, reference, sets, batching, pad_id(tokenizer), console)
     if report is not None:
         replace_file(report, json.dumps(metrics, indent=2) + "\n")
     return metrics

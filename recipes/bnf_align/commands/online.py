@@ -17,7 +17,7 @@ from bnf_align.run.on_policy import OnPolicy, TokenPrompt
 from bnf_align.run.remote import RemoteSampler, require_layout
 from bnf_align.run.scoring import table
 from bnf_core import registry
-from bnf_core.config import OnlineConfig
+from bnf_core.config import OnlineConfig, Where
 from bnf_core.data import sources
 from bnf_core.data.labels import LabelRule
 from bnf_core.data.prompts import Prompt, load_prompts
@@ -49,7 +49,7 @@ def online(config: OnlineConfig, console: Console) -> RunResult:
                 rows=OnPolicy(config, tokenizer, train, held_out, judges, console),
                 examples=None,
                 digest=digest,
-                held_out=None,
+                held_out={},
             )
 
         return run_training(config, console, load, OnlineTraining)
@@ -103,7 +103,7 @@ class OnlineTraining(Training):
 
     def _more(self, step: Step, scores: list[TokenScores]) -> Metrics:
         self.rows.policy_step = step.number + 1
-        metrics, drawn = self.rows.metrics(), self.rows.drawn
+        metrics, drawn = self.rows.metrics(), self.rows.sampled_log_p
         sums = [_seen(batch, some, drawn) for (batch, _), some in zip(step.batches, scores, strict=True)]
         entropy, gap, tokens = self.processes.sum(np.sum([np.zeros(3), *sums], axis=0))
         more: Metrics = {"entropy": float(entropy / tokens), **metrics}
@@ -142,12 +142,13 @@ def _seen(batch: Batch, scores: TokenScores, drawn: Mapping[int, float]) -> Arra
 def _prompts(config: OnlineConfig) -> tuple[list[Prompt], list[Prompt]]:
     """To train on, and held out."""
     column = config.data.columns.get("prompt", "prompt")
-    train = _load(config.data.path, "train", column, config.seed)
-    if config.valid is not None:
-        return train, _load(config.valid, "valid", column, config.seed + 1)
-    is_file = config.data.path.startswith(PREFIX) or config.data.path.lower().endswith(".txt")
-    if not is_file and sources.has_split(config.data.path, "valid"):
-        return train, load_prompts(config.data.path, "valid", column)
+    where, valid = config.data.where, config.valid
+    train = _load(where, config.data.called("train"), column, config.seed)
+    if isinstance(valid, str):
+        return train, _load(Where(valid), "valid", column, config.seed + 1)
+    is_file = where.path.startswith(PREFIX) or where.path.lower().endswith(".txt")
+    if not is_file and sources.has_split(where, "valid"):
+        return train, load_prompts(where, "valid", column)
     if config.valid_fraction == 0:
         return train, []
     count = min(max(round(config.valid_fraction * len(train)), 1), len(train) - 1)
@@ -156,10 +157,10 @@ def _prompts(config: OnlineConfig) -> tuple[list[Prompt], list[Prompt]]:
     return [p for i, p in enumerate(train) if i not in held_out], [p for i, p in enumerate(train) if i in held_out]
 
 
-def _load(path: str, split: str, column: str, seed: int) -> list[Prompt]:
-    if not path.startswith(PREFIX):
-        return load_prompts(path, split, column)
-    (term,) = parse_terms(path.removeprefix(PREFIX))
+def _load(where: Where, split: str, column: str, seed: int) -> list[Prompt]:
+    if not where.path.startswith(PREFIX):
+        return load_prompts(where, split, column)
+    (term,) = parse_terms(where.path.removeprefix(PREFIX))
     return gym_prompts(term.name, term.settings, seed)
 
 

@@ -5,17 +5,20 @@ import math
 import time
 from dataclasses import dataclass, fields, replace
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from bnf_align.run.auto_batch import gib, largest, measures_of, peak, training_of
 from bnf_align.run.feedback import load_training_data
 from bnf_core.config import TrainConfig
+from bnf_core.data.table import column
 from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import UserError
 from bnf_core.models.architecture import Architecture, Memory
 from bnf_core.models.model_folder import resolve_model
 from bnf_core.protocol import Measures
+from bnf_core.steps.batching import Rows
 from bnf_core.steps.steps import micro_batching_of
 
 
@@ -26,7 +29,7 @@ class Plan:
     largest: int  # micro-batch size that fits; 0: not even one row
     rows: int  # of an epoch
     tokens: int
-    completion_tokens: int
+    completion_tokens: int  # that are trained
     steps: int
     seconds: float  # of all steps
 
@@ -57,16 +60,18 @@ def plan(config: TrainConfig, console: Console) -> Plan:
             runtime,
         )
 
-    tokens = sum(map(len, data.examples))
-    completions = sum(len(row.completion_ids) for row in data.examples)
+    assert isinstance(data.rows, Rows)
+    order, _ = data.rows.epoch(0, config.batch_size)
+    tokens = int(column(data.examples, "length")[order].sum())
+    completions = int(np.array([len(row.trained_positions) for row in data.examples])[order].sum())
     steps = data.num_steps(config)
-    epochs = steps * config.batch_size / len(data.examples)
+    epochs = steps * config.batch_size / len(order)
     passes = epochs + (0.0 if config.reference else min(epochs, 1.0) / 2)  # the reference has no backward pass
     result = Plan(
         memory=needs(config.micro_batch_size),
         free=free,
         largest=largest(lambda size: needs(size).total - runtime, config.batch_size, free),
-        rows=len(data.examples),
+        rows=len(order),
         tokens=tokens,
         completion_tokens=completions,
         steps=steps,

@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
-from bnf_align.run.feedback import load_split, read_once, with_date
+from bnf_align.run.feedback import load_split, read_once, splits_of, with_date
 from bnf_align.run.progress import Bar, bar
 from bnf_core import registry
 from bnf_core.config import DataConfig, ReferenceConfig, TrainConfig
 from bnf_core.data import sources
+from bnf_core.data.table import ExampleTable
 from bnf_core.data.tokenization import load_tokenizer, pad_id
 from bnf_core.errors import TrainingStopped
 from bnf_core.models.model_folder import resolve_model
@@ -44,8 +45,8 @@ def reference(config: ReferenceConfig, console: Console) -> StoredReference:
     tokenizer = load_tokenizer(model)
     known = None if config.overwrite else recorded_date(folder)
     config = replace(config, data=with_date(config.data, tokenizer, known))
-    path, split = config.data.path, config.split
-    splits = [split] if split != "all" else [s for s in sources.SPLITS if sources.has_split(path, s)] or ["train"]
+    splits = splits_of(config.data) if config.split == "all" else [config.split]
+    path = ", ".join(str(of.where) for of in config.data.each().values())
     rows = _rows(splits, config.data, tokenizer, console)
     engine = backend.load(model, device=hardware.device, dtype=hardware.dtype, load_in_4bit=hardware.load_in_4bit)
     writer = ReferenceWriter(
@@ -84,12 +85,12 @@ def open_reference(
     model: Path,
     tokenizer: PreTrainedTokenizerBase,
     engine: Engine,
-    rows: Sequence[Example] = (),
+    rows: Iterable[Sequence[Example]] = (),
 ) -> StoredReference | None:
     """The reference that a run was given, if any.
 
     Args:
-        rows: what must be in it.
+        rows: tables of what must be in it.
     Raises:
         UserError: it is damaged, of another model, tokenizer, …, or lacks rows.
     """
@@ -97,24 +98,32 @@ def open_reference(
         return None
     expected = fingerprint(model, tokenizer, config.data, config.hardware, engine.dtype)
     stored = open_folder(config.reference, expected)
-    stored.require(rows)
+    for some in rows:
+        stored.require(some)
     return stored
 
 
 def _rows(
     splits: Sequence[str], data: DataConfig, tokenizer: PreTrainedTokenizerBase, console: Console
 ) -> Iterable[Example]:
-    """A list, or, streamed, an iterator."""
+    """A table, or, streamed, an iterator."""
     if data.streaming:
-        return chain.from_iterable(read_once(split, data, tokenizer, console) for split in splits)
-    return [e for split in splits for e in load_split(data.path, split, data, tokenizer, console)]
+        each = [(split, of) for of in data.each().values() for split in _own_splits(of, splits)]
+        return chain.from_iterable(read_once(split, of, tokenizer, console) for split, of in each)
+    each_split = [(name, of, split) for name, of in data.each().items() for split in _own_splits(of, splits)]
+    return ExampleTable.joined(load_split(of, split, tokenizer, console, name) for name, of, split in each_split)
+
+
+def _own_splits(data: DataConfig, splits: Sequence[str]) -> list[str]:
+    """Those that one of several sources has."""
+    return [s for s in splits if len(splits) == 1 or s == "train" or sources.has_split(data.where, data.called(s))]
 
 
 def _batches(rows: Iterable[Example], writer: ReferenceWriter, batching: MicroBatching, console: Console) -> int | None:
     """How many batches are to be computed; of streamed rows nobody knows."""
-    if not isinstance(rows, list):
+    if not isinstance(rows, ExampleTable):
         return None
-    new = len({e.key for e in rows}.difference(writer.keys.tolist()))
+    new = len(np.setdiff1d(rows.column("keys"), writer.keys))
     if new < len(rows):
         console.print(f"{new:,} of {len(rows):,} rows are still to be computed, each once", highlight=False)
     whole, rest = divmod(new, writer.shard_rows)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NoReturn, TypeVar
 
@@ -23,11 +24,12 @@ from bnf_align.run.pictures import run_picture
 from bnf_align.run.progress import bar
 from bnf_align.run.run_folder import RunFolder, recorded_setting
 from bnf_align.run.samples import Samples
-from bnf_align.run.scoring import score, table
+from bnf_align.run.scoring import score_sets, table
 from bnf_align.run.tracking import check_trackers, open_trackers
 from bnf_core import registry
 from bnf_core.config import TrainConfig
 from bnf_core.data.rendering import chat_of
+from bnf_core.data.table import ExampleTable
 from bnf_core.data.tokenization import load_tokenizer, pad_id, stop_ids
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.models.model_folder import resolve_model
@@ -120,8 +122,16 @@ def run_training(
             optimizer=config.optimizer,
             objective=config.make_objective(),
             gradient_checkpointing=config.gradient_checkpointing,
+            deterministic=config.deterministic,
             seed=config.seed,
         )
+        if config.deterministic:
+            console.print(
+                f"deterministic: each {config.make_objective().unit} is computed alone; micro_batch_size, auto_batch, "
+                "packing, group_by_length and share_prompts are set aside",
+                highlight=False,
+                soft_wrap=True,
+            )
         if config.auto_batch:
             config = replace(config, micro_batch_size=auto_micro_batch(config, checkpoint, data, engine))
             console.print(f"{config.micro_batch_size} rows at a time fit into the free memory", highlight=False)
@@ -145,14 +155,15 @@ class Training:
     ):
         self.config, self.engine, self.data, self.facts = config, engine, data, facts
         self.console, self.evaluator, self.tokenizer = console, evaluator, tokenizer
-        self.stops = stop_ids(tokenizer, checkpoint, chat=chat_of(config.data))
+        of_sources = (stop_ids(tokenizer, checkpoint, chat=chat_of(of)) for of in config.data.each().values())
+        self.stops = list(dict.fromkeys(chain.from_iterable(of_sources)))
         self.pad = pad_id(tokenizer)
         self.processes = engine.processes
         self.first = self.processes.rank == 0
         known = stop_ids(tokenizer, checkpoint, of_template=False)
         self.folder = RunFolder(config, self.processes, self.stops if set(self.stops) > set(known) else ())
         self.batching = steps.micro_batching_of(config, engine)
-        stored = open_reference(config, checkpoint, tokenizer, engine, data.in_memory)
+        stored = open_reference(config, checkpoint, tokenizer, engine, data.tables)
         # Streamed rows that are not stored can be computed only as long as the model's own weights stay.
         computes = data.examples is not None or stored is None or config.fine_tune_type != "full"
         self.objective = config.make_objective()
@@ -185,8 +196,10 @@ class Training:
             self._watch(start)
             self.started = time.perf_counter()
             loop.train(self.engine, self._steps(start), self._after, self.config.optimizer.max_grad_norm)
-        if self.data.tally:
-            tell(self.data.tally, self.console)
+        for tally in self.data.tallies:
+            tell(tally, self.console)
+        if said := self.data.drawn(self.config.batch_size, self.position):
+            self.console.print(said, highlight=False, markup=False, soft_wrap=True)
         after = self.evaluations[max(self.evaluations)] if self.evaluations else None
         picture = self.folder.path / "run.png"
         if self.first:
@@ -199,11 +212,13 @@ class Training:
     def _try(self) -> None:
         """Score the row with the highest token id, beside padding, and the longest: what the model refuses it refuses
         now, before anything that is there is touched."""
-        if rows := self.data.in_memory:
-            highest = max(rows, key=lambda e: max(e.prompt_ids + e.completion_ids))
-            tried = [highest, highest, min(rows, key=len)]
+        if tables := self.data.tables:
+            rows = ExampleTable.joined(tables)
+            lengths = rows.column("lengths")
+            highest = rows[int(np.argmax(rows.column("highest")))]
+            tried = [highest, highest, rows[int(np.argmin(lengths))]]
             beside = collate(tried, len(tried), self.pad, bins=[[0, 1], [2]] if self.config.packing else None)
-            for batch in (beside, collate([max(rows, key=len)], 1, self.pad)):
+            for batch in (beside, collate([rows[int(np.argmax(lengths))]], 1, self.pad)):
                 self.engine.evaluate(batch, np.zeros(len(batch.targets), np.float32))
 
     def _steps(self, start: int) -> Iterator[Step]:
@@ -283,8 +298,7 @@ class Training:
 
     def _evaluate(self) -> Metrics:
         """Of what is held out."""
-        assert self.data.held_out is not None
-        metrics = score(
+        metrics = score_sets(
             self.engine, self.reference, self.data.held_out, self.batching, self.pad, self.console, self.objective
         )
         return metrics | (self.evaluator(self.engine) if self.evaluator else {})
@@ -292,15 +306,15 @@ class Training:
     @property
     def _holds_out(self) -> bool:
         """Whether there is anything to evaluate."""
-        return self.data.held_out is not None
+        return bool(self.data.held_out)
 
     def _samples(self, start: int) -> Samples | None:
-        if self.config.sample_every is None or self.data.held_out is None:
+        if self.config.sample_every is None or not self.data.held_out:
             return None
         with self.folder.writing():
             return Samples(
                 self.folder.path if self.first else None,
-                self.data.held_out,
+                ExampleTable.joined(self.data.held_out.values()),
                 self.tokenizer,
                 self.stops,
                 count=self.config.sample_count,
@@ -364,7 +378,7 @@ class Training:
         if self.objective.baseline_from == "mismatched":
             batches = self.data.rows.batches(self.config.batch_size)
             rows += {e.key: e for _ in range(self.num_steps) for e in mismatched(next(batches)[0])}.values()
-            rows += mismatched(self.data.held_out or [])
+            rows += [row for table in self.data.held_out.values() for row in mismatched(list(table))]
         mine = steps.my_share(rows, replace(self.batching, unit="row"), self.processes, self.pad)
         with bar("reference", len(mine), self.console) as progress:
             for batch in mine:

@@ -11,6 +11,7 @@ import numpy as np
 from bnf_align.run.feedback import TrainingData
 from bnf_core import registry
 from bnf_core.config import HardwareConfig, TrainConfig
+from bnf_core.data.table import column
 from bnf_core.errors import UserError
 from bnf_core.models.architecture import Architecture, Memory, Training, memory
 from bnf_core.protocol import Engine, Measures
@@ -48,7 +49,8 @@ def peak(
 ) -> Memory:
     """Of the micro-batch that takes most, among those of the first epoch's first batches and of the longest rows."""
     assert isinstance(data.rows, Rows)
-    longest = sorted(data.rows.examples, key=len)[-batch_size:]
+    by_length = np.argsort(column(data.rows.examples, "length"), kind="stable")
+    longest = [data.rows.examples[i] for i in by_length[-batch_size:].tolist()]
     first = islice(data.rows.batches(batch_size), min(BATCHES, data.rows.steps_per_epoch(batch_size)))
     batches = [longest, *(chosen for chosen, _ in first)]
     grids = {measures.grid(part) for chosen in batches for part in micro_batches(chosen, batching)}

@@ -58,7 +58,8 @@ def _data(config: TrainConfig, facts: Facts) -> str:
             f"- prompts: `{config.data.path}`, {facts['training rows']}\n"
             f"- the model's own completions of them, judged by `{config.judge}`; chosen: `{config.label}`"
         )
-    lines = [f"- training rows: `{config.data.path}`, {facts['training rows']} of their tokens and labels"]
+    where = ", ".join(f"`{of.where}`" for of in config.data.each().values())
+    lines = [f"- training rows: {where}, {facts['training rows']} of their tokens and labels"]
     if facts["held-out rows"]:
         lines.append(f"- held-out rows: {facts['held-out rows']}")
     return "\n".join(lines)

@@ -90,7 +90,7 @@ class OnPolicy:
         self.judges, self.console = judges, console
         self.rule = LabelRule.parse(config.label)
         self.policy_step = 0  # optimizer steps taken
-        self.drawn: dict[int, float] = {}  # by the keys of an iteration's rows: the sampler's Σ log p
+        self.sampled_log_p: dict[int, float] = {}  # by the keys of an iteration's rows: the sampler's Σ log p
         self._metrics: Metrics = {}
         self._barren = 0
         self._failures_shown = False
@@ -112,6 +112,10 @@ class OnPolicy:
         self.folder, self.stops, self.pad = folder / "samples", stops, pad
 
     # Rows
+
+    def drawn(self, batch_size: int, position: Position) -> dict[str, int]:
+        """As `steps.Data`: there is one source, the policy."""
+        return {}
 
     def batches(self, batch_size: int, position: Position | None = None) -> Iterator[tuple[list[Example], Position]]:
         """As `steps.Data`; the size follows from the settings."""
@@ -192,7 +196,7 @@ class OnPolicy:
             )
             for line, row in enumerate(rows, 1)
         ]
-        self.drawn = {e.key: math.fsum(row["log_probs"]) for e, row in zip(examples, rows, strict=True)}
+        self.sampled_log_p = {e.key: math.fsum(row["log_probs"]) for e, row in zip(examples, rows, strict=True)}
         require_weights(examples, self.objective)
         unit: Unit = self.objective.unit
         examples = _paired(examples) if unit == "pair" else examples

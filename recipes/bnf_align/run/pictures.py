@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,24 @@ def run_figure(lines: Sequence[Line]) -> Figure:
     loss, shift, weight, held_out = figure.subplots(2, 2).flat
 
     _curve(loss, train, "loss", PLAIN, "training batches")
-    _curve(loss, evals, "loss", AFTER, "held-out rows", marker="o")
+    sets = _sets(evals)
+    for marker, (prefix, name) in zip(cycle("osD^v"), sets.items()):
+        _curve(loss, evals, f"{prefix}loss", AFTER, name or "held-out rows", marker=marker)
     label_axes(loss, "Loss", "label · token loss, mean over rows")
 
     _curve(shift, train, SHIFT_CHOSEN, CHOSEN, "chosen rows, training")
     _curve(shift, train, SHIFT_REJECTED, REJECTED, "rejected rows, training", style="--")
-    _curve(shift, evals, SHIFT_CHOSEN, CHOSEN, "chosen rows, held out", style="", marker="o")
-    _curve(shift, evals, SHIFT_REJECTED, REJECTED, "rejected rows, held out", style="", marker="s")
+    for prefix, name in sets.items():
+        _curve(shift, evals, prefix + SHIFT_CHOSEN, CHOSEN, f"chosen rows, {name or 'held out'}", style="", marker="o")
+        _curve(
+            shift,
+            evals,
+            prefix + SHIFT_REJECTED,
+            REJECTED,
+            f"rejected rows, {name or 'held out'}",
+            style="",
+            marker="s",
+        )
     shift.axhline(0, color=PLAIN, linewidth=0.8)
     label_axes(shift, "How far the policy has moved from the reference", "log-odds of tokens, nats")
 
@@ -88,6 +100,12 @@ def _read(path: Path) -> list[Line]:
     return lines
 
 
+def _sets(evals: list[Line]) -> dict[str, str]:
+    """What the metrics of each held-out set begin with, and its name; one set alone has neither."""
+    names = {name.removesuffix("loss"): None for line in evals for name in line if name.endswith("/loss")}
+    return {prefix: prefix.rstrip("/") for prefix in names} or {"": ""}
+
+
 def _points(lines: list[Line], name: str) -> list[tuple[int, float]]:
     """(step, value) of every line that has a finite value of that name."""
     found = [(line["step"], line.get(name)) for line in lines if "step" in line]
@@ -122,8 +140,12 @@ def label_axes(axes: Axes, title: str, quantity: str) -> None:
 def _before_and_after(axes: Axes, evals: list[Line]) -> None:
     """Bars of the first and the last evaluation, of each accuracy that was measured."""
     axes.set_title("Held-out prompts, before and after", fontsize=11, loc="left")
+    likelier = "chosen answer likelier\nthan the rejected one"
     names = {
-        "preference_accuracy": "chosen answer likelier\nthan the rejected one",
+        f"{prefix}preference_accuracy": f"{name}:\n{likelier}" if name else likelier
+        for prefix, name in _sets(evals).items()
+    }
+    names |= {
         "answer_accuracy": "generated answer\nright",
         "pass_at_1": "completion right,\nas the judge sees it",
     }

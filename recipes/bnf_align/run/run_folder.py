@@ -1,6 +1,5 @@
 """The folder of one run: config.yaml, metrics.jsonl, checkpoints, what was trained, run.png."""
 
-import errno
 import json
 import os
 import shutil
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import BaseFileLock, Timeout
 from safetensors import SafetensorError
 
 from bnf_core.config import TrainConfig
@@ -20,10 +19,8 @@ from bnf_core.processes import ALONE, Processes
 from bnf_core.protocol import Engine
 from bnf_core.steps.metrics import Metrics, with_present_names
 from bnf_core.storage.checkpoints import Checkpoints, Facts
-from bnf_core.storage.files import replace_file
+from bnf_core.storage.files import lock, replace_file
 from bnf_core.types import Array, Position
-
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems that have none
 
 
 class RunFolder:
@@ -57,14 +54,14 @@ class RunFolder:
         Raises:
             UserError: another run has the folder, or it cannot be made.
         """
-        lock: BaseFileLock | None = None
+        held: BaseFileLock | None = None
         taken = False
         if self._first:
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"output {self.path} is a file: expected a folder")
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                lock = _lock(self.path / ".lock")
+                held = lock(self.path / ".lock", wait=False)
             except Timeout:
                 taken = True
             except OSError as error:
@@ -74,8 +71,8 @@ class RunFolder:
                 raise UserError(f"another run is writing to {self.path}: choose another --output, or wait for its end")
             yield
         finally:
-            if lock is not None:
-                lock.release()
+            if held is not None:
+                held.release()
 
     def start(self) -> None:
         """Begin a run, without what an earlier one left.
@@ -181,21 +178,3 @@ def recorded_setting(folder: Path, name: str) -> Any:
         return settings
     except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError):
         return None
-
-
-def _lock(path: Path) -> BaseFileLock:
-    """Take a lock that the system lets go of when this process ends; the file stays, since a lock on a file that was
-    removed keeps nobody out. On a file system without locks nothing is taken: a file in a lock's place would outlive a
-    run that was killed, and keep out the one that resumes it.
-
-    Raises:
-        Timeout: another process has it.
-        OSError: the file cannot be written.
-    """
-    lock = FileLock(path, fallback_to_soft=False)
-    try:
-        lock.acquire(blocking=False)
-    except OSError as error:  # of which Timeout is one
-        if error.errno not in NO_LOCKS:
-            raise
-    return lock

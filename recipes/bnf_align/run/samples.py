@@ -7,7 +7,7 @@ included, but for the end of a completion. `samples.md` shows the same, a table 
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ class Samples:
     ):
         self._sampling, self._seed = sampling, seed
         self._folder, self._tokenizer, self._stops, self._max_tokens = run_folder, tokenizer, stops, max_tokens
-        self._prompts = list(dict.fromkeys(e.prompt_ids for e in examples))[:count]
+        self._prompts = _different((e.prompt_ids for e in examples), count)
         self._known = [self._describe(prompt, examples) for prompt in self._prompts]
         self._samples: list[Sample] = []
         if run_folder is not None:
@@ -87,6 +87,16 @@ class Samples:
             if ids is not None:  # without the end of turn, which `generate` leaves out too
                 known[name] = self._tokenizer.decode(list(ids[:-1] if ids[-1] in self._stops else ids))
         return known
+
+
+def _different(prompts: Iterable[tuple[int, ...]], count: int) -> list[tuple[int, ...]]:
+    """The first so many, each once."""
+    found: dict[tuple[int, ...], None] = {}
+    for prompt in prompts:
+        found[prompt] = None
+        if len(found) == count:
+            break
+    return list(found)
 
 
 def page(samples: Sequence[Sample]) -> str:

@@ -1,6 +1,6 @@
 """Scoring rows under a model beside its reference, and metrics as a table."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -17,6 +17,23 @@ from bnf_core.steps.reference import Reference
 from bnf_core.types import Example
 
 
+def score_sets(
+    engine: Engine,
+    reference: Reference,
+    sets: Mapping[str, Sequence[Example]],
+    batching: MicroBatching,
+    pad: int,
+    console: Console,
+    objective: Objective | None = None,
+) -> Metrics:
+    """Metrics of each set by itself, as `name/loss`; of one without a name as they are called."""
+    found: Metrics = {}
+    for name, examples in sets.items():
+        metrics = score(engine, reference, examples, batching, pad, console, objective)
+        found |= {f"{name}/{metric}" if name else metric: value for metric, value in metrics.items()}
+    return found
+
+
 def score(
     engine: Engine,
     reference: Reference,
@@ -29,6 +46,7 @@ def score(
     """Metrics of all examples as one batch of an objective, BNF by default, scored by all processes together."""
     objective = objective or BNF()
     meter = Meter(objective)
+    examples = list(examples)  # each is asked for more than once
     mine = plan.my_share(examples, batching, engine.processes, pad)
     batches, scores = [], []
     with bar("evaluate", len(mine), console) as progress:

@@ -1,0 +1,1 @@
+"""Other published forms of the BNF loss, held to the same suite: `python -m others` writes docs/scoreboard.md."""
