@@ -297,6 +297,7 @@ def test_both_backends_take_the_same_road(tiny_model: Path, prompts: Path, tmp_p
         (["--judge", "math", "--samples-per-prompt", "0"], "samples_per_prompt is 0"),
         (["--judge", "math", "--data.label", "score > 1"], "data.label is 'score > 1'"),
         (["--judge", "math", "--data.columns", "{prompt: question}"], "question: no such column: found prompt, answer"),
+        (["--judge", "math", "--valid", "[{path: a.jsonl}, {path: b.jsonl}]"], "one source of held-out prompts"),
         (["--judge", "math", "--epochs", "2"], "unknown setting 'epochs'"),
         (["--judge", "math", "--prompts", "nowhere.txt"], "nowhere.txt: cannot be read"),
     ],
