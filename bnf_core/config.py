@@ -231,8 +231,13 @@ class DataConfig:
 
     @property
     def where(self) -> "Where":
-        """Of a single source."""
-        assert isinstance(self.path, str), "of several sources, each"
+        """Of a single source.
+
+        Raises:
+            UserError: there are several.
+        """
+        if not isinstance(self.path, str):
+            raise UserError(f"data is a list of {len(self.path)} sources: expected one, all that this command takes")
         return Where(self.path, self.subset, self.revision)
 
 

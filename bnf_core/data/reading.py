@@ -64,7 +64,7 @@ class RowReader:
         """
         if not isinstance(row, Mapping):
             return parse_row(row, source)
-        row = {str(column): plain(value) for column, value in row.items()}
+        given = row = {str(column): plain(value) for column, value in row.items()}
         called: Mapping[str, str] = self._reading.columns
         used = USED | {theirs.partition(".")[0] for theirs in self._reading.columns.values()}
         name = ""
@@ -79,7 +79,7 @@ class RowReader:
         except RowError as error:
             head, dot, rest = error.field.partition(".")
             head, bracket, at = head.partition("[")
-            if head not in called:
+            if head not in called or called[head].partition(".")[0] not in given:
                 raise
             place = f"{called[head]}{bracket}{at}{dot}{rest}"
             raise RowError(source, place, error.problem, error.remedy) from error

@@ -5,7 +5,7 @@ stay beside them, where a label rule finds them.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -44,9 +44,7 @@ class Shape:
     columns: tuple[str, ...]  # all of which must hold something
     convert: Callable[[Row, str], dict[str, Any]] = _as_it_is  # from a row and its file:line; raises RowError
     fits: Callable[[Row], bool] = _always  # what the row must be besides
-    labels: tuple[
-        str, ...
-    ] = ()  # columns one of which must be there, unless a rule makes the labels; empty: none needed
+    labels: tuple[str, ...] = ()  # columns of which one must be there, unless a rule makes the labels
     uses: tuple[str, ...] = ()  # other columns that it reads
     called: Mapping[str, str] = field(default_factory=dict)  # our columns by their names there, for messages
     scored: bool = False  # whether it has scores alone, which need a rule
@@ -213,8 +211,9 @@ def _is_no_transcript(row: Row) -> bool:
     return not _is_transcripts(row)
 
 
-def _scores(items: Any) -> Iterator[Mapping[str, Any]]:
-    return (item for item in items if isinstance(item, Mapping)) if isinstance(items, list) else iter(())
+def _has_objects(row: Row) -> bool:
+    items = row["completions"]
+    return isinstance(items, list) and any(isinstance(item, Mapping) for item in items)
 
 
 SHAPES = (
@@ -234,7 +233,7 @@ SHAPES = (
         "UltraFeedback's completions",
         ("instruction", "completions"),
         _ultrafeedback,
-        lambda row: any(True for _ in _scores(row["completions"])),
+        _has_objects,
         called={"prompt": "instruction"},
         scored=True,
     ),

@@ -118,6 +118,8 @@ def test_a_source_says_what_it_does_otherwise() -> None:
     assert each["mine"].called("valid") == "valid"
     assert each["name.v2"].where == Where("owner/name.v2", "math") and each["name.v2"].template == "chat"
     assert DataConfig("f.jsonl").each() == {"": DataConfig("f.jsonl")}
+    with pytest.raises(UserError, match="data is a list of 2 sources: expected one"):
+        _ = data.where
     assert str(Where("owner/name", "math", "main")) == "owner/name/math@main"
 
 

@@ -273,6 +273,7 @@ def test_columns_by_other_names() -> None:
         ),
         ({"instruction": "q", "output": 3, "kto_tag": True}, None, "output: is 3, expected text"),
         ({"instruction": "q", "output": "a", "kto_tag": "yes"}, None, 'kto_tag: is the text "yes", expected true'),
+        ({"instruction": "q", "output": "a", "label": 1}, None, "label: is 1, expected true or false"),
         ({"instruction": "q", "output": "", "kto_tag": True}, None, r"output\[0\].content: is empty"),
         ({"conversations": [{"from": "elf", "value": "q"}], "label": True}, None, r"conversations\[0\].from: .*elf"),
         (

@@ -41,21 +41,18 @@ def data_convert(config: DataConvertConfig, console: Console) -> int:
     Raises:
         UserError: no such data or a bad row, or the file is taken or cannot be written. Nothing is written then.
     """
-    if not isinstance(config.data.path, str):
-        raise UserError("data is a list of sources: expected one, which is written to one file")
+    where = config.data.where
     output = Path(config.output).expanduser()
     if output.suffix.lower() != ".jsonl":
         raise UserError(f"{output}: expected the name of a .jsonl file to write")
-    if output.exists() and (not config.overwrite or output.resolve() == Path(config.data.path).expanduser().resolve()):
+    if output.exists() and (not config.overwrite or output.resolve() == Path(where.path).expanduser().resolve()):
         raise UserError(f"{output} is there already: give --output another name, or --overwrite to replace other data")
-    loaded = load_feedback(
-        config.data.where, config.data.called(config.split), config.data.skip_bad_rows, Reading.of(config.data)
-    )
+    loaded = load_feedback(where, config.data.called(config.split), config.data.skip_bad_rows, Reading.of(config.data))
 
     def line(text: str, style: str = "") -> None:
         console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
-    line(f"{config.data.path}: {loaded.shape}")
+    line(f"{where}: {loaded.shape}")
     for message in loaded.skipped:
         line(f"skipped: {message}", "yellow")
     if loaded.unused:
