@@ -322,8 +322,9 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Keep only each layer's input for the backward pass and compute the rest again."""
     deterministic: bool = False
-    """On the CPU: the same bits however a run is arranged and on any number of processes. Each row, or pair, is
-    computed alone on one thread, so that the six settings above are set aside: slower (docs/invariance.md)."""
+    """On the CPU: the same bits however a run is arranged, and on any number of processes. Each row, or pair, is
+    computed alone; micro_batch_size, auto_batch, packing, group_by_length and share_prompts are set aside. A step takes
+    1.7 times as long (docs/invariance.md)."""
     eval_every: int | None = None
     """Evaluate held-out data every so many steps; default: before the first and after the last."""
     save_every: int | None = 100

