@@ -460,6 +460,8 @@ class OnlineConfig(TrainConfig):
         _require(isinstance(self.data.path, str), "data", self.data.path, "one source of prompts")
         _require(isinstance(self.valid, str | None), "valid", self.valid, "one source of held-out prompts")
         _require(not self.data.streaming, "data.streaming", True, "false: prompts are read whole")
+        _require(isinstance(self.data.path, str), "data.path", self.data.path, "one source of prompts")
+        _require(isinstance(self.valid, str | None), "valid", self.valid, "one source of held-out prompts")
         _require(not self.data.skip_bad_rows, "data.skip_bad_rows", True, "false: a prompt is not passed over")
         _require(self.data.label is None, "data.label", self.data.label, "nothing: `label` makes labels of scores")
         others = sorted(self.data.columns.keys() - {"prompt"})

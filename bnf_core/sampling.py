@@ -1,10 +1,10 @@
 """How completions are drawn, token by token: one recipe, in NumPy, for every backend.
 
 A token is the winner of a race: each token v of the vocabulary waits E_v / p(v), with E_v drawn from the exponential
-distribution of mean 1, and the first one is taken. That is a draw from p (the Gumbel-max trick). The E_v come from a
-generator that is keyed by the run's seed, the prompt, the number of the sample and the position, so what is drawn
-depends on nothing else: not on the batch, its order or the number of processes. Round-off in p changes a token only
-where two of them arrive within it of each other, one token in some hundred thousand of float32.
+distribution of mean 1, and the first one is taken. That is a draw from p (the Gumbel-max trick). Each E_v is a hash of
+the run's seed, the prompt, the number of the sample, the position and v, so what is drawn depends on nothing else: not
+on the batch, its order or the number of processes. Round-off in p changes a token only where two of them arrive within
+it of each other, one token in some hundred thousand of float32.
 """
 
 import hashlib
@@ -18,6 +18,8 @@ from bnf_core.errors import TrainingStopped
 from bnf_core.types import Array
 
 GREEDY = SamplingConfig()
+HEAD = np.float32(2.0**-10)  # tokens at least so likely beside the likeliest run by themselves, the others as one
+REST = np.uint64(2**63)  # the number of those others, where a token's is its id
 Decode = Callable[[Sequence[int]], str]
 
 
@@ -58,12 +60,8 @@ class Completion:
         self.log_probs: list[float] = []  # of these, as the model has them: at temperature 1, with nothing left out
         self.done = False
         self.cut = False  # whether it is done because it has `max_tokens`
-        self._sampling, self._max_tokens, self._stop_ids = sampling, max_tokens, frozenset(stop_ids)
-        self._key, self._decode, self._on_token = key, decode, on_token
-
-    @property
-    def max_tokens(self) -> int:
-        return self._max_tokens
+        self.sampling, self.max_tokens, self.key = sampling, max_tokens, key
+        self._stop_ids, self._decode, self._on_token = frozenset(stop_ids), decode, on_token
 
     @property
     def content(self) -> list[int]:
@@ -75,25 +73,17 @@ class Completion:
         """What it says, up to a stop string."""
         assert self._decode is not None
         text = self._decode(self.content)
-        return text[: min((at for at in map(text.find, self._sampling.stop) if at >= 0), default=len(text))]
+        return text[: min((at for at in map(text.find, self.sampling.stop) if at >= 0), default=len(text))]
 
     @property
     def withheld(self) -> int:
         """How many of the last characters of its text may become a stop string."""
-        longest = max(map(len, self._sampling.stop), default=1) - 1
+        longest = max(map(len, self.sampling.stop), default=1) - 1
         text = self.text
         return max(
-            (n for n in range(longest + 1) if any(s.startswith(text[len(text) - n :]) for s in self._sampling.stop)),
+            (n for n in range(longest + 1) if any(s.startswith(text[len(text) - n :]) for s in self.sampling.stop)),
             default=0,
         )
-
-    @property
-    def sampling(self) -> SamplingConfig:
-        return self._sampling
-
-    @property
-    def key(self) -> int:
-        return self._key
 
     def fill(self, ids: Sequence[int], log_probs: Sequence[float], cut: bool) -> None:
         """Take what somebody else has drawn, up to a token that ends it here.
@@ -113,23 +103,24 @@ class Completion:
         Raises:
             TrainingStopped: they are not finite.
         """
-        seen = (*self.prompt_ids, *self.ids) if self._sampling.repetition_penalty != 1.0 else ()
-        token, log_prob = choose(logits, self._sampling, self._key, len(self.ids), seen)
+        seen = (*self.prompt_ids, *self.ids) if self.sampling.repetition_penalty != 1.0 else ()
+        token, log_prob = choose(logits, self.sampling, self.key, len(self.ids), seen)
         self.ids.append(token)
         self.log_probs.append(log_prob)
-        self.cut = len(self.ids) == self._max_tokens and token not in self._stop_ids
-        self.done = self.cut or token in self._stop_ids
-        if self._sampling.stop and not (self.done and not self.cut) and self._says_stop():
-            self.done, self.cut = True, False
+        ended = token in self._stop_ids or self._says_stop()
+        self.cut = not ended and len(self.ids) == self.max_tokens
+        self.done = ended or self.cut
         if self._on_token is not None:
             self._on_token(self)
         return token
 
     def _says_stop(self) -> bool:
         """Whether a stop string is in its last tokens; each of its characters is four of them at most."""
+        if not self.sampling.stop:
+            return False
         assert self._decode is not None
-        tail = self._decode(self.ids[-4 * max(map(len, self._sampling.stop)) - 4 :])
-        return any(stop in tail for stop in self._sampling.stop)
+        tail = self._decode(self.ids[-4 * max(map(len, self.sampling.stop)) - 4 :])
+        return any(stop in tail for stop in self.sampling.stop)
 
 
 def greedy(
@@ -179,15 +170,36 @@ def choose(
         if sampling.temperature != 1.0 or (seen and sampling.repetition_penalty != 1.0):
             changed = _penalised(logits, sampling.repetition_penalty, seen)
             p = np.exp((changed - changed.max()) / np.float32(sampling.temperature))
-        waits = np.maximum(exponentials(key, position, len(p)), np.finfo(np.float32).tiny)
-        token = int((_truncated(p, sampling) / waits).argmax())
+        token = _race(_truncated(p, sampling), key, position)
     return token, float(logits[token]) - log_sum
 
 
-def exponentials(key: int, position: int, count: int) -> Array:
-    """(count,) float32 from the exponential distribution of mean 1."""
-    philox = np.random.Philox(key=key, counter=position << 128)  # positions are 2^128 blocks of numbers apart
-    return np.random.Generator(philox).standard_exponential(count, np.float32)
+def exponentials(key: int, position: int, numbers: Array) -> Array:
+    """From the exponential distribution of mean 1, float64, one for each number, uint64: SplitMix64's output function
+    (Steele, Lea and Flood, 2014) of a start that the key and position give."""
+    start = hashlib.blake2b(key.to_bytes(16, "little") + position.to_bytes(8, "little"), digest_size=8).digest()
+    z = np.frombuffer(start, "<u8") + numbers * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = (z ^ (z >> np.uint64(31))) >> np.uint64(11)
+    return -np.log((z + 0.5) * 2.0**-53)
+
+
+def _race(p: Array, key: int, position: int) -> int:
+    """Who arrives first; p (V,), 1 at its largest. The first arrival of many is drawn at once, as of one token with
+    all of their probability, so that the noise of the unlikely ones is made only where one of them wins."""
+
+    def first(tokens: Array) -> tuple[int, float]:
+        waits = exponentials(key, position, tokens.astype(np.uint64)) / p[tokens]
+        at = int(waits.argmin())
+        return int(tokens[at]), float(waits[at])
+
+    likely = p >= HEAD
+    winner, wait = first(np.flatnonzero(likely))
+    rest = float(p.sum(where=~likely, dtype=np.float64))
+    if rest > 0 and exponentials(key, position, np.array([REST]))[0] / rest < wait:
+        return first(np.flatnonzero(~likely & (p > 0)))[0]
+    return winner
 
 
 def _penalised(logits: Array, penalty: float, seen: Sequence[int]) -> Array:
@@ -206,7 +218,13 @@ def _truncated(p: Array, sampling: SamplingConfig) -> Array:
     if 0 < sampling.top_k < len(p):
         least = max(least, np.partition(p, -sampling.top_k)[-sampling.top_k])
     if sampling.top_p < 1.0:
-        ordered = np.sort(p[p >= least] if sampling.top_k else p)[::-1]
-        mass = np.cumsum(ordered, dtype=np.float64)
-        least = max(least, ordered[np.searchsorted(mass, sampling.top_p * mass[-1])])
+        some = p[p >= least]
+        wanted = sampling.top_p * float(some.sum(dtype=np.float64))
+        ordered = mass = some
+        for part in (some[some >= HEAD], some):  # all are sorted only where the likely ones are not enough
+            ordered = np.sort(part)[::-1]
+            mass = np.cumsum(ordered, dtype=np.float64)
+            if mass[-1] >= wanted:
+                break
+        least = max(least, ordered[min(int(np.searchsorted(mass, wanted)), len(ordered) - 1)])
     return np.where(p >= least, p, np.float32(0.0)) if least > 0 else p

@@ -135,6 +135,8 @@ def test_every_sample_is_kept_and_learned_from(settings: Callable[..., OnlineCon
     by_label = [np.sum(row["log_probs"]) for row in first if row["label"]]
     assert train[0]["logps/chosen"] == pytest.approx(np.mean(by_label), abs=2e-4)
     assert result.before is not None and result.after is not None and result.before["pass_at_1"] is not None
+    card = (result.trained / "README.md").read_text()
+    assert f"judged by `{JUDGE}`" in card and "`bnf online` with these" in card and "| `pass_at_1` |" in card
 
 
 def test_training_raises_what_the_judge_likes(settings: Callable[..., OnlineConfig]) -> None:
@@ -295,6 +297,7 @@ def test_both_backends_take_the_same_road(tiny_model: Path, prompts: Path, tmp_p
         (["--judge", "math", "--samples-per-prompt", "0"], "samples_per_prompt is 0"),
         (["--judge", "math", "--data.label", "score > 1"], "data.label is 'score > 1'"),
         (["--judge", "math", "--data.columns", "{prompt: question}"], "question: no such column: found prompt, answer"),
+        (["--judge", "math", "--valid", "[{path: a.jsonl}, {path: b.jsonl}]"], "one source of held-out prompts"),
         (["--judge", "math", "--epochs", "2"], "unknown setting 'epochs'"),
         (["--judge", "math", "--prompts", "nowhere.txt"], "nowhere.txt: cannot be read"),
     ],

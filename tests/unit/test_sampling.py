@@ -61,10 +61,29 @@ def test_noise_is_of_the_key_and_position_and_goes_on_from_no_other() -> None:
     keys = {noise_key(0, [1, 2], 0), noise_key(1, [1, 2], 0), noise_key(0, [1, 2], 1), noise_key(0, [1, 2], 0, 1)}
     keys |= {noise_key(0, [1], 2), noise_key(0, [1, 2, 0], 0)}
     assert len(keys) == 6
-    np.testing.assert_array_equal(exponentials(7, 3, 50), exponentials(7, 3, 50))
-    rows = np.stack([exponentials(key, position, 400) for key in (7, 8) for position in range(3)])
+    numbers = np.arange(400, dtype=np.uint64)
+    np.testing.assert_array_equal(exponentials(7, 3, numbers)[5:9], exponentials(7, 3, numbers[5:9]))
+    rows = np.stack([exponentials(key, position, numbers) for key in (7, 8) for position in range(3)])
     assert np.abs(np.corrcoef(rows) - np.eye(6)).max() < 0.2
     assert rows.mean() == pytest.approx(1.0, abs=0.08)
+    ordered = np.sort(rows.ravel())
+    expected = -np.expm1(-ordered)  # Kolmogorov and Smirnov: the distribution is that of exponentials
+    assert np.abs(expected - np.arange(1, 2401) / 2400).max() < 1.63 / np.sqrt(2400)
+
+
+def test_unlikely_tokens_are_drawn_as_often_as_they_should_be() -> None:
+    """Half of the probability is one token's, and half that of 5,000 others."""
+    logits = np.log(np.r_[0.5, np.full(5000, 1e-4)]).astype(np.float32)
+    sampling = SamplingConfig(temperature=1.0)
+    tokens = np.array([choose(logits, sampling, noise_key(0, [1], i), 0)[0] for i in range(2000)])
+    assert abs((tokens == 0).mean() - 0.5) < 4 * 0.5 / np.sqrt(2000)
+    few = SamplingConfig(temperature=1.0, top_p=0.4)
+    many = SamplingConfig(temperature=1.0, top_p=0.6)
+    assert {choose(logits, few, i, 0)[0] for i in range(50)} == {0}
+    # The others tie with each other, and so they all stay.
+    assert len({choose(logits, many, i, 0)[0] for i in range(50)}) > 15
+    others = (tokens[tokens > 0] - 0.5) / 5000
+    assert abs(others.mean() - 0.5) < 4 * 0.29 / np.sqrt(len(others)) and len(set(tokens)) > 800
 
 
 def test_impossible_tokens_are_never_drawn_and_broken_logits_end_the_run() -> None:

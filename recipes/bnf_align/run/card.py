@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from bnf_core import registry
-from bnf_core.config import TrainConfig
+from bnf_core.config import OnlineConfig, TrainConfig
 from bnf_core.models.adapters import LOADING
 from bnf_core.steps.metrics import Metrics
 from bnf_core.storage.checkpoints import Facts
@@ -53,6 +53,11 @@ def card(config: TrainConfig, facts: Facts, before: Metrics | None, after: Metri
 
 
 def _data(config: TrainConfig, facts: Facts) -> str:
+    if isinstance(config, OnlineConfig):
+        return (
+            f"- prompts: `{config.data.path}`, {facts['training rows']}\n"
+            f"- the model's own completions of them, judged by `{config.judge}`; chosen: `{config.label}`"
+        )
     where = ", ".join(f"`{of.where}`" for of in config.data.each().values())
     lines = [f"- training rows: {where}, {facts['training rows']} of their tokens and labels"]
     if facts["held-out rows"]:
@@ -76,7 +81,7 @@ def _settings(config: TrainConfig) -> str:
     default = TrainConfig(config.model, type(config.data)(config.data.path)).flat()
     changed = {name: value for name, value in config.flat().items() if value != default.get(name) and name != "output"}
     lines = yaml.safe_dump(changed, sort_keys=False, allow_unicode=True).rstrip()
-    return f"`bnf train` with these settings, the others at their defaults:\n\n```yaml\n{lines}\n```"
+    return f"`bnf {config.command}` with these settings, the others at their defaults:\n\n```yaml\n{lines}\n```"
 
 
 def _versions(packages: Sequence[str]) -> str:
