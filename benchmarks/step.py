@@ -178,7 +178,7 @@ def ours(config: TrainConfig, rows: Sequence[Example], steps: int, *, forget: bo
 
         def done(*_: Any) -> None:
             if forget:
-                reference.load_state(ReferenceCache(None).state())
+                reference.forget()
             measures.wait()
             pause()
 

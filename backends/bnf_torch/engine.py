@@ -25,7 +25,7 @@ from bnf_core.processes import ALONE, Processes
 from bnf_core.sampling import Completion, greedy
 from bnf_core.steps.limits import Limits
 from bnf_core.steps.scaling import loss_scales
-from bnf_core.storage.files import let_others_read, replacing
+from bnf_core.storage.files import replacing
 from bnf_core.storage.shards import OPTIMIZER, REFERENCE_WEIGHTS, WEIGHTS, Shard, put_under, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenScores
 from bnf_torch import adapter
@@ -304,8 +304,6 @@ class TorchEngine:
             save_model(self.base, gathered, folder, self.source)
         elif first:
             adapter.save_adapter(self.model, gathered, folder)
-        if first:
-            let_others_read(folder)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ from bnf_core.steps.reference import NoReference, Reference, ReferenceCache
 from bnf_core.steps.steps import Step
 from bnf_core.storage.checkpoints import Checkpoint, Checkpoints, Facts
 from bnf_core.storage.digests import rows_digest
-from bnf_core.storage.files import agreed
+from bnf_core.storage.files import agreed, let_others_read
 from bnf_core.storage.reference_folder import StoredReference, fingerprint, open_reference
 from bnf_core.storage.shards import BASELINE, REFERENCE, put_under, under
 from bnf_core.types import Batch, Example, Position
@@ -342,6 +342,7 @@ class BNFTrainer(Trainer):
                 folder.mkdir(parents=True, exist_ok=True)
         self.engine.write(folder)
         if group.rank == 0:
+            let_others_read(folder)
             self.tokens.tokenizer.save_pretrained(folder)
             (folder / "training_args.json").write_text(self.args.to_json_string() + "\n", encoding="utf-8")
 

@@ -17,7 +17,7 @@ from bnf_core.config import Template
 from bnf_core.data.messages import RowError, Text, Tool
 from bnf_core.data.records import Feedback, common_length
 from bnf_core.data.rendering import Chat, Rendered, Renderer
-from bnf_core.data.sources import pair_number, prompt_group
+from bnf_core.data.sources import group_of, pair_number
 from bnf_core.errors import UserError
 from bnf_core.storage.files import replace_file
 from bnf_core.types import Example
@@ -145,7 +145,7 @@ def tokenize_some(
                 tuple(cut.prompt),
                 tuple(cut.completion),
                 row.label,
-                group=prompt_group(row.prompt, row.tools, row.template_kwargs),
+                group=group_of(row),
                 pair=pair_number(row.source) if row.paired else 0,
                 source=row.source,
                 trained=None if cut.trained is None else tuple(cut.trained),

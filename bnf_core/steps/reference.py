@@ -28,6 +28,7 @@ class Reference(Protocol):
 
     def state(self) -> dict[str, Array]: ...
     def load_state(self, state: Mapping[str, Array]) -> None: ...
+    def forget(self) -> None: ...
 
 
 class NoReference:
@@ -46,6 +47,9 @@ class NoReference:
         return {}
 
     def load_state(self, state: Mapping[str, Array]) -> None:
+        return
+
+    def forget(self) -> None:
         return
 
 
@@ -114,8 +118,12 @@ class ReferenceCache:
     def load_state(self, state: Mapping[str, Array]) -> None:
         """Know what another cache knew. Computing it again would not do where bits matter: a row's log-odds
         depend, in the last one, on the rows it shares a batch with, and those differ from epoch to epoch."""
-        self._computed = {}
+        self.forget()
         self.merge(state)
+
+    def forget(self) -> None:
+        """Know nothing but what is stored: for rows that are not met again."""
+        self._computed = {}
 
     def merge(self, state: Mapping[str, Array]) -> None:
         """Learn what another process computed; what is known already stays."""

@@ -8,14 +8,13 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from bnf_align.commands.train import RunResult, Training, run_training
+from bnf_align.commands.train import RunResult, Training, run_training, tell_result
 from bnf_align.judges.gym import PREFIX, gym_prompts
 from bnf_align.judges.pool import Judges
 from bnf_align.judges.table import parse_terms
 from bnf_align.run.feedback import TrainingData
 from bnf_align.run.on_policy import OnPolicy, TokenPrompt
 from bnf_align.run.remote import RemoteSampler, require_layout
-from bnf_align.run.scoring import table
 from bnf_core import registry
 from bnf_core.config import OnlineConfig, Where
 from bnf_core.data import sources
@@ -187,13 +186,6 @@ Config = OnlineConfig
 
 def run(config: OnlineConfig, console: Console) -> int:
     result = online(config, console)
-    if not result.first:
-        return 0
-    if result.before is not None and result.after is not None:
-        console.print(table({"before": result.before, "after": result.after}, "held-out prompts"))
-    console.print(
-        f"trained  {result.trained}\nsamples  {result.folder / 'samples'}\npicture  {result.picture}",
-        highlight=False,
-        markup=False,
-    )
+    places = {"trained": result.trained, "samples": result.folder / "samples", "picture": result.picture}
+    tell_result(result, console, "held-out prompts", places)
     return 0

@@ -443,9 +443,15 @@ POSITIONAL = ("--data",)
 
 def run(config: TrainConfig, console: Console) -> int:
     result = train(config, console)
-    if not result.first:
-        return 0
-    if result.before is not None and result.after is not None:
-        console.print(table({"before": result.before, "after": result.after}, "held-out rows"))
-    console.print(f"trained  {result.trained}\npicture  {result.picture}", highlight=False, markup=False)
+    tell_result(result, console, "held-out rows", {"trained": result.trained, "picture": result.picture})
     return 0
+
+
+def tell_result(result: RunResult, console: Console, title: str, places: Mapping[str, Path]) -> None:
+    """By the first process: metrics before and after, and where what the run leaves is."""
+    if not result.first:
+        return
+    if result.before is not None and result.after is not None:
+        console.print(table({"before": result.before, "after": result.after}, title))
+    for name, path in places.items():
+        console.print(f"{name:<9}{path}", highlight=False, markup=False)

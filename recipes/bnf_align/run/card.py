@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from bnf_align.run.scoring import shown
 from bnf_core import registry
 from bnf_core.config import OnlineConfig, TrainConfig
 from bnf_core.models.adapters import LOADING
@@ -69,12 +70,8 @@ def _results(before: Metrics | None, after: Metrics | None) -> str:
     if not after:
         return "No rows were held out, so nothing was measured."
     names = dict.fromkeys([*(before or {}), *after])
-    rows = (f"| `{name}` | {_cell((before or {}).get(name))} | {_cell(after.get(name))} |" for name in names)
+    rows = (f"| `{name}` | {shown((before or {}).get(name))} | {shown(after.get(name))} |" for name in names)
     return "\n".join(["On held-out rows:\n\n| metric | before | after |\n|---|---|---|", *rows])
-
-
-def _cell(value: float | None) -> str:
-    return "–" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
 
 def _settings(config: TrainConfig) -> str:

@@ -39,7 +39,7 @@ from bnf_core.steps.batching import MicroBatching, epoch_order, require_weights,
 from bnf_core.steps.metrics import Metrics
 from bnf_core.steps.reference import Reference
 from bnf_core.storage.files import agreed, replace_file
-from bnf_core.types import Array, Example, Position, Unit
+from bnf_core.types import Example, Position, Unit
 
 BARREN = 20  # iterations in a row without a row to learn from end a run
 Row = dict[str, Any]
@@ -166,7 +166,7 @@ class OnPolicy:
         self._check_failures(found)
         self._metrics = _metrics(found, labels) | seconds
         examples = self._examples([row for row in rows if row["label"] is not None], iteration)
-        self.reference.load_state(NOTHING)  # rows of iterations before are not met again
+        self.reference.forget()  # rows of iterations before are not met again
         if config.reference_policy == "previous":
             self._compute_reference(examples)
             self._refresh(True)
@@ -295,13 +295,6 @@ class OnPolicy:
             for path in self.folder.glob("*-*.jsonl"):
                 if path.stem.rpartition("-")[2] >= f"{iteration:06d}":
                     path.unlink()
-
-
-NOTHING: dict[str, Array] = {
-    "keys": np.zeros(0, np.uint64),
-    "lengths": np.zeros(0, np.int32),
-    "log_odds": np.zeros(0, np.float32),
-}
 
 
 def _file(iteration: int, kind: str = "train") -> str:

@@ -66,11 +66,12 @@ def table(columns: dict[str, Metrics], title: str = "") -> Table:
     result = Table("metric", *columns, title=title)
     names = list(dict.fromkeys(name for metrics in columns.values() for name in metrics))
     for name in names:
-        result.add_row(name, *(_cell(metrics.get(name)) for metrics in columns.values()))
+        result.add_row(name, *(shown(metrics.get(name)) for metrics in columns.values()))
     return result
 
 
-def _cell(value: float | None) -> str:
+def shown(value: float | None) -> str:
+    """A metric as text."""
     if value is None:
         return "–"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
