@@ -183,8 +183,11 @@ def with_float32(backends: list[str], first: Observed, second: Observed, exact: 
         (backends[0], backends[1], first, second),
         (backends[1], backends[0], second, first),
     ):
-        for i, quantity in enumerate(("log-odds, reference", "log-odds, policy")):
-            error, allowed = (distance(x[i], exact[i]) for x in (ours, theirs))
+        for quantity, a, b, e in (
+            ("log-odds, reference", ours[0], theirs[0], exact[0]),
+            ("log-odds, policy", ours[1], theirs[1], exact[1]),
+        ):
+            error, allowed = distance(a, e), distance(b, e)
             comparisons.append(
                 Comparison(f"{quantity}: {name} from float32", error, BIT * allowed, f"{other} {allowed:.1e}")
             )
