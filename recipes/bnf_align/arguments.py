@@ -67,7 +67,8 @@ def parse(settings: type[T], command: str, argv: Sequence[str], positional: Sequ
         UserError: an unknown or missing setting, or a value that does not fit.
         SystemExit: after --help and --print-config.
     """
-    parser = make_parser(settings, command)
+    kind: type = settings  # mypy: a type variable's is not known to be hashable
+    parser = make_parser(kind, command)
     keys = [action.dest for action in parser._actions if action.dest not in NO_SETTINGS]
     try:
         namespace = parser.parse_args(_spell_out(argv, keys, parser, positional))
