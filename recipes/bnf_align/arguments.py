@@ -48,10 +48,13 @@ NO_SETTINGS = ("help", "config", "print_config", "print_shtab")
 TEXTS = ("prompt", "judge")
 
 
-@cache
 def make_parser(settings: type, command: str) -> ArgumentParser:
-    """A parser of one command: every field of the dataclass `settings`, `--config FILE` and `--print-config`. Made
-    once: the source of every settings class is read for its help."""
+    """A parser of one command: every field of the dataclass `settings`, `--config FILE` and `--print-config`."""
+    return _parser(settings, command)
+
+
+@cache  # the source of every settings class is read for its help
+def _parser(settings: type, command: str) -> ArgumentParser:
     parser = ArgumentParser(prog=command, description=(settings.__doc__ or "").strip(), exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below; flags win")
     parser.add_class_arguments(settings, as_group=False)
@@ -67,8 +70,7 @@ def parse(settings: type[T], command: str, argv: Sequence[str], positional: Sequ
         UserError: an unknown or missing setting, or a value that does not fit.
         SystemExit: after --help and --print-config.
     """
-    kind: type = settings  # mypy: a type variable's is not known to be hashable
-    parser = make_parser(kind, command)
+    parser = make_parser(settings, command)
     keys = [action.dest for action in parser._actions if action.dest not in NO_SETTINGS]
     try:
         namespace = parser.parse_args(_spell_out(argv, keys, parser, positional))
