@@ -188,7 +188,7 @@ def pretraining_rows(settings: Pretraining, tokenizer: "Tokenizer") -> list[Exam
     rows = list(_word_problems(count // 2, rng, tokenizer))
     each = count // (3 * len(tasks.OTHERS))
     for name in tasks.OTHERS:
-        known = tasks.others(name, min(each, tasks.COUNTS[name]), rng, held_out=False)
+        known = tasks.others(name, min(each, tasks.PRETRAINED[name]), rng, held_out=False)
         rows += [task_row(task.question, task.answer, tokenizer) for task in _repeated(known, each)]
     text = tasks.sentences(min(count - len(rows), 4000), rng, held_out=False)
     return rows + [text_row(sentence, tokenizer) for sentence in _repeated(text, count - len(rows))]

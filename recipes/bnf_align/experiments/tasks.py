@@ -104,13 +104,16 @@ OTHERS: dict[str, Callable[[random.Random], Task]] = {
     "reverse": _reverse,
     "largest": _largest,
 }
-COUNTS = {"calculate": 150, "sort": 3000, "reverse": 3000, "largest": 3000}  # different ones that are pre-trained
+PRETRAINED = {"calculate": 150, "sort": 3000, "reverse": 3000, "largest": 3000}  # how many different ones
 
 
 def others(name: str, count: int, rng: random.Random, *, held_out: bool) -> list[Task]:
-    """So many tasks of one kind; what is held out is no part of the pre-training text."""
+    """So many different tasks of one kind, or all that some thousand draws find; what is held out is no part of the
+    pre-training text."""
     found: dict[str, Task] = {}
-    while len(found) < count:
+    for _ in range(4000 + 20 * count):
+        if len(found) == count:
+            break
         task = OTHERS[name](rng)
         if (zlib.crc32(task.question.encode()) % 8 == 0) == held_out:
             found.setdefault(task.question, task)
