@@ -127,13 +127,13 @@ def _problems(count: int, rng: random.Random, banned: Collection[str] = (), dist
     for _ in range(1000 + 20 * count):
         if len(problems) == count:
             return list(problems.values())
-        problem = _draw(rng)
+        problem = draw(rng)
         if solve(problem) not in banned:
             problems.setdefault(solve(problem) if distinct else problem.question, problem)
     raise ValueError(f"{count} prompts asked for, but there are only about {len(problems)} to tell apart")
 
 
-def _draw(rng: random.Random) -> Problem:
+def draw(rng: random.Random) -> Problem:
     """One random problem; its answer lies between 1 and 36."""
     text, operation = rng.choice(TEMPLATES)
     if operation == "*":
