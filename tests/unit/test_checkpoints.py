@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from bnf_core.config import DataConfig, TrainConfig
@@ -27,6 +26,7 @@ from bnf_core.storage.checkpoints import Change, Checkpoint, Checkpoints, change
 from bnf_core.storage.digests import files_digest, model_digest, rows_digest
 from bnf_core.storage.files import agreed, replacing
 from bnf_core.storage.shards import Shard, State, StoredArrays, require_same_shapes, under
+from bnf_core.storage.tensors import TensorWriter
 from bnf_core.types import Array, Example
 
 
@@ -248,14 +248,14 @@ def test_a_full_disk_on_one_process_fails_all_and_keeps_the_last_checkpoint(
 ) -> None:
     together(3, lambda processes: save(tmp_path, 1, processes, keep=1))
 
-    def full(arrays: dict[str, Array], path: Path, **options: Any) -> None:
-        save_file(arrays, path, **options)
-        if path.name.startswith(f"state-{rank + 1:05d}"):
-            os.truncate(path, path.stat().st_size // 2)
-            raise SafetensorError("No space left on device (os error 28)")
+    def full(writer: TensorWriter, name: str, array: Array) -> None:
+        add(writer, name, array)
+        if writer._path.name.startswith(f"state-{rank + 1:05d}"):
+            raise OSError("No space left on device (os error 28)")
 
+    add = TensorWriter.add
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "save_file", full)
+        patch.setattr(TensorWriter, "add", full)
         errors = together(3, lambda processes: save(tmp_path, 2, processes, keep=1))
     assert {type(error) for error in errors} == {OSError}
     assert str(errors[rank]) == "No space left on device (os error 28)"

@@ -20,6 +20,7 @@ from bnf_core.protocol import Engine
 from bnf_core.steps.metrics import Metrics, with_present_names
 from bnf_core.storage.checkpoints import Checkpoints, Facts
 from bnf_core.storage.files import lock, replace_file
+from bnf_core.storage.shards import joined
 from bnf_core.types import Array, Position
 
 
@@ -142,7 +143,7 @@ class RunFolder:
         self, step: int, engine: Engine, more: Mapping[str, Array], facts: Facts, position: Position | None
     ) -> None:
         """A checkpoint of the engine and `more` arrays, then what is trained."""
-        arrays = engine.state() | dict(more)
+        arrays = joined(engine.state(), more)
         with self.writing():
             self.checkpoints.save(step, arrays, facts, position, processes=self.processes)
             self.save_trained(engine)
