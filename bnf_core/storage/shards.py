@@ -111,9 +111,11 @@ class StoredArrays(Mapping[str, Array]):
         self._parts = parts
 
     @classmethod
-    def open(cls, files: Iterable[Path]) -> "StoredArrays":
+    def open(cls, files: Iterable[Path], grown: Sequence[Path] = ()) -> "StoredArrays":
         """Those of all the files; only the headers are read.
 
+        Args:
+            grown: more files, of arrays whose rows go on from one to the next.
         Raises:
             ValueError: rows of an array are missing, or there twice.
         """
@@ -129,6 +131,7 @@ class StoredArrays(Mapping[str, Array]):
                         start, shape = pieces[name]["start"], tuple(pieces[name]["shape"])
                         rows = range(start, start + len(rows))
                     parts.setdefault(name, []).append(_Part(path, name, here.get_dtype(), shape, rows))
+        parts |= _going_on(grown)
         for found in parts.values():
             _require_every_row_once(found)
         return cls({name: [part for part in found if part.rows] or found[:1] for name, found in parts.items()})
@@ -173,6 +176,21 @@ class StoredArrays(Mapping[str, Array]):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: parts[0].shape for name, parts in self._parts.items()}
+
+
+def _going_on(files: Sequence[Path]) -> dict[str, list[_Part]]:
+    parts: dict[str, list[_Part]] = {}
+    for path in files:
+        with safe_open(path, "np") as file:
+            for name in file.keys():  # noqa: SIM118, for it is no mapping
+                here, before = file.get_slice(name), parts.setdefault(name, [])
+                start = before[-1].rows.stop if before else 0
+                shape = tuple(here.get_shape())
+                before.append(_Part(path, name, here.get_dtype(), shape, range(start, start + shape[0])))
+    return {
+        name: [part._replace(shape=(found[-1].rows.stop, *part.shape[1:])) for part in found]
+        for name, found in parts.items()
+    }
 
 
 def rows_of(arrays: Mapping[str, Array], name: str, start: int, stop: int) -> Array:

@@ -228,7 +228,7 @@ class Training:
             num_steps=self.num_steps,
             optimizer=self.config.optimizer,
             batching=self.batching,
-            reference=self.reference,
+            reference=self.trained_on,
             processes=self.processes,
             baseline=self.baseline,
             pad_id=self.pad,
@@ -237,6 +237,8 @@ class Training:
         )
 
     def _after(self, step: Step, scores: list[TokenScores], norm: float) -> None:
+        if self.trained_on is not self.reference:
+            self.trained_on.forget()
         meter = Meter(self.objective)
         for (batch, ref_log_odds), measured in zip(step.batches, scores, strict=True):
             meter.add(batch, measured, ref_log_odds, step.baseline)
@@ -337,10 +339,10 @@ class Training:
     def _save(self, step: int) -> None:
         if step == self.saved_at:
             return
-        known = {}
+        known, growing = {}, {}
         if self.first:
-            known = put_under(REFERENCE, self.reference.state()) | put_under(BASELINE, self.baseline.state())
-        self.folder.save(step, self.engine, known, self.facts, self.position)
+            known, growing = put_under(BASELINE, self.baseline.state()), put_under(REFERENCE, self.reference.state())
+        self.folder.save(step, self.engine, known, growing, self.reference.generation, self.facts, self.position)
         self.saved_at = step
 
     def _stop(self, step: int) -> NoReturn:
