@@ -173,6 +173,7 @@ class Engine(Protocol):
             before clipping: not finite where the step was not taken.
         Raises:
             RuntimeError: the engine was loaded without anything to train and an optimizer.
+            MemoryError: the device's memory is full; so do `evaluate` and `sample`.
         """
         ...
 

@@ -87,17 +87,17 @@ def training(model: Path, cases: dict[str, dict[str, Any]], folder: Path) -> Non
         torch_worker.train(model, case, folder / name)
 
 
-def refusals(models: dict[str, str], folder: Path) -> None:
-    """What each process says of checkpoints that it cannot load."""
-    said = {}
-    for name, model in models.items():
-        mine = model if processes().rank or name != "one sees it" else f"{model}-that-is-not-here"
+def refusals(experts: str, unseen: str, folder: Path) -> None:
+    """What each process says of checkpoints that cannot be loaded: of six experts, and one that only the first sees."""
+    group = processes()
+    assert isinstance(group, TorchProcesses)
+    said = []
+    for model in (experts, unseen if group.rank == 0 else f"{unseen}-elsewhere"):
         try:
-            TorchBackend().load(Path(mine), device="cpu", fine_tune_type="lora", lora=LORA)
-            said[name] = "loaded"
-        except (UserError, OSError) as error:
-            said[name] = f"{type(error).__name__}: {error}"
-    (folder / f"said-{processes().rank}.json").write_text(json.dumps(said))
+            TorchBackend().load(Path(model), device="cpu", fine_tune_type="full", optimizer=OptimizerConfig())
+        except UserError as error:
+            said.append(str(error))
+    (folder / f"said-{group.rank}.json").write_text(json.dumps(said))
 
 
 def memory(model: Path, folder: Path) -> None:

@@ -40,6 +40,7 @@ from bnf_core.storage.shards import (
 from bnf_core.types import Array, Batch, TokenScores
 from bnf_torch import adapter
 from bnf_torch.attention import LAYOUT
+from bnf_torch.memory import memory_errors
 from bnf_torch.model import head_weight
 from bnf_torch.ops import tensors
 from bnf_torch.optimizer import Optimizer, adamw
@@ -136,6 +137,7 @@ class TorchEngine:
             p.copy_(self.reference_weights[name])
             self.reference_weights[name].copy_(policy)
 
+    @memory_errors()
     @torch.no_grad()
     def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenScores:
         self.scored.eval()
@@ -144,6 +146,7 @@ class TorchEngine:
         self._reshard()
         return _to_numpy(scores)
 
+    @memory_errors()
     @torch.no_grad()
     def sample(self, rows: Sequence[Completion]) -> None:
         self.limits.require_rows(rows)
@@ -195,6 +198,7 @@ class TorchEngine:
 
     # Training
 
+    @memory_errors()
     def step(
         self,
         batches: Sequence[tuple[Batch, Array]],

@@ -189,9 +189,18 @@ def model_tensors(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint folder's weight files, by name; only the headers are read.
 
     Raises:
-        UserError: as `weight_files`.
+        UserError: as `weight_files`; or a tensor is in two files.
     """
-    return {name: tensor for file in weight_files(folder) for name, tensor in read_header(file).tensors.items()}
+    found: dict[str, StoredTensor] = {}
+    for file in weight_files(folder):
+        for name, tensor in read_header(file).tensors.items():
+            if name in found:
+                raise UserError(
+                    f"model {folder}: {name} is in {found[name].file.name} and in {file.name}: which is the model's "
+                    "cannot be told. Copy it again"
+                )
+            found[name] = tensor
+    return found
 
 
 def rounded(x: Array, dtype: str) -> Array:

@@ -57,11 +57,15 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[s
     torch.manual_seed(0)
     gpt2 = GPT2Config(vocab_size=304, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
     sizes = {"vocab_size": 304, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 6, "num_experts_per_tok": 2}
-    experts = Qwen2MoeConfig(**sizes, moe_intermediate_size=16, shared_expert_intermediate_size=16)
-    for name, model in {"gpt2": GPT2LMHeadModel(gpt2), "experts": Qwen2MoeForCausalLM(experts)}.items():
-        model.save_pretrained(folder / name)
-        made[name] = folder / name
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    for count in (6, 8):
+        config = Qwen2MoeConfig(
+            **sizes, num_experts=count, moe_intermediate_size=16, shared_expert_intermediate_size=16
+        )
+        made[f"{count} experts"] = folder / str(count)
+        Qwen2MoeForCausalLM(config).save_pretrained(folder / str(count))
+    made["gpt2"] = folder / "gpt2"
+    GPT2LMHeadModel(gpt2).save_pretrained(folder / "gpt2")
     if find_spec("mlx_lm"):
         from test_quantization import quantised
 
@@ -75,12 +79,20 @@ def test_a_model_in_shards_is_the_model(models: dict[str, str], tmp_path: Path) 
         (models["llama"], "full", "float32", 1),
         (models["untied"], "lora", "bfloat16", 1),
         (models["gpt2"], "dora", "float32", 1),
-        (models["experts"], "full", "bfloat16", 1),
+        (models["8 experts"], "full", "bfloat16", 1),
         (models["llama"], "dora", "float32", 2),
     ]
     if "packed" in models:
         cases.append((models["packed"], "lora", "float32", 1))
     together(shards_worker.loading, cases, folder=tmp_path)
+
+
+def test_what_one_process_cannot_load_none_waits_for(models: dict[str, str], tmp_path: Path) -> None:
+    together(shards_worker.refusals, models["6 experts"], models["llama"], folder=tmp_path)
+    for rank in range(COUNT):
+        experts, unseen = json.loads((tmp_path / f"said-{rank}.json").read_text())
+        assert "6 experts" in experts and "in 4 shards leave a process without any" in experts
+        assert "llama-elsewhere" in unseen or "model-elsewhere" in unseen, unseen
 
 
 def test_replicas_of_shards_take_the_steps_of_one_process(tiny_model: Path, tmp_path: Path) -> None:

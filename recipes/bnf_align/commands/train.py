@@ -16,7 +16,7 @@ from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from bnf_align.commands.reference import open_reference
-from bnf_align.run.auto_batch import auto_micro_batch
+from bnf_align.run.auto_batch import auto_micro_batch, out_of_memory
 from bnf_align.run.card import card
 from bnf_align.run.feedback import TrainingData, load_training_data, tell, with_date
 from bnf_align.run.interrupts import Interrupts
@@ -135,7 +135,12 @@ def run_training(
         if config.auto_batch:
             config = replace(config, micro_batch_size=auto_micro_batch(config, checkpoint, data, engine))
             console.print(f"{config.micro_batch_size} rows at a time fit into the free memory", highlight=False)
-        return training(config, engine, data, facts, checkpoint, tokenizer, console).run()
+        job = training(config, engine, data, facts, checkpoint, tokenizer, console)
+        try:
+            return job.run()
+        except MemoryError as error:
+            reason = out_of_memory(config, checkpoint, data, engine, str(error))
+            raise TrainingStopped(f"{reason}. {job.folder.how_to_go_on}") from error
 
 
 class Training:

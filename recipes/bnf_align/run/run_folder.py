@@ -46,6 +46,12 @@ class RunFolder:
     def how_to_resume(self) -> str:
         return f"bnf {self._config.command} --config {self.path / 'config.yaml'} --resume"
 
+    @property
+    def how_to_go_on(self) -> str:
+        """After a failure: from the newest checkpoint, if there is one."""
+        steps = self.checkpoints.steps()
+        return f"Resume from step {steps[-1]}: {self.how_to_resume}" if steps else "There is no checkpoint: start anew"
+
     def held(self) -> AbstractContextManager[None]:
         """Within it other runs are kept out of the folder, which is made where it is not there.
 
@@ -153,9 +159,8 @@ class RunFolder:
         try:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:  # each library that writes has its own
-            steps = self.checkpoints.steps()
-            hint = f"when there is room, resume from step {steps[-1]}: {self.how_to_resume}" if steps else "start anew"
-            raise TrainingStopped(f"{self.path} could not be written: {error}; {hint}") from error
+            hint = f"When there is room, {self.how_to_go_on[0].lower()}{self.how_to_go_on[1:]}"
+            raise TrainingStopped(f"{self.path} could not be written: {error}. {hint}") from error
 
 
 def recorded_setting(folder: Path, name: str) -> Any:
