@@ -41,7 +41,7 @@ from bnf_core.storage.checkpoints import Checkpoint, Checkpoints, Facts
 from bnf_core.storage.digests import rows_digest
 from bnf_core.storage.files import agreed, let_others_read
 from bnf_core.storage.reference_folder import StoredReference, fingerprint, open_reference
-from bnf_core.storage.shards import BASELINE, REFERENCE, put_under, under
+from bnf_core.storage.shards import BASELINE, REFERENCE, joined, put_under, under
 from bnf_core.types import Batch, Example, Position
 from bnf_torch import adapter
 from bnf_torch.engine import TorchEngine
@@ -350,7 +350,8 @@ class BNFTrainer(Trainer):
         group = self.engine.processes
         arrays = self.engine.state()
         if group.rank == 0:
-            arrays |= put_under(REFERENCE, self.reference.state()) | put_under(BASELINE, self.baseline.state())
+            known = put_under(REFERENCE, self.reference.state()) | put_under(BASELINE, self.baseline.state())
+            arrays = joined(arrays, known)
         assert self.lr_scheduler is not None
         facts = self._facts() | {"scheduler": self.lr_scheduler.state_dict()}
         folder = Checkpoints(Path(output_dir) / STATE, keep=1)

@@ -344,7 +344,17 @@ def test_prompts_are_held_out(settings: Callable[..., OnlineConfig]) -> None:
     assert before["step"] == 0 and after["step"] == 2 and 0 <= before["pass_at_1"] <= before["pass_at_k"] <= 1
 
 
-@pytest.mark.parametrize("policy", ["frozen", "previous", pytest.param("refreshed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend_name", "policy"),
+    [
+        ("torch", "frozen"),
+        ("mlx", "previous"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("mlx", "frozen"), ("torch", "previous"), ("torch", "refreshed"), ("mlx", "refreshed"))
+        ),
+    ],
+)
 def test_a_run_that_is_stopped_anywhere_ends_as_one_that_was_not(
     settings: Callable[..., OnlineConfig], monkeypatch: pytest.MonkeyPatch, policy: Any
 ) -> None:
@@ -390,7 +400,7 @@ def _online(made: OnlineConfig, quick: bool) -> None:
 
 @pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(settings: Callable[..., OnlineConfig], kills: int) -> None:
-    made = settings(iterations=12, valid=None, reference_policy="previous")
+    made = settings(iterations=6 if kills == 1 else 12, valid=None, reference_policy="previous")
     whole = online(replace(made, output=f"{made.output}-whole"), QUIET).folder
     rng, killed = random.Random(0), 0
     log, count = Path(made.output, "metrics.jsonl"), len(lines(whole))

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,7 @@ import pytest
 from test_online import JUDGE, at_hand, lines, prompts, samples  # noqa: F401  (fixtures)
 from test_train import QUIET
 
+import forked
 from bnf_align.commands.online import online
 from bnf_align.run.remote import RemoteSampler
 from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OnlineConfig, OptimizerConfig, SamplingConfig
@@ -42,22 +42,27 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     pytest.importorskip("mlx_lm")
     (port,) = free_ports(1)
     log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("wb") as file:
-        words = [sys.executable, "-m", "mlx_lm", "server", "--model", str(model), "--port", str(port)]
-        process = subprocess.Popen(words, stdout=file, stderr=file)
-        try:
-            deadline = time.monotonic() + 120
-            while True:
-                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
-                    break
-                except OSError:
-                    time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            process.kill()
-            process.wait()
+    process = forked.start(serve, ["--model", str(model), "--port", str(port)], output=log)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.is_alive() and time.monotonic() < deadline, log.read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.kill()
+        process.join()
+
+
+def serve(words: list[str]) -> None:
+    from mlx_lm import server
+
+    sys.argv = ["mlx_lm.server", *words]
+    server.main()
 
 
 def settings(model: Path, prompts: Path, output: Path, url: str, **overrides: Any) -> OnlineConfig:  # noqa: F811
