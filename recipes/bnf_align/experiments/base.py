@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from matplotlib.figure import Figure
-
-if TYPE_CHECKING:
-    from bnf_align.experiments.outcome import Outcome
+from bnf_align.experiments.outcome import Outcome
+from bnf_align.experiments.pictures import Draw
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Experiment:
         methods: by name; the first one is what the others are compared with.
         settings: by name, the fields of `Cell` that each changes. Learning rates are swept without any change.
         seen: one sentence: what was seen.
-        pictures: by name.
+        pictures: by name, the panels of each.
         axis: what the settings are, for pictures that have them side by side.
         seeds: how many, where the scale's number is more than is needed.
         applies: whether a method can be trained in a setting.
@@ -38,8 +36,8 @@ class Experiment:
 
     claim: str
     methods: Mapping[str, Method]
-    seen: Callable[["Outcome"], str]
-    pictures: Mapping[str, Callable[["Outcome"], Figure]]
+    seen: Callable[[Outcome], str]
+    pictures: Mapping[str, tuple[Draw, ...]]
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"pairs": {}})
     axis: str = ""
     seeds: int | None = None

@@ -18,6 +18,7 @@ from bnf_align.experiments.references import reference_model
 from bnf_align.experiments.rows import Mix, balanced, training_rows
 from bnf_align.experiments.scales import SCALES, Scale
 from bnf_align.experiments.statistics import gini
+from bnf_align.run.token_log import ByPlace, gradient_at
 from bnf_core import registry
 from bnf_core.config import OptimizerConfig
 from bnf_core.objectives import Objective, parse
@@ -186,14 +187,14 @@ class Alignment:
 
     def _gradient(self, baseline: float) -> dict[str, list[float]]:
         """Where in held-out completions the gradient of the objective is: |∂L/∂o| by place, as shares of its sum."""
-        losses, found = self.backend.losses("cpu"), _ByPlace()
-        for batch, scores in zip(self.held_out.pairs, self._score(self.held_out.pairs), strict=True):
-            _, slope = losses.objective(self.objective, *scores, self.reference(batch), batch, baseline)
-            found.add(batch, np.abs(slope))
-        return found.shares()
+        scored = [
+            (batch, scores, self.reference(batch))
+            for batch, scores in zip(self.held_out.pairs, self._score(self.held_out.pairs), strict=True)
+        ]
+        return gradient_at(self.backend.losses("cpu"), self.objective, scored, baseline)
 
     def _measured(self) -> Result:
-        shift_at, tokens = _ByPlace(), []
+        shift_at, tokens = ByPlace(), []
         rows: dict[str, list[float]] = {"chosen": [], "rejected": []}
         for batch, before, scores in zip(
             self.held_out.pairs, self.start, self._score(self.held_out.pairs), strict=True
@@ -243,29 +244,3 @@ def _log_p(log_odds: Array) -> Array:
 def _row_sums(batch: Batch, tokens: Array) -> Array:
     """Sums of (N,) over the tokens of each row, (S,)."""
     return np.bincount(batch.sequence_ids, weights=tokens, minlength=len(batch.labels))
-
-
-class _ByPlace:
-    """Numbers of tokens by their place in the completion, of chosen and of rejected rows."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, dict[int, list[float]]] = {"chosen": {}, "rejected": {}}
-
-    def add(self, batch: Batch, tokens: Array) -> None:
-        counts = np.bincount(batch.sequence_ids, minlength=len(batch.labels))
-        places = np.arange(len(tokens)) - np.repeat(np.cumsum(counts) - counts, counts)
-        for place, row, value in zip(places.tolist(), batch.sequence_ids.tolist(), tokens.tolist(), strict=True):
-            self._found["chosen" if batch.labels[row] > 0 else "rejected"].setdefault(place, []).append(value)
-
-    def means(self) -> dict[str, list[float]]:
-        return self._each(lambda values: sum(values) / len(values))
-
-    def shares(self) -> dict[str, list[float]]:
-        """Of the sum over all."""
-        whole = sum(sum(values) for places in self._found.values() for values in places.values()) or 1.0
-        return self._each(lambda values: sum(values) / whole)
-
-    def _each(self, value: Any) -> dict[str, list[float]]:
-        return {
-            name: [round(value(places[place]), 5) for place in sorted(places)] for name, places in self._found.items()
-        }
