@@ -5,7 +5,6 @@ Nothing is measured for one experiment alone, so that experiments which ask for 
 
 import contextlib
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -32,7 +31,7 @@ from bnf_core.storage.digests import json_digest
 from bnf_core.types import Array, Batch, Example, TokenScores
 
 VERSION = 1  # of what is measured and how: cells of another are not used
-CHECKS = 6  # how often held-out rows are scored on the way
+CHECKS = 4  # how often held-out rows are scored on the way
 
 Result = dict[str, Any]  # JSON: what was measured, by name
 
@@ -95,9 +94,10 @@ class Alignment:
             self.engine.refresh_reference()  # a copy, so that it can be asked at any time
         self.examples = self._examples()
         self.reference = self._reference()
-        self.start = [scores.log_odds for scores in self._score(self.held_out.pairs)]
         self.norms: list[float] = []
         self.path: list[Result] = []
+        self._look(0)
+        self.start = [scores.log_odds for scores in self.scored]
         self.diverged: int | None = None  # the step whose gradient was not finite
 
     def run(self) -> Result:
@@ -105,7 +105,6 @@ class Alignment:
         count = min(self.cell.steps, -(-len(self.examples) // self.cell.batch_size))
         every = max(1, count // CHECKS)
         baseline = 0.0
-        self._check(0)
         gradient = {"start": self._gradient(baseline)}
 
         def after(step: Step, scores: list[TokenScores], norm: float) -> None:
@@ -116,10 +115,12 @@ class Alignment:
                 raise _Diverged
             self.norms.append(norm)
             if (step.number + 1) % every == 0 or step.number + 1 == count:
-                self._check(step.number + 1)
+                self._look(step.number + 1)
 
         with contextlib.suppress(_Diverged):
             loop.train(self.engine, self._steps(count), after, self.optimizer.max_grad_norm)
+        if self.diverged is not None:
+            self._look(self.diverged - 1)
         gradient["end"] = self._gradient(baseline)
         return self._measured() | {"gradient_at": gradient}
 
@@ -159,50 +160,42 @@ class Alignment:
 
     # What is measured
 
-    def _score(self, batches: Sequence[Batch]) -> list[TokenScores]:
-        return [_scores(self.engine, batch) for batch in batches]
-
-    def _check(self, step: int) -> None:
-        """What held-out rows are to the model as it now is."""
-        sums, labels = [], []
-        for batch, scores in zip(self.held_out.pairs, self._score(self.held_out.pairs), strict=True):
-            sums.append(_row_sums(batch, _log_p(scores.log_odds)))
-            labels.append(batch.labels)
-        rows, label = np.concatenate(sums), np.concatenate(labels)
+    def _look(self, step: int) -> None:
+        """What held-out rows and text are to the model as it now is."""
+        self.scored = [_scores(self.engine, batch) for batch in self.held_out.pairs]
+        self.nats = np.concatenate(
+            [
+                -_row_sums(batch, _log_p(_scores(self.engine, batch).log_odds)) / np.bincount(batch.sequence_ids)
+                for batch in self.held_out.text
+            ]
+        )  # a token, of each sentence
+        rows = [_row_sums(batch, _log_p(said.log_odds)) for batch, said in self._pairs()]
+        log_p, labels = np.concatenate(rows), np.concatenate([batch.labels for batch in self.held_out.pairs])
         self.path.append(
             {
                 "step": step,
-                "log_p_chosen": float(rows[label > 0].mean()),
-                "log_p_rejected": float(rows[label < 0].mean()),
-                "perplexity": perplexity(self._text()),
+                "log_p_chosen": float(log_p[labels > 0].mean()),
+                "log_p_rejected": float(log_p[labels < 0].mean()),
+                "perplexity": perplexity(self.nats),
             }
         )
 
-    def _text(self) -> Array:
-        """Nats a token of each sentence that the model never trained on."""
-        found = []
-        for batch, scores in zip(self.held_out.text, self._score(self.held_out.text), strict=True):
-            found.append(-_row_sums(batch, _log_p(scores.log_odds)) / np.bincount(batch.sequence_ids))
-        return np.concatenate(found)
+    def _pairs(self) -> list[tuple[Batch, TokenScores]]:
+        return list(zip(self.held_out.pairs, self.scored, strict=True))
 
     def _gradient(self, baseline: float) -> dict[str, list[float]]:
-        """Where in held-out completions the gradient of the objective is: |∂L/∂o| by place, as shares of its sum."""
-        scored = [
-            (batch, scores, self.reference(batch))
-            for batch, scores in zip(self.held_out.pairs, self._score(self.held_out.pairs), strict=True)
-        ]
+        """Where in held-out completions the gradient of the objective is."""
+        scored = [(batch, said, self.reference(batch)) for batch, said in self._pairs()]
         return gradient_at(self.backend.losses("cpu"), self.objective, scored, baseline)
 
     def _measured(self) -> Result:
         shift_at, tokens = ByPlace(), []
         rows: dict[str, list[float]] = {"chosen": [], "rejected": []}
-        for batch, before, scores in zip(
-            self.held_out.pairs, self.start, self._score(self.held_out.pairs), strict=True
-        ):
-            shift = scores.log_odds - before
+        for (batch, said), before in zip(self._pairs(), self.start, strict=True):
+            shift = said.log_odds - before
             tokens.append(np.abs(shift))
             shift_at.add(batch, shift)
-            moved = _row_sums(batch, _log_p(scores.log_odds) - _log_p(before))
+            moved = _row_sums(batch, _log_p(said.log_odds) - _log_p(before))
             for label, value in zip(batch.labels, moved, strict=True):
                 rows["chosen" if label > 0 else "rejected"].append(round(float(value), 4))
         others = {name: self.held_out.others_answered(self.engine, name) for name in self.held_out.others}
@@ -213,7 +206,7 @@ class Alignment:
             "diverged": self.diverged,
             "correct": self.held_out.answered(self.engine),
             "others": others,
-            "text": [round(float(x), 5) for x in self._text()],
+            "text": [round(float(x), 5) for x in self.nats],
             "moved_chosen": rows["chosen"],
             "moved_rejected": rows["rejected"],
             "grad_norms": [round(x, 5) for x in self.norms],

@@ -2,6 +2,8 @@
 
 import io
 import re
+from contextlib import AbstractContextManager
+from typing import Any
 
 from markupsafe import Markup
 from matplotlib import rc_context
@@ -9,7 +11,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 INK = "#010203"  # no palette's colour: what is drawn in it becomes the page's own
-STYLE = {
+STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "bnf",  # the same figure is the same text
     "font.family": "sans-serif",
@@ -52,6 +54,6 @@ def _with_own_ids(text: str, name: str) -> str:
     return re.sub(r"url\(#([^)]+)\)", rf"url(#{prefix}-\1)", text)
 
 
-def styled() -> rc_context:  # type: ignore[valid-type]
+def styled() -> AbstractContextManager[None]:
     """To be drawn within."""
     return rc_context(STYLE)
