@@ -53,6 +53,23 @@ def test_the_pretraining_text_misreads_four_of_eight_kinds() -> None:
     assert np.mean(right["buys"]) > 0.8
 
 
+def test_answers_that_are_misplaced_look_alike_and_are_wrong() -> None:
+    rng = random.Random(4)
+    for name in ("sort", "reverse", "largest"):
+        for task in tasks.others(name, 50, rng, held_out=True):
+            wrong = tasks.misplaced(task, rng)
+            assert not task.is_right(wrong) and len(wrong) == len(task.answer)
+    asked = tasks.questions("sort", 30, random.Random(5))
+    assert all(one.is_right(" ".join(sorted(one.question.split()[1:]))) for one in asked)
+
+
+def test_the_policys_own_answers_have_a_learning_rate_of_their_own() -> None:
+    plan = Plan("on_policy", experiment("on_policy"), "didactic", 1, 1, [1e-3, 1e-2], 4, 8)
+    offline = [c for c in plan.sweep() if c.answers == "start"]
+    assert [(c.objective, c.learning_rate) for c in offline] == [("bnf", 1e-3), ("bnf", 1e-2)]
+    assert {c.answers for c in plan.sweep()} == {"start", "policy"} and plan.start().answers == "policy"
+
+
 @pytest.mark.parametrize("name", tasks.OTHERS)
 def test_held_out_tasks_are_not_pretrained(name: str) -> None:
     known, asked = (tasks.others(name, 20, random.Random(3), held_out=held_out) for held_out in (False, True))
@@ -228,8 +245,9 @@ def test_other_results_are_refused(text: str, message: str, tmp_path: Path) -> N
 def test_every_experiment_is_whole(name: str) -> None:
     found = experiment(name)
     plan = Plan(name, found, "didactic", 2, 1, [1e-3], 4, 8)
-    rates = {method.objective: 1e-3 for method in found.methods.values()}
+    rates = {method.rate_of: 1e-3 for method in found.methods.values()}
     cells = plan.cells(rates)
+    assert {c.method for c in plan.sweep()} == rates.keys()
     assert found.claim.endswith(".") and found.pictures
     assert {c.part for c in cells} == {"test"} and {c.part for c in plan.sweep()} == {"valid"}
     assert not {c.seed for c in cells} & {c.seed for c in plan.sweep()}

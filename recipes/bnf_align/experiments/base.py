@@ -12,12 +12,19 @@ from bnf_align.experiments.pictures import Draw
 class Method:
     """
     Args:
-        objective: as `bnf_core.objectives.parse` reads it. Methods of one objective share its learning rate.
+        objective: as `bnf_core.objectives.parse` reads it.
         changes: fields of `Cell` that it has otherwise.
+        swept: by which name its learning rate is found, with these changes; default: methods of one objective share
+            that of the objective, without any.
     """
 
     objective: str
     changes: Mapping[str, Any] = field(default_factory=dict)
+    swept: str = ""
+
+    @property
+    def rate_of(self) -> str:
+        return self.swept or self.objective
 
 
 @dataclass(frozen=True)
@@ -27,6 +34,7 @@ class Experiment:
         claim: one sentence: what the paper claims.
         methods: by name; the first one is what the others are compared with.
         settings: by name, the fields of `Cell` that each changes. Learning rates are swept without any change.
+        common: fields of `Cell` that all have otherwise, those of the sweep as well.
         seen: one sentence: what was seen.
         pictures: by name, the panels of each.
         axis: what the settings are, for pictures that have them side by side.
@@ -39,6 +47,7 @@ class Experiment:
     seen: Callable[[Outcome], str]
     pictures: Mapping[str, tuple[Draw, ...]]
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"pairs": {}})
+    common: Mapping[str, Any] = field(default_factory=dict)
     axis: str = ""
     seeds: int | None = None
     applies: Callable[[str, str], bool] = lambda method, setting: True

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
+from bnf_align.experiments.answers import Answers
 from bnf_align.experiments.held_out import HeldOut, held_out
 from bnf_align.experiments.references import reference_model
 from bnf_align.experiments.rows import Mix, balanced, training_rows
@@ -51,6 +52,8 @@ class Cell:
     mix: Mix = field(default_factory=Mix)
     balanced: bool = False  # rows weigh so that both labels count alike
     reference: str = "start"  # or a kind of `bnf_align.experiments.references`
+    answers: Literal["given", "start", "policy"] = "given"  # or the model's own, drawn at the start or at each step
+    task: str = "problems"  # or one of `tasks.OTHERS`, for answers of its own
     part: Literal["valid", "test"] = "test"  # which problems are asked
 
     @property
@@ -77,7 +80,7 @@ class Alignment:
     def __init__(self, cell: Cell, model: Path, backend: Backend):
         self.cell, self.model, self.backend = cell, model, backend
         self.scale: Scale = SCALES[cell.scale]
-        self.held_out: HeldOut = held_out(model, cell.scale, cell.part)
+        self.held_out: HeldOut = held_out(model, cell.scale, cell.part, cell.task)
         self.objective: Objective = parse(cell.objective)
         self.optimizer = OptimizerConfig(learning_rate=cell.learning_rate, warmup_steps=max(1, cell.steps // 20))
         self.engine: Engine = backend.load(
@@ -92,6 +95,7 @@ class Alignment:
         )
         if self.scale.fine_tune_type == "full":
             self.engine.refresh_reference()  # a copy, so that it can be asked at any time
+        self.answers = self._answers()
         self.examples = self._examples()
         self.reference = self._reference()
         self.norms: list[float] = []
@@ -102,7 +106,9 @@ class Alignment:
 
     def run(self) -> Result:
         """Train, and say what came of it."""
-        count = min(self.cell.steps, -(-len(self.examples) // self.cell.batch_size))
+        count = self.cell.steps
+        if self.cell.answers != "policy":
+            count = min(count, -(-len(self.examples) // self.cell.batch_size))
         every = max(1, count // CHECKS)
         baseline = 0.0
         gradient = {"start": self._gradient(baseline)}
@@ -130,7 +136,7 @@ class Alignment:
         share = self.engine.shares_prompts
         batching = MicroBatching(self.cell.batch_size, share_prompts=share, unit=self.objective.unit)
         return steps.steps(
-            Rows(self.examples, self.cell.seed, self.objective.unit),
+            self.answers if self.cell.answers == "policy" else Rows(self.examples, self.cell.seed, self.objective.unit),
             batch_size=self.cell.batch_size,
             num_steps=count,
             optimizer=self.optimizer,
@@ -141,9 +147,16 @@ class Alignment:
             pad_id=self.held_out.pad,
         )
 
-    def _examples(self) -> list[Example]:
-        """An objective of pairs has the pairs alone."""
+    def _answers(self) -> Answers:
         cell = self.cell
+        return Answers(self.engine, self.objective, self.held_out, cell.task, cell.steps, cell.batch_size, cell.seed)
+
+    def _examples(self) -> list[Example]:
+        """Those that are there before the first step. An objective of pairs has the pairs alone."""
+        cell = self.cell
+        if cell.answers != "given":
+            steps_before = cell.steps if cell.answers == "start" else 0
+            return [row for step in range(steps_before) for row in self.answers.draw(step)]
         rows = list(training_rows(self.model, self.scale, cell.steps * cell.batch_size, cell.seed, cell.mix))
         alone = set(rows_alone(rows, self.objective.unit).tolist())
         rows = [row for i, row in enumerate(rows) if i not in alone]
@@ -211,6 +224,7 @@ class Alignment:
             "moved_rejected": rows["rejected"],
             "grad_norms": [round(x, 5) for x in self.norms],
             "path": self.path,
+            "right": self.answers.right,
             "gini": gini(np.concatenate(tokens)),
             "shift_at": shift_at.means(),
         }

@@ -100,6 +100,17 @@ def path(name: str, title: str, quantity: str) -> Draw:
     return draw
 
 
+def samples(axes: Axes, outcome: Outcome) -> None:
+    """How many of the answers of a step are right, a line for each method that draws them as it learns."""
+    style = styles(outcome)
+    for method in outcome.methods:
+        line = outcome.line(method)
+        if line and (right := line.curves.get("right")):
+            axes.plot(range(1, len(right) + 1), right, label=method, color=style[method]["color"], linewidth=1.2)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    label_axes(axes, "Right among the answers drawn", "")
+
+
 def gradient_norms(axes: Axes, outcome: Outcome) -> None:
     style = styles(outcome)
     for method in outcome.methods:

@@ -32,7 +32,8 @@ def run_picture(run_folder: Path) -> Path:
 
 
 def run_figure(lines: Sequence[Line]) -> Figure:
-    """Loss, log-odds shifts and target weight by step, and held-out results before and after.
+    """Loss (of samples how many are right), log-odds shifts and target weight by step, and held-out results before and
+    after.
 
     Args:
         lines: what metrics.jsonl holds; `kind` is "train" or "eval", a metric may be null or absent.
@@ -43,11 +44,17 @@ def run_figure(lines: Sequence[Line]) -> Figure:
     figure = Figure(figsize=(11, 7), layout="constrained")
     loss, shift, weight, held_out = figure.subplots(2, 2).flat
 
-    _curve(loss, train, "loss", PLAIN, "training batches")
     sets = _sets(evals)
-    for marker, (prefix, name) in zip(cycle("osD^v"), sets.items()):
-        _curve(loss, evals, f"{prefix}loss", AFTER, name or "held-out rows", marker=marker)
-    label_axes(loss, "Loss", "label · token loss, mean over rows")
+    if points(train, "pass_at_1"):  # whose loss falls and rises with the share of its rows that are chosen
+        _curve(loss, train, "pass_at_1", PLAIN, "samples of each iteration")
+        _curve(loss, evals, "pass_at_1", AFTER, "held-out prompts", marker="o")
+        loss.set_ylim(-0.03, 1.03)
+        label_axes(loss, "Completions that are right, as the judge sees it", "share")
+    else:
+        _curve(loss, train, "loss", PLAIN, "training batches")
+        for marker, (prefix, name) in zip(cycle("osD^v"), sets.items()):
+            _curve(loss, evals, f"{prefix}loss", AFTER, name or "held-out rows", marker=marker)
+        label_axes(loss, "Loss", "label · token loss, mean over rows")
 
     _curve(shift, train, SHIFT_CHOSEN, CHOSEN, "chosen rows, training")
     _curve(shift, train, SHIFT_REJECTED, REJECTED, "rejected rows, training", style="--")
