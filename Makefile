@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-unit test-slow lint docs docs-serve bench openblas clean
+.PHONY: help install demo test test-unit test-slow lint docs docs-serve bench gpu mac openblas clean
 help:
 	@echo "make demo [BACKEND=torch|mlx]  align a small model, show before and after (some minutes)"
 	@echo "make test                      linters and type checker, then unit, integration and distributed tests"
@@ -14,6 +14,7 @@ help:
 	@echo "make lint                      ruff, mypy, deptry"
 	@echo "make docs, make docs-serve     the documentation site, into site/ or on http://localhost:8000"
 	@echo "make bench                     what there is to measure, and how"
+	@echo "make gpu, make mac             first contact with a GPU or a Mac: everything measured, a folder to send back"
 	@echo "make clean                     remove .venv and caches; runs and models stay"
 
 install: $(INSTALLED)
@@ -86,6 +87,15 @@ bench:
 	@echo "$(BIN)/python -m benchmarks.growth --backend torch|mlx --model MODEL             how both grow"
 	@echo "$(BIN)/python -m benchmarks.tokens --model MODEL --data FILE                        making tokens"
 	@echo "docs/performance.md says what is measured, and what to install to measure others beside it"
+
+# First contact: stage by stage, a report after each; what is done is not done again. FLAGS=--device=cpu tries it here.
+gpu: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,mlx,gguf,dev,bench]' bitsandbytes
+	$(BIN)/python -m benchmarks.first_contact --machine gpu $(FLAGS)
+
+mac: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,mlx,gguf,dev,bench]'
+	$(BIN)/python -m benchmarks.first_contact --machine mac $(FLAGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

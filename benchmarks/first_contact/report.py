@@ -1,4 +1,4 @@
-"""The folder to send back: a page, the same as JSON, and what the stages left; it says nothing of whose machine it is."""
+"""The folder to send back: a page, the same as JSON, and what the stages left, without whose machine it was."""
 
 import getpass
 import json

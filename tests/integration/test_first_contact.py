@@ -1,5 +1,5 @@
-"""`make gpu` and `make mac`, as far as a CPU goes: every command that they would run is one that there is, what was done
-is not done again, and the report says what was found and not whose machine it was."""
+"""`make gpu` and `make mac`, as far as a CPU goes: every command that they would run is one that there is, what was
+done is not done again, and the report says what was found and not whose machine it was."""
 
 import getpass
 import json
