@@ -210,7 +210,7 @@ class Engine(Protocol):
 
 
 class Inspector(Protocol):
-    """A model in float32 on the CPU, opened up for `bnf check-model`. Its modules go by
+    """A model on the CPU, opened up for `bnf check-model`. Its modules go by
     `bnf_core.models.model_config.module_path`, the same on every backend."""
 
     def linear_layers(self) -> set[str]:
@@ -356,8 +356,8 @@ class Backend(Protocol):
         """What to know of this checkpoint on this backend, in words; nothing for a family known to be right."""
         return []
 
-    def inspector(self, model: Path) -> Inspector:
-        """Open a checkpoint folder for comparison.
+    def inspector(self, model: Path, dtype: str = "float32") -> Inspector:
+        """Open a checkpoint folder for comparison, its weights in that dtype.
 
         Raises:
             UserError: the model cannot be loaded.

@@ -8,6 +8,7 @@ from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.devices import require_cpu
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
+from bnf_core.models.model_config import family_of, full_config, rope_scaling
 from bnf_core.objectives import Objective
 from bnf_core.processes import Processes
 from bnf_core.protocol import Backend, Engine, Inspector, Losses, Measures
@@ -116,10 +117,20 @@ class TorchBackend(Backend):
             fill=fill if unfilled else None,
         )
 
-    def inspector(self, model: Path) -> Inspector:
+    def notes(self, model: Path) -> list[str]:
+        config = full_config(model)
+        if rope_scaling(config) not in ("longrope", "dynamic"):
+            return []
+        longest = config.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        return [
+            f"{family_of(model)} on PyTorch: a row of more than {longest} tokens has transformers rotate every row of "
+            f"its micro-batch otherwise, so that their losses depend on it: keep --max-length at {longest} or below"
+        ]
+
+    def inspector(self, model: Path, dtype: str = "float32") -> Inspector:
         from bnf_torch.inspection import TorchInspector
 
-        return TorchInspector(model)
+        return TorchInspector(model, dtype)
 
     def measures(self, device: str = "auto", dtype: str = "auto", own_dtype: str | None = None) -> Measures:
         from bnf_torch.memory import TorchMeasures

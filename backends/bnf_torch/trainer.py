@@ -33,7 +33,7 @@ from bnf_core.objectives import Objective, parse
 from bnf_core.processes import Processes
 from bnf_core.steps import steps as plan
 from bnf_core.steps.baseline import Baseline
-from bnf_core.steps.batching import MicroBatching, Rows, require_units, require_weights
+from bnf_core.steps.batching import MicroBatching, Rows, require_learnable, require_units
 from bnf_core.steps.metrics import Meter
 from bnf_core.steps.reference import NoReference, Reference, ReferenceCache
 from bnf_core.steps.steps import Step
@@ -490,7 +490,7 @@ class _Tokens:
         return tokens.examples
 
     def _report(self, tokens: Tokenized, whole: bool = True) -> None:
-        require_weights(tokens.examples, self.objective)
+        require_learnable(tokens.examples, self.objective)
         for message in tokens.skipped:
             logger.warning("skipped: %s", message)
         for note in self.feedback.tally(tokens).notes(whole):

@@ -106,18 +106,34 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return arm
 
 
+@pytest.fixture(scope="module")
+def stopped_once() -> dict[str, Path]:
+    """Folders of runs that were stopped, by what is said of them: each is made once, and copied."""
+    return {}
+
+
 @pytest.fixture
 def stopped(
-    tiny_model: Path, feedback: Path, tmp_path: Path, stop_after: Callable[[int], None]
+    tiny_model: Path,
+    feedback: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    stop_after: Callable[[int], None],
+    stopped_once: dict[str, Path],
 ) -> Callable[..., TrainConfig]:
     """A run that was stopped after four steps and keeps the checkpoints of the last two."""
 
     def run(backend: str = "torch", **overrides: Any) -> TrainConfig:
         made = settings(tiny_model, feedback, tmp_path / "run", backend, **({"save_every": 1} | overrides))
-        stop_after(4)
-        with pytest.raises(TrainingStopped, match="interrupted after step 4"):
-            train(made, QUIET)
-        stop_after(0)
+        key = f"{backend} {overrides}"
+        if key not in stopped_once:
+            there = tmp_path_factory.mktemp("stopped") / "run"
+            stop_after(4)
+            with pytest.raises(TrainingStopped, match="interrupted after step 4"):
+                train(replace(made, output=str(there)), QUIET)
+            stop_after(0)
+            stopped_once[key] = there
+        shutil.copytree(stopped_once[key], made.output)
         return made
 
     return run
@@ -160,7 +176,15 @@ def test_dropout_and_the_second_epoch_are_put_to_the_test(
     assert end is not None and len(set(end.arrays["reference/keys"].tolist())) == 12
 
 
-@pytest.mark.parametrize("objective", ["bco", "bnf + 0.5*kto"])
+@pytest.mark.parametrize(
+    ("backend_name", "objective"),
+    [
+        ("torch", "bco"),
+        ("mlx", "bco"),
+        ("torch", "bnf + 0.5*kto"),
+        pytest.param("mlx", "bnf + 0.5*kto", marks=pytest.mark.slow),
+    ],
+)
 def test_what_an_objective_compares_with_runs_on(
     tiny_model: Path,
     feedback: Path,

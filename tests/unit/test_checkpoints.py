@@ -472,7 +472,7 @@ def test_no_checkpoint_is_none_everywhere(tmp_path: Path, together: Callable[...
 # Real processes
 
 
-def _save_and_die(folder: Path, gathered: Path, rank: int, barrier: Any, step: int, dying: int | None) -> None:
+def _save_and_die(folder: Path, gathered: Path, rank: int, barrier: Any, step: int, dying: int) -> None:
     """The process `dying` is killed in the middle of its file; the others are told, as a launcher would."""
 
     def die(path: Path, arrays: State) -> None:
@@ -487,10 +487,10 @@ def _save_and_die(folder: Path, gathered: Path, rank: int, barrier: Any, step: i
 
 
 @pytest.fixture(scope="module")
-def run_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path, int, int | None], list[int]]]:
+def run_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path, int, int], list[int]]]:
     context = multiprocessing.get_context("spawn")  # of the fork server there is one, which others want with frameworks
 
-    def run(folder: Path, step: int, dying: int | None = None) -> list[int]:
+    def run(folder: Path, step: int, dying: int) -> list[int]:
         barrier, gathered = context.Barrier(2), tmp_path_factory.mktemp("gathered")
         started = [
             context.Process(target=_save_and_die, args=(folder, gathered, rank, barrier, step, dying))
@@ -498,9 +498,8 @@ def run_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
         ]
         for process in started:
             process.start()
-        if dying is not None:
-            started[dying].join(60)
-            barrier.abort()
+        started[dying].join(60)
+        barrier.abort()
         for process in started:
             process.join(60)
         return [process.exitcode for process in started]  # type: ignore[misc]
@@ -510,15 +509,15 @@ def run_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
 
 @pytest.mark.parametrize("dying", [0, 1])
 def test_a_process_killed_in_the_middle_leaves_the_last_checkpoint(
-    tmp_path: Path, run_processes: Callable[..., list[int]], dying: int
+    tmp_path: Path, run_processes: Callable[..., list[int]], together: Callable[..., list[Any]], dying: int
 ) -> None:
-    assert run_processes(tmp_path, 1) == [0, 0]
+    assert together(2, lambda processes: save(tmp_path, 1, processes)) == [None, None]
     codes = run_processes(tmp_path, 2, dying)
     assert codes[dying] == -signal.SIGKILL and codes[1 - dying] == 1
     assert Checkpoints(tmp_path, 2).steps() == [1]
     assert_same(newest(tmp_path).arrays, state(1))
     assert ((tmp_path / ".step-000002.partial").exists()) == (dying == 0)  # for nobody was left to remove it
-    assert run_processes(tmp_path, 3) == [0, 0]
+    assert together(2, lambda processes: save(tmp_path, 3, processes)) == [None, None]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000003"]
     assert_same(newest(tmp_path).arrays, state(3))
 
