@@ -117,7 +117,7 @@ def test_no_array_has_all_tokens_and_the_whole_vocabulary(
 ) -> None:
     batch = rows(100)
     logits = 4 * len(batch.targets) * VOCABULARY  # bytes
-    monkeypatch.setattr(f"bnf_{backend_name}.linear.CHUNK_BYTES", 2**18)
+    monkeypatch.setattr(f"bnf_{backend_name}.linear.CHUNK_BYTES", 2**16)
     found = engine(backend_name, folders[family], objective)
     reference = found.reference_log_odds(batch)
     for head in (found.scored.head, None):  # the model's own logits show that they would be seen
