@@ -144,6 +144,9 @@ MISTAKES = [
         {L1, L3},
     ),
     (wrong.NoBaseline, {(L3, f"{name}, ordinary", "gradient") for name in ("kto", "bco")}, {L3}),
+    (wrong.RatioToReference, {(L3, "grpo, ordinary", "loss"), (L3, "grpo, ordinary", "gradient")}, {L3}),
+    (wrong.AdvantagesAlike, {(L3, "grpo, first step", "loss"), (L3, "grpo, first step", "gradient")}, {L3}),
+    (wrong.Unclipped, {(L3, "grpo, ordinary", "loss"), (L3, "grpo, ordinary", "gradient")}, {L3}),
     (wrong.Normalised, {(L0, "n7_v17", "gradient"), (L1, "mixed", "gradient")}, {L0, SATURATION, L1}),
 ]
 

@@ -22,7 +22,8 @@ pytest.importorskip("mlx_lm")
 
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 
-from bnf_align.commands.check_model import Result, compare, rows, verdict
+from bnf_align.commands import check_model
+from bnf_align.commands.check_model import Result, compare, relative_error, rows, verdict
 from bnf_core import registry
 from bnf_core.errors import UserError
 from bnf_core.models import model_config
@@ -31,6 +32,7 @@ from bnf_core.types import Array, Example
 from bnf_mlx import corrections, families
 from bnf_mlx.backend import MLXBackend
 from bnf_mlx.inspection import MLXInspector as Inspector
+from bnf_torch.backend import TorchBackend
 
 DOCS = Path(__file__).parents[2] / "docs"
 Settings = dict[str, Any]
@@ -357,6 +359,24 @@ def test_a_corrected_model_agrees(family: str, settings: Settings, tmp_path: Pat
     assert result.agree, (result.comparisons, result.divergence)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [pytest.param(family, VERIFIED[family] | settings, id=f"{family}: {what}") for family, what, settings in CORRECTED],
+)
+def test_without_its_correction_a_model_does_not_agree(
+    family: str, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corrections, "CORRECTIONS", dict(corrections.CORRECTIONS) | {family: ()})
+    monkeypatch.setattr(check_model, "diagnose", lambda *_: None)  # that it differs is enough
+    folder = make(tmp_path, family, settings)
+    try:
+        result = checked(folder)
+    except UserError:  # mlx-lm stops at it
+        return
+    assert not result.agree, result.comparisons
+
+
 @pytest.mark.parametrize(
     ("family", "settings", "note", "found"), [pytest.param(*case, id=f"{case[0]}: {case[2]}") for case in DIFFERENT]
 )
@@ -425,6 +445,18 @@ def test_what_nobody_has_compared_at_real_sizes_is_said(family: str, said: str, 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
     (note,) = MLXBackend().notes(tmp_path) or [""]
     assert said in note and bool(said) == bool(note)
+
+
+def test_where_a_long_row_changes_its_neighbours_that_is_said(tmp_path: Path) -> None:
+    folder = make(tmp_path, *DIFFERENT[1][:2])
+    short, long = (Example(tuple(range(n)), tuple(range(n, n + 8)), True) for n in (24, 80))
+    alone, beside, even = (
+        TorchBackend().load(folder, device="cpu").reference_log_odds(collate(batch, len(batch)))[:8]
+        for batch in ([short], [short, long], [short, short])
+    )
+    assert relative_error(alone, beside) > 1e-3 > 1e-5 > relative_error(alone, even)
+    (note,) = TorchBackend().notes(folder)
+    assert "a row of more than 32 tokens" in note
 
 
 GEMMA3 = next(model for model in PUBLISHED if model.model.endswith("gemma-3-270m"))

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from test_train import QUIET, config
 
@@ -35,9 +34,10 @@ from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.steps import batching
 from bnf_core.steps import steps as plan
 from bnf_core.steps.metrics import SHIFT_CHOSEN, SHIFT_REJECTED, with_present_names
-from bnf_core.storage import checkpoints, shards
+from bnf_core.storage import checkpoints
 from bnf_core.storage.checkpoints import Checkpoints
 from bnf_core.storage.digests import rows_digest
+from bnf_core.storage.tensors import TensorWriter
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -255,19 +255,19 @@ def _train_until(run: TrainConfig, operation: int, count: Any) -> None:
             if count.value == operation:
                 if original is write_bytes:
                     write_bytes(arguments[0], arguments[1][: len(arguments[1]) // 2])
-                elif original is save_file:
-                    save_file(*arguments, **options)
-                    os.truncate(arguments[1], arguments[1].stat().st_size // 2)
+                elif original is add:
+                    add(*arguments)
+                    arguments[0]._file.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*arguments, **options)
 
         return call
 
-    write_bytes = Path.write_bytes
+    write_bytes, add = Path.write_bytes, TensorWriter.add
     for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
         setattr(os, name, dying(getattr(os, name)))
     Path.write_bytes = dying(write_bytes)  # type: ignore[method-assign]
-    shards.save_file = dying(save_file)
+    TensorWriter.add = dying(add)  # type: ignore[method-assign]
     train(run, QUIET)
 
 
@@ -535,14 +535,14 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
 ) -> None:
     run = settings(tiny_model, feedback, tmp_path / "run", "torch", save_every=2, keep_checkpoints=1)
 
-    def full(arrays: dict[str, np.ndarray], path: Path, **options: Any) -> None:
-        if "step-000004" in str(path):
-            path.write_bytes(b"part")
-            raise SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)}")
-        save_file(arrays, path, **options)
+    def full(writer: TensorWriter, name: str, array: np.ndarray) -> None:
+        if "step-000004" in str(writer._path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(writer, name, array)
 
+    add = TensorWriter.add
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "save_file", full)
+        patch.setattr(TensorWriter, "add", full)
         with pytest.raises(TrainingStopped, match=r"No space left.*from step 2: bnf train --config .* --resume"):
             train(run, QUIET)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
