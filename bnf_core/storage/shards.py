@@ -112,7 +112,8 @@ class StoredArrays(Mapping[str, Array]):
         parts = self._parts[name]
         with safe_open(parts[0].file, "np") as file:
             if len(parts) == 1:
-                return file.get_tensor(parts[0].name)
+                alone: Array = file.get_tensor(parts[0].name)
+                return alone
             whole = np.empty(parts[0].shape, file.get_slice(parts[0].name)[:0].dtype)
         at_a_time = max(1, BLOCK // max(1, whole[:1].nbytes))
         for part in parts:
