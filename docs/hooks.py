@@ -60,8 +60,9 @@ def formulae(markdown: str) -> str:
     def shown(match: re.Match[str]) -> str:
         block, inline = match[1], match[2]
         if block is not None:
-            return f'<div class="formula">{convert(block.strip(), display="block")}</div>\n'
-        return match[0] if inline is None else convert(inline)
+            block = block.strip().replace("{aligned}", "{align*}")  # the one that latex2mathml knows
+            return f'<div class="formula">{convert(block, display="block")}</div>\n'
+        return match[0] if inline is None else f"<span>{convert(inline)}</span>"  # a line may begin with it
 
     return re.sub(
         r"^```math\n(.*?)^```$|^```.*?^```$|`[^`\n]+`|\$([^$`\n]+)\$", shown, markdown, flags=re.DOTALL | re.MULTILINE
