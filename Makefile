@@ -64,8 +64,9 @@ test-unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit
 
 # The units, and one run of everything else on both backends: what an old version breaks, and where most lines are.
-FAST := tests/unit $(addprefix tests/integration/test_,train.py mlx_training.py torch_engine.py trainer.py adapters.py \
-  cli.py generate.py online.py resume.py reference.py quantization.py streaming.py check_model.py conformance.py)
+FAST := tests/unit $(patsubst %,tests/integration/%.py,test_train test_mlx_training test_torch_engine test_trainer \
+  test_adapters test_cli test_generate test_online test_resume test_reference test_quantization test_streaming \
+  test_check_model test_conformance)
 
 # With OpenBLAS where it is installed: on MLX's own BLAS the widest models take hours.
 test-slow: $(VENV)/.model $(VENV)/.gemma

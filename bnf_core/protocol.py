@@ -173,13 +173,14 @@ class Engine(Protocol):
             before clipping: not finite where the step was not taken.
         Raises:
             RuntimeError: the engine was loaded without anything to train and an optimizer.
+            MemoryError: the device's memory is full; so do `evaluate` and `sample`.
         """
         ...
 
-    def state(self) -> dict[str, Array | Shard]:
+    def state(self) -> Mapping[str, Array | Shard]:
         """All that training has changed, by name: `weights/…`, the optimizer's moments and step counts, the
         reference's weights where it was refreshed, and the state of the generators that dropout draws from; what this
-        process is to save."""
+        process is to save. An array may be copied only when it is asked for."""
         ...
 
     def load_state(self, state: Mapping[str, Array]) -> None:

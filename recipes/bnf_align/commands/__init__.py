@@ -17,6 +17,7 @@ COMMANDS = {
     "data-check": "check every row of feedback before it is trained on",
     "data-convert": "write feedback of any shape as .jsonl",
     "data-cache": "list the tokens that are kept on this machine, or remove them",
+    "experiment": "run an experiment of the paper's claims, with seeds, intervals and pictures",
     "demo": "align a small model on word problems, show before and after",
     "import-gguf": "turn a GGUF file into safetensors",
     "convert-adapter": "turn an adapter of PEFT into one of mlx-lm, or back",

@@ -16,7 +16,7 @@ from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from bnf_align.commands.reference import open_reference
-from bnf_align.run.auto_batch import auto_micro_batch
+from bnf_align.run.auto_batch import auto_micro_batch, out_of_memory
 from bnf_align.run.card import card
 from bnf_align.run.feedback import TrainingData, load_training_data, tell, with_date
 from bnf_align.run.interrupts import Interrupts
@@ -135,7 +135,12 @@ def run_training(
         if config.auto_batch:
             config = replace(config, micro_batch_size=auto_micro_batch(config, checkpoint, data, engine))
             console.print(f"{config.micro_batch_size} rows at a time fit into the free memory", highlight=False)
-        return training(config, engine, data, facts, checkpoint, tokenizer, console).run()
+        job = training(config, engine, data, facts, checkpoint, tokenizer, console)
+        try:
+            return job.run()
+        except MemoryError as error:
+            reason = out_of_memory(config, checkpoint, data, engine, str(error))
+            raise TrainingStopped(f"{reason}. {job.folder.how_to_go_on}") from error
 
 
 class Training:
@@ -170,6 +175,8 @@ class Training:
         self.reference: Reference = NoReference()
         if self.objective.needs_reference:
             self.reference = ReferenceCache(engine.reference_log_odds if computes else None, stored)
+        # Streamed rows may be more than memory holds: their reference is kept for a step.
+        self.trained_on = self.reference if data.examples is not None else self.reference.passing()
         self.baseline = Baseline(self.objective, engine, self.reference, self.batching, self.pad)
         self.num_steps = data.num_steps(config)
         self.position: Position | None = None
@@ -228,7 +235,7 @@ class Training:
             num_steps=self.num_steps,
             optimizer=self.config.optimizer,
             batching=self.batching,
-            reference=self.reference,
+            reference=self.trained_on,
             processes=self.processes,
             baseline=self.baseline,
             pad_id=self.pad,
@@ -237,6 +244,8 @@ class Training:
         )
 
     def _after(self, step: Step, scores: list[TokenScores], norm: float) -> None:
+        if self.trained_on is not self.reference:
+            self.trained_on.forget()
         meter = Meter(self.objective)
         for (batch, ref_log_odds), measured in zip(step.batches, scores, strict=True):
             meter.add(batch, measured, ref_log_odds, step.baseline)
@@ -337,10 +346,10 @@ class Training:
     def _save(self, step: int) -> None:
         if step == self.saved_at:
             return
-        known = {}
+        known, growing = {}, {}
         if self.first:
-            known = put_under(REFERENCE, self.reference.state()) | put_under(BASELINE, self.baseline.state())
-        self.folder.save(step, self.engine, known, self.facts, self.position)
+            known, growing = put_under(BASELINE, self.baseline.state()), put_under(REFERENCE, self.reference.state())
+        self.folder.save(step, self.engine, known, growing, self.reference.generation, self.facts, self.position)
         self.saved_at = step
 
     def _stop(self, step: int) -> NoReturn:
