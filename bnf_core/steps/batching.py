@@ -70,8 +70,9 @@ def collate(
                 label = examples[i].weight if examples[i].label else -examples[i].weight
                 weight = label / (len(trained) * num_sequences)
                 coefficients.append(np.full(len(trained), weight, np.float32))
-                known = examples[i].drawn
-                drawn.append(np.asarray(known.log_probs if known else (0.0,) * count, np.float32)[trained])
+                by = examples[i].drawn
+                log_probs = by.log_probs if by else (0.0,) * count
+                drawn.append(np.asarray(log_probs, np.float32)[trained])
                 at += count
             segment += 1
         position_ids[b, at:] = np.arange(width - at)

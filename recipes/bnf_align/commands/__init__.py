@@ -18,6 +18,7 @@ COMMANDS = {
     "data-convert": "write feedback of any shape as .jsonl",
     "data-cache": "list the tokens that are kept on this machine, or remove them",
     "experiment": "run an experiment of the paper's claims, with seeds, intervals and pictures",
+    "report": "make one HTML page of runs or experiments",
     "demo": "align a small model on its own answers to word problems, show before and after",
     "import-gguf": "turn a GGUF file into safetensors",
     "convert-adapter": "turn an adapter of PEFT into one of mlx-lm, or back",

@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from matplotlib.figure import Figure
-
-if TYPE_CHECKING:
-    from bnf_align.experiments.outcome import Outcome
+from bnf_align.experiments.outcome import Outcome
+from bnf_align.experiments.pictures import Draw
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Experiment:
         settings: by name, the fields of `Cell` that each changes. Learning rates are swept without any change.
         common: fields of `Cell` that all have otherwise, those of the sweep as well.
         seen: one sentence: what was seen.
-        pictures: by name.
+        pictures: by name, the panels of each.
         axis: what the settings are, for pictures that have them side by side.
         seeds: how many, where the scale's number is more than is needed.
         applies: whether a method can be trained in a setting.
@@ -46,8 +44,8 @@ class Experiment:
 
     claim: str
     methods: Mapping[str, Method]
-    seen: Callable[["Outcome"], str]
-    pictures: Mapping[str, Callable[["Outcome"], Figure]]
+    seen: Callable[[Outcome], str]
+    pictures: Mapping[str, tuple[Draw, ...]]
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"pairs": {}})
     common: Mapping[str, Any] = field(default_factory=dict)
     axis: str = ""

@@ -1,7 +1,5 @@
 """The model's own answers, drawn as it learns, judged right or wrong: what is learned from as many of them."""
 
-from matplotlib.figure import Figure
-
 from bnf_align.experiments import pictures
 from bnf_align.experiments.base import Experiment, Method
 from bnf_align.experiments.outcome import Outcome
@@ -27,10 +25,6 @@ def seen(outcome: Outcome) -> str:
     )
 
 
-def result(outcome: Outcome) -> Figure:
-    return pictures.panels(outcome, pictures.accuracy_of_methods, pictures.samples, pictures.moved)
-
-
 def of_task(task: str) -> Experiment:
     return Experiment(
         claim="On-policy data and a negative gradient together make feedback work (arXiv 2404.14367): BNF on its own "
@@ -38,7 +32,7 @@ def of_task(task: str) -> Experiment:
         methods=METHODS,
         common={"answers": "policy", "task": task},
         seen=seen,
-        pictures={"result": result},
+        pictures={"result": (pictures.accuracy_of_methods, pictures.samples, pictures.moved)},
         seeds=5,
     )
 
