@@ -128,7 +128,12 @@ class Alignment:
         share = self.engine.shares_prompts
         batching = MicroBatching(self.cell.batch_size, share_prompts=share, unit=self.objective.unit)
         return steps.steps(
-            Rows(self.examples, self.cell.seed, self.objective.unit),
+            Rows(
+                self.examples,
+                self.cell.seed,
+                self.objective.unit,
+                mismatched=self.objective.baseline_from == "mismatched",
+            ),
             batch_size=self.cell.batch_size,
             num_steps=count,
             optimizer=self.optimizer,
