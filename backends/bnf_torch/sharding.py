@@ -63,7 +63,7 @@ class Unfilled:
         self.model.requires_grad_(False).eval()
 
     def _require_experts(self, folder: Path, shards: int) -> None:
-        """Raises UserError where a process would have none of a layer's experts, which transformers cannot join then."""
+        """Raises UserError where a process would have none of a layer's experts: transformers cannot join them then."""
         if not any(isinstance(conversion, WeightConverter) for conversion in self.model._weight_conversions or ()):
             return
         for name, p in self.model.named_parameters():
