@@ -71,7 +71,6 @@ class TorchBackend(Backend):
         from bnf_torch.engine import TorchEngine
         from bnf_torch.model import load_model, resolve_device, resolve_dtype
         from bnf_torch.processes import TorchProcesses, local_rank
-        from bnf_torch.sharding import Unfilled
 
         group = self.processes()
         torch.manual_seed(seed + group.rank)  # dropout, where there is any
@@ -90,7 +89,11 @@ class TorchBackend(Backend):
             torch.set_num_threads(1)  # how many there are decides how products and sums are cut
         _check(fine_tune_type, adapter, load_in_4bit, shards is not None, computed_in)
         weights_in = torch.float32 if full else computed_in
-        unfilled = Unfilled(model, where, weights_in, shards) if shards else None
+        unfilled = None
+        if shards:
+            from bnf_torch.sharding import Unfilled
+
+            unfilled = Unfilled(model, where, weights_in, shards)
         loaded = unfilled.model if unfilled else load_model(model, where, weights_in, load_in_4bit=load_in_4bit)
         trained: PreTrainedModel | PeftModel = loaded.requires_grad_(full)
         if adapter is not None:
