@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 .PHONY: help install demo test test-unit test-slow test-oldest coverage lint docs docs-serve docs-check release-check
 .PHONY: bench gpu mac openblas clean
 help:
-	@echo "make demo [BACKEND=torch|mlx]  align a small model, show before and after (some minutes)"
+	@echo "make demo [BACKEND=torch|mlx]  align a small model on its own answers (some minutes)"
 	@echo "make test                      linters and type checker, then unit, integration and distributed tests"
 	@echo "make test-unit                 the tests that take seconds"
 	@echo "make test-slow                 the tests on two real models, and every arrangement of a run"
@@ -125,6 +125,7 @@ bench:
 	@echo "$(BIN)/python -m benchmarks.step --backend torch|mlx --model MODEL --data FILE   a whole step"
 	@echo "$(BIN)/python -m benchmarks.growth --backend torch|mlx --model MODEL             how both grow"
 	@echo "$(BIN)/python -m benchmarks.tokens --model MODEL --data FILE                        making tokens"
+	@echo "$(BIN)/python -m benchmarks.sampling --backend torch|mlx --model MODEL           drawing completions"
 	@echo "docs/performance.md says what is measured, and what to install to measure others beside it"
 
 # First contact: stage by stage, a report after each; what is done is not done again. FLAGS=--device=cpu tries it here.

@@ -16,6 +16,7 @@ from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from bnf_align.commands.reference import open_reference
+from bnf_align.run import row_counts
 from bnf_align.run.auto_batch import auto_micro_batch, out_of_memory
 from bnf_align.run.card import card
 from bnf_align.run.feedback import TrainingData, load_training_data, tell, with_date
@@ -25,6 +26,7 @@ from bnf_align.run.progress import bar
 from bnf_align.run.run_folder import RunFolder, recorded_setting
 from bnf_align.run.samples import Samples
 from bnf_align.run.scoring import score_sets, table
+from bnf_align.run.token_log import TokenLog
 from bnf_align.run.tracking import check_trackers, open_trackers
 from bnf_core import registry
 from bnf_core.config import TrainConfig
@@ -200,6 +202,7 @@ class Training:
             if start == 0 and self.objective.needs_reference and self._loses_reference:
                 self._keep_reference()
             self.samples = self._samples(start)
+            self.token_log = self._token_log(start)
             self._watch(start)
             self.started = time.perf_counter()
             loop.train(self.engine, self._steps(start), self._after, self.config.optimizer.max_grad_norm)
@@ -301,6 +304,9 @@ class Training:
                 self._stop(step)
             self.evaluations[step] = metrics
             self._log("eval", step, metrics)
+            if self.token_log:
+                with self.folder.writing():
+                    self.token_log.write(step, self.engine, self.reference)
         if self.samples and _due(step, self.config.sample_every):
             with self.folder.writing():
                 self.samples.write(step, self.engine)
@@ -331,6 +337,27 @@ class Training:
                 sampling=self.config.sample,
                 seed=self.config.seed,
                 start=start,
+            )
+
+    def _token_log(self, start: int) -> TokenLog | None:
+        """What a report shows of single tokens and of the rows."""
+        losses = registry.get(self.config.hardware.backend).losses("cpu")
+        if not self.data.held_out or "objective" in getattr(losses, "lacks", ()):
+            return None
+        with self.folder.writing():
+            if self.first:
+                known = {} if self.data.examples is None else {"training": self.data.examples}
+                row_counts.write(
+                    self.folder.path, known | {name or "held out": t for name, t in self.data.held_out.items()}
+                )
+            return TokenLog(
+                self.folder.path if self.first else None,
+                ExampleTable.joined(self.data.held_out.values()),
+                self.tokenizer,
+                self.objective,
+                losses,
+                self.pad,
+                start,
             )
 
     def _evaluation_due(self, step: int) -> bool:
