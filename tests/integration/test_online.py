@@ -400,7 +400,7 @@ def _online(made: OnlineConfig, quick: bool) -> None:
 
 @pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(settings: Callable[..., OnlineConfig], kills: int) -> None:
-    made = settings(iterations=6 if kills == 1 else 12, valid=None, reference_policy="previous")
+    made = settings(iterations=8 if kills == 1 else 12, valid=None, reference_policy="previous")
     whole = online(replace(made, output=f"{made.output}-whole"), QUIET).folder
     rng, killed = random.Random(0), 0
     log, count = Path(made.output, "metrics.jsonl"), len(lines(whole))
