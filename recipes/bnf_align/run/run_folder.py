@@ -85,7 +85,14 @@ class RunFolder:
                 shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
                 for name in ("adapter", "model", "tensorboard", "samples", "sampler"):
                     shutil.rmtree(self.path / name, ignore_errors=True)
-                for name in ("samples.jsonl", "samples.md", "trackers.json", "metrics.jsonl"):
+                for name in (
+                    "samples.jsonl",
+                    "samples.md",
+                    "tokens.jsonl",
+                    "rows.json",
+                    "trackers.json",
+                    "metrics.jsonl",
+                ):
                     (self.path / name).unlink(missing_ok=True)
             self._write_config()
         except OSError as error:
