@@ -153,7 +153,8 @@ def test_a_hub_that_does_not_answer_or_take_it_is_no_mistake_of_the_user(
     server.full = True
     monkeypatch.setattr("time.sleep", lambda _: None)  # between attempts
     code, said = push(capsys, run_folder, "me/x")
-    assert code == 1 and "the Hub did not take me/x" in said and "507" in said
+    assert code == 1, said
+    assert "the Hub did not take me/x" in said and "507" in said
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         reach(monkeypatch, f"http://127.0.0.1:{nobody.getsockname()[1]}")

@@ -12,6 +12,7 @@ from rich.console import Console
 from bnf_align.run.card import for_the_hub
 from bnf_align.run.finished import CARD, FinishedRun, finished_run
 from bnf_core.config import TrainConfig
+from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import Failed, UserError
 from bnf_core.models.adapters import CONFIG, with_base
 from bnf_core.models.model_folder import NAMED_TEMPLATES, resolve_model
@@ -155,6 +156,8 @@ def _commit(api: "HfApi", repo: str, files: dict[str, Path], run: FinishedRun, b
         contents[CONFIG] = with_base(files[CONFIG].read_text(encoding="utf-8"), base).encode()
     added = [CommitOperationAdd(name, content) for name, content in contents.items()]
     what = "model" if run.adapter is None else "adapter"
+    if template := run.template(load_tokenizer(resolve_model(run.model, weights=False))):
+        contents["chat_template.jinja"] = template.encode()
     with _in_words(repo):
         url = api.create_repo(repo, private=True if private else None, exist_ok=True)
         api.create_commit(repo, added, commit_message=f"Upload {what} trained with bnf-align")

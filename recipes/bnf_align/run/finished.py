@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from filelock import Timeout
+from transformers import PreTrainedTokenizerBase
 
 from bnf_core.data.rendering import Chat
 from bnf_core.errors import UserError
@@ -45,6 +46,11 @@ class FinishedRun:
         """How messages became text."""
         of = [self._of("data", name) for name in ("chat_template", "template_kwargs", "date")]
         return Chat.of(of[0], of[1] or {}, of[2])
+
+    def template(self, tokenizer: PreTrainedTokenizerBase) -> str | None:
+        """The text of the chat template that it was given instead of the model's own; None: it was given none."""
+        chosen = self.chat().template
+        return None if chosen is None else str(tokenizer.get_chat_template(chosen))
 
     def _of(self, group: str, name: str) -> Any:
         settings = self.settings.get(group)

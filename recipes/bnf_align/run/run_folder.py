@@ -98,7 +98,7 @@ class RunFolder:
         try:
             if held:  # the metrics go last: as long as they are there, the folder counts as holding a run
                 shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
-                for name in ("adapter", "model", "tensorboard", "samples", "sampler"):
+                for name in ("adapter", "model", "tensorboard", "samples", "sampler", "export"):
                     shutil.rmtree(self.path / name, ignore_errors=True)
                 for name in ("samples.jsonl", "samples.md", "trackers.json", "metrics.jsonl"):
                     (self.path / name).unlink(missing_ok=True)
