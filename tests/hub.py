@@ -50,8 +50,15 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_GET(self) -> None:
-        if self._known() and self.path == "/api/whoami-v2":
+        repo = self.path.removeprefix("/api/models/")
+        if not self._known():
+            return
+        if self.path == "/api/whoami-v2":
             self._answer({"name": "me", "type": "user", "orgs": [{"name": "lab"}]})
+        elif repo in self.hub.repos:
+            self._answer({"id": repo, "sha": "1" * 40})
+        else:
+            self._answer({"error": "Repository not found"}, 404)
 
     def do_PUT(self) -> None:
         content, oid = self._body(), self.path.rpartition("/")[2]

@@ -74,12 +74,12 @@ def write_fused(model: Path, adapter: Path, folder: Path, *, dequantize: bool, d
         OSError: the folder cannot be written.
     """
     backend = registry.for_layout(adapter_layout(adapter))
-    backend.fuse(model, adapter, folder, dtype=_own_dtype(model) if dtype == "auto" else dtype, dequantize=dequantize)
+    backend.fuse(model, adapter, folder, dtype=stored_dtype(model) if dtype == "auto" else dtype, dequantize=dequantize)
     if stops := listed_stops(adapter):
         save_stops(folder, stops)
 
 
-def _own_dtype(model: Path) -> str:
+def stored_dtype(model: Path) -> str:
     """Of most tensors of a checkpoint that are in floating point."""
     counts = Counter(tensor.dtype for tensor in model_tensors(model).values())
     return FLOATS[max(FLOATS, key=lambda name: counts[name])]
