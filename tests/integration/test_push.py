@@ -16,6 +16,8 @@ import hub
 from bnf_align import cli
 from bnf_core.storage.files import lock
 
+pytest.importorskip("peft")
+pytest.importorskip("mlx_lm")
 pytestmark = pytest.mark.usefixtures("undrawn")
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
@@ -92,11 +94,11 @@ def test_a_name_alone_is_among_ones_own_and_public(
     assert set(server.repos) == {"me/aligned"} and not server.private["me/aligned"]
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize(("backend_name", "kind"), [("torch", "full"), ("mlx", "lora")])
 def test_a_run_pushes_at_its_end(
     server: hub.Hub,
-    kind: str,
     backend_name: str,
+    kind: str,
     tiny_model: Path,
     feedback: Path,
     tmp_path: Path,

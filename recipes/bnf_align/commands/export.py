@@ -72,7 +72,7 @@ class ExportConfig:
     output: str | None = None
     """Where, with a folder for each; default: `export` in the run's folder."""
     publisher: str | None = None
-    """LM Studio's layout: gguf and mlx go to OUTPUT/PUBLISHER/RUN-gguf and RUN-mlx. Its OUTPUT is ~/.lmstudio/models."""
+    """LM Studio's layout: gguf and mlx go to OUTPUT/PUBLISHER/RUN-gguf and RUN-mlx; OUTPUT is ~/.lmstudio/models."""
     dtype: DType = "auto"
     """Of the weights of merged and mlx; `auto` is the base model's own."""
     gguf_type: GGUFType = "f16"
