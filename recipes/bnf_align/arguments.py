@@ -41,7 +41,7 @@ ALIASES = {"data": "data.path", "prompts": "data.path", "r": "lora.rank", "lr": 
 # Settings with a name and more, of which the name alone may be given.
 NAMED = ("objective",)
 # Settings whose value is anybody's text: it may begin with a dash, and a tilde in it is no home folder.
-TEXTS = ("prompt", "judge")
+TEXTS = ("prompt", "judge", "system")
 
 
 def make_parser(settings: type, command: str) -> ArgumentParser:
