@@ -1,5 +1,7 @@
-"""`bnf chat`: the base model and the aligned one, side by side. Of a run that trained an adapter one model is in memory,
-and its adapter is switched on and off."""
+"""`bnf chat`: the base model and the aligned one, side by side.
+
+Of a run that trained an adapter one model is in memory, and its adapter is switched on and off.
+"""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
