@@ -5,14 +5,19 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-unit test-slow lint docs docs-serve bench openblas clean
+.PHONY: help install demo test test-unit test-slow test-oldest coverage lint docs docs-serve docs-check release-check
+.PHONY: bench openblas clean
 help:
-	@echo "make demo [BACKEND=torch|mlx]  align a small model, show before and after (some minutes)"
+	@echo "make demo [BACKEND=torch|mlx]  align a small model on its own answers (some minutes)"
 	@echo "make test                      linters and type checker, then unit, integration and distributed tests"
 	@echo "make test-unit                 the tests that take seconds"
 	@echo "make test-slow                 the tests on two real models, and every arrangement of a run"
-	@echo "make lint                      ruff, mypy, deptry"
+	@echo "make test-oldest               the fast tests with the oldest versions that pyproject.toml allows"
+	@echo "make coverage                  which lines the tests reach; 95% of bnf_core at least"
+	@echo "make lint                      ruff, mypy, deptry, typos, the schema of the workflows"
 	@echo "make docs, make docs-serve     the documentation site, into site/ or on http://localhost:8000"
+	@echo "make docs-check                every page of it in a headless Chromium, at two widths, light and dark"
+	@echo "make release-check             what a release does, short of publishing"
 	@echo "make bench                     what there is to measure, and how"
 	@echo "make clean                     remove .venv and caches; runs and models stay"
 
@@ -58,16 +63,44 @@ test: lint
 test-unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit
 
+# The units, and one run of everything else on both backends: what an old version breaks, and where most lines are.
+FAST := tests/unit $(patsubst %,tests/integration/%.py,test_train test_mlx_training test_torch_engine test_trainer \
+  test_adapters test_cli test_generate test_online test_resume test_reference test_quantization test_streaming \
+  test_check_model test_conformance)
+
 # With OpenBLAS where it is installed: on MLX's own BLAS the widest models take hours.
 test-slow: $(VENV)/.model $(VENV)/.gemma
 	LD_PRELOAD="$$($(BIN)/python -c 'from bnf_mlx.blas import find_openblas; print(find_openblas() or "")')" \
 	  $(BIN)/python -m pytest -q -m slow
+
+# uv only says which versions these are; pip installs them.
+OLDEST := .venv-oldest
+$(OLDEST)/.installed: pyproject.toml
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet uv
+	$(OLDEST)/bin/uv pip compile --quiet --resolution lowest-direct --no-annotate --output-file $(OLDEST)/versions.txt \
+	  --extra torch --extra mlx --extra gguf --extra judges --extra tracking pyproject.toml
+	$(OLDEST)/bin/python -m pip install --quiet -r $(OLDEST)/versions.txt pytest pytest-xdist hypothesis
+	$(OLDEST)/bin/python -m pip install --quiet --no-deps -e .
+	touch $@
+
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -q $(FAST)
+
+coverage: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --cov --cov-report= $(FAST)
+	@echo "outside the core, told but not judged:"
+	$(BIN)/coverage report --omit='bnf_core/*'
+	@echo "the core:"
+	$(BIN)/coverage report --include='bnf_core/*' --fail-under=95
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/deptry .
+	$(BIN)/typos
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 $(VENV)/.docs: $(INSTALLED)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
@@ -79,13 +112,20 @@ docs: $(VENV)/.docs
 docs-serve: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
+docs-check: docs
+	$(BIN)/python docs/check_site.py
+
+release-check: $(INSTALLED)
+	PYTHON=$(BIN)/python bash .ci/release_check.sh
+
 # Measurements take minutes and a model, so each is started by hand.
 bench:
 	@echo "$(BIN)/python -m benchmarks.loss --backend torch|mlx                             the loss alone"
 	@echo "$(BIN)/python -m benchmarks.step --backend torch|mlx --model MODEL --data FILE   a whole step"
 	@echo "$(BIN)/python -m benchmarks.growth --backend torch|mlx --model MODEL             how both grow"
 	@echo "$(BIN)/python -m benchmarks.tokens --model MODEL --data FILE                        making tokens"
+	@echo "$(BIN)/python -m benchmarks.sampling --backend torch|mlx --model MODEL           drawing completions"
 	@echo "docs/performance.md says what is measured, and what to install to measure others beside it"
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -22,7 +22,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 Template = Literal["auto", "chat", "plain"]
 FineTuneType = Literal["lora", "dora", "full"]
-ServerKind = Literal["vllm", "mlx-lm"]
+ServerKind = Literal["vllm", "sglang", "mlx-lm"]
 ReferencePolicy = Literal["frozen", "refreshed", "previous"]
 
 
@@ -433,7 +433,7 @@ class OnlineConfig(TrainConfig):
     """Sample on other machines: the address of a server that speaks the OpenAI completions protocol, up to, not
     including, /completions, such as http://localhost:8000/v1; default: this run samples itself."""
     sampler_kind: ServerKind = "vllm"
-    """What answers there."""
+    """What answers there: vllm, sglang or mlx-lm."""
     judge_workers: int = 2
     """Processes that judge, for each process of the run."""
     judge_seconds: float = 10.0

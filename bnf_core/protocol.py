@@ -174,13 +174,14 @@ class Engine(Protocol):
             before clipping: not finite where the step was not taken.
         Raises:
             RuntimeError: the engine was loaded without anything to train and an optimizer.
+            MemoryError: the device's memory is full; so do `evaluate` and `sample`.
         """
         ...
 
-    def state(self) -> dict[str, Array | Shard]:
+    def state(self) -> Mapping[str, Array | Shard]:
         """All that training has changed, by name: `weights/…`, the optimizer's moments and step counts, the
         reference's weights where it was refreshed, and the state of the generators that dropout draws from; what this
-        process is to save."""
+        process is to save. An array may be copied only when it is asked for."""
         ...
 
     def load_state(self, state: Mapping[str, Array]) -> None:
@@ -214,7 +215,7 @@ class Engine(Protocol):
 
 
 class Inspector(Protocol):
-    """A model in float32 on the CPU, opened up for `bnf check-model`. Its modules go by
+    """A model on the CPU, opened up for `bnf check-model`. Its modules go by
     `bnf_core.models.model_config.module_path`, the same on every backend."""
 
     def linear_layers(self) -> set[str]:
@@ -360,8 +361,8 @@ class Backend(Protocol):
         """What to know of this checkpoint on this backend, in words; nothing for a family known to be right."""
         return []
 
-    def inspector(self, model: Path) -> Inspector:
-        """Open a checkpoint folder for comparison.
+    def inspector(self, model: Path, dtype: str = "float32") -> Inspector:
+        """Open a checkpoint folder for comparison, its weights in that dtype.
 
         Raises:
             UserError: the model cannot be loaded.

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 
 from bnf_core.errors import UserError
@@ -96,6 +97,7 @@ def _preference(point: EntryPoint) -> int:
         return 0
 
 
+@cache
 def _points() -> dict[str, EntryPoint]:
-    """By name; of several of one name, the first."""
+    """By name; of several of one name, the first. Found once: the record of every installed package is read for it."""
     return {point.name: point for point in reversed(entry_points(group=GROUP))}

@@ -13,6 +13,13 @@ Position = dict[str, int]  # where in the data a run is; JSON
 Unit = Literal["row", "pair", "prompt"]  # rows that a loss compares with each other, and nothing may part
 
 
+class Drawn(NamedTuple):
+    """What is known of a completion that a policy drew."""
+
+    log_probs: tuple[float, ...]  # of its tokens, under that policy
+    advantage: float  # how much better it was judged than the prompt's other samples
+
+
 @dataclass(frozen=True)
 class Example:
     """One tokenised row of feedback."""
@@ -25,6 +32,7 @@ class Example:
     source: str = ""  # file:line, for messages
     trained: tuple[bool, ...] | None = None  # which tokens of the completion are trained, one at least; None: all
     weight: float = 1.0  # how much the row counts: the size of a graded label times the row's own weight
+    drawn: Drawn | None = None  # None: nobody knows who wrote it
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -97,6 +105,8 @@ class Batch:
     pairs: Array  # (P, 2) int32: the chosen and the rejected sequence of each pair in this batch
     counts: Counts  # of the global batch
     keys: Array  # (S,) uint64, `Example.key`
+    drawn_log_p: Array  # (N,) float32, `Drawn.log_probs` of the targets; 0 where nobody knows
+    advantages: Array  # (S,) float32, `Drawn.advantage`; 0 where there is none
 
 
 class TokenScores(NamedTuple):

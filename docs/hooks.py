@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
@@ -36,7 +37,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Links out of the folder: to the page that holds the same, or none, for the site has no source files."""
+    """Formulae as MathML, which needs no script; links out of the folder to the page that holds the same, or none, for
+    the site has no source files."""
+    markdown = formulae(markdown)
     inside = "docs/" if page.file.src_uri in BESIDE.values() else ""
 
     def there(match: re.Match[str]) -> str:
@@ -49,6 +52,20 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return match[0] if files.get_file_from_path(target) is not None else text
 
     return re.sub(r"\[([^\]]+)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)]*)?\)", there, markdown)
+
+
+def formulae(markdown: str) -> str:
+    """GitHub's blocks of `math` and `$…$`, but not what looks like one in code."""
+
+    def shown(match: re.Match[str]) -> str:
+        block, inline = match[1], match[2]
+        if block is not None:
+            return f'<div class="formula">{convert(block.strip(), display="block")}</div>\n'
+        return match[0] if inline is None else convert(inline)
+
+    return re.sub(
+        r"^```math\n(.*?)^```$|^```.*?^```$|`[^`\n]+`|\$([^$`\n]+)\$", shown, markdown, flags=re.DOTALL | re.MULTILINE
+    )
 
 
 def commands() -> str:

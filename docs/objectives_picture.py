@@ -2,7 +2,8 @@
 
     python docs/objectives_picture.py
 
-The curves are PyTorch's gradients of the objectives as training takes them.
+The curves are PyTorch's gradients of the objectives as training takes them; the policy that drew samples is the
+reference.
 """
 
 from pathlib import Path
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from bnf_align.run.pictures import save
 from bnf_core.objectives import OBJECTIVES, Objective, Seen, batch_loss, structure
 from bnf_core.steps.batching import collate
-from bnf_core.types import Example
+from bnf_core.types import Drawn, Example
 from bnf_torch.ops import OPS
 
 OUTPUT = Path(__file__).with_name("objectives.png")
@@ -30,9 +31,9 @@ def pushes(objective: Objective) -> tuple[np.ndarray, np.ndarray]:
     """−∂loss/∂z summed over the tokens of a chosen and of a rejected row, (len(P),) each, as p changes in that row and
     stays r in the other row of its prompt."""
     rows = [
-        Example((1, i + 2), (1,) * TOKENS, label=label, group=i, pair=i + 1)
+        Example((1, i + 2), (1,) * TOKENS, label, i, i + 1, drawn=Drawn((np.log(R),) * TOKENS, advantage))
         for i in range(2 * len(P))
-        for label in (True, False)
+        for label, advantage in ((True, 1.0), (False, -1.0))
     ]
     moved = np.full((2, len(P), 2), R)  # which row of a pair moves, how far, its chosen and its rejected row
     moved[0, :, 0] = moved[1, :, 1] = P
@@ -71,10 +72,12 @@ def panel(axes: Axes, objective: Objective) -> None:
 
 
 def main() -> None:
-    figure = Figure(figsize=(12, 6.6), layout="constrained")
-    grid = figure.subplots(3, 6)
-    for axes, objective in zip(grid.flat, OBJECTIVES.values(), strict=True):
+    figure = Figure(figsize=(12, 8.4), layout="constrained")
+    grid = figure.subplots(4, 5)
+    for axes, objective in zip(grid.flat, OBJECTIVES.values(), strict=False):
         panel(axes, objective())
+    for axes in grid.flat[len(OBJECTIVES) :]:
+        axes.remove()
     figure.supxlabel("p, the policy's probability of each token of the row; its partner stays at p = r", fontsize=10)
     figure.supylabel("push on the tokens' logits", fontsize=10)
     grid[0, 0].text(0.97, 0.75, "chosen", color=CHOSEN, ha="right", fontsize=10)

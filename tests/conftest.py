@@ -1,3 +1,4 @@
+import gc
 import importlib.util
 import os
 import shutil
@@ -13,6 +14,10 @@ import tiny
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing under test may reach for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LD_PRELOAD", "")  # or `bnf` on MLX would replace the process that runs the tests by its own
+
+# MLX compiles a kernel with the system's C++ compiler, a second each, for every sum of small operations that it meets
+# first, hundreds in all these tests. Those that are about compiled code ask for it: `compiled`.
+os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
 os.environ["BNF_CACHE"] = tempfile.mkdtemp(prefix="bnf-cache-")  # of this process and those that it starts
 
@@ -31,9 +36,24 @@ def backend_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def pytest_collection_finish() -> None:
+    """The frameworks are loaded, and stay: each collection of garbage would look through a million of their objects."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_unconfigure() -> None:
     forked.stop()
     shutil.rmtree(os.environ["BNF_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture
+def compiled() -> Iterator[None]:
+    """MLX compiles what it is told to, as it does for users."""
+    mx = pytest.importorskip("mlx.core")
+    mx.enable_compile()
+    yield
+    mx.disable_compile()
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = ["bnf_align.commands.train", "bnf_torch.engine", "peft", "bnf_mlx.engine", "mlx_lm", "datasets", "pytest"]
+PRELOADED += ["frozen"]
 
 
 def context() -> ForkServerContext:

@@ -416,7 +416,7 @@ def launch(way: str, jobs: Sequence[tuple[str, list[str]]], folders: Sequence[Pa
         hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
         for rank, folder in enumerate(folders):
             if backend == "mlx":
-                own = {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank), "MLX_DISABLE_COMPILE": "1"}
+                own = {"MLX_HOSTFILE": str(hosts), "MLX_RANK": str(rank)}
             else:
                 own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
                 own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}

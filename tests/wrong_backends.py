@@ -14,6 +14,7 @@ from bnf_conformance import objectives
 from bnf_conformance.vectors import rounded
 from bnf_core import oracle
 from bnf_core.objectives import Objective
+from bnf_core.objectives.grpo import GRPO
 from bnf_core.processes import Processes
 from bnf_core.protocol import BatchResult, DenseResult, Engine, FusedResult, LogOddsResult, Losses
 from bnf_core.types import Array, Batch
@@ -101,11 +102,15 @@ class OracleLosses:
         if np.abs(log_odds).max() > 30:  # where the formula as it stands overflows
             return 0.0, np.zeros(len(log_odds))
         inputs = log_odds, other_entropy, ref_log_odds, batch, baseline
-        return objectives.expected(objective, *inputs, changed=self.rows)
+        return objectives.expected(objective, *inputs, changed=self.rows, altered=self.tokens)
 
     def rows(self, rows: objectives.Rows) -> objectives.Rows:
-        """What the formula of an objective sees."""
+        """What the formula of an objective on rows sees."""
         return rows
+
+    def tokens(self, tokens: objectives.Tokens) -> objectives.Tokens:
+        """What the formula of an objective on tokens sees."""
+        return tokens
 
     def cross_entropy(self, logits: Array, targets: Array, *, dtype: str) -> tuple[Array, Array]:
         return oracle.token_loss(logits, targets, np.full(len(targets), -np.inf))
@@ -404,6 +409,29 @@ class NoBaseline(OracleLosses):
 
     def rows(self, rows: objectives.Rows) -> objectives.Rows:
         return rows._replace(baseline=0.0)
+
+
+class RatioToReference(OracleLosses):
+    """The reference takes the place of the policy that drew the samples."""
+
+    def tokens(self, tokens: objectives.Tokens) -> objectives.Tokens:
+        return tokens._replace(drawn_log_p=-np.logaddexp(0.0, -tokens.ref_log_odds))
+
+
+class AdvantagesAlike(OracleLosses):
+    """A sample is as good as its label."""
+
+    def tokens(self, tokens: objectives.Tokens) -> objectives.Tokens:
+        return tokens._replace(advantage=np.where(tokens.chosen, 1.0, -1.0))
+
+
+class Unclipped(OracleLosses):
+    """A token is raised and lowered however far it has come."""
+
+    def objective(self, objective: Objective, *inputs: Any) -> tuple[float, Array]:
+        if isinstance(objective, GRPO):
+            objective = replace(objective, epsilon=0.999, epsilon_high=1e9)
+        return super().objective(objective, *inputs)
 
 
 # Mistakes that fixed vectors need not show, but that change of input does.

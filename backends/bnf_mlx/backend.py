@@ -120,10 +120,10 @@ class MLXBackend(Backend):
 
         return notes(model)
 
-    def inspector(self, model: Path) -> Inspector:
+    def inspector(self, model: Path, dtype: str = "float32") -> Inspector:
         from bnf_mlx.inspection import MLXInspector
 
-        return MLXInspector(model)
+        return MLXInspector(model, dtype)
 
     def measures(self, device: str = "auto", dtype: str = "auto", own_dtype: str | None = None) -> Measures:
         from bnf_mlx.memory import MLXMeasures

@@ -22,6 +22,7 @@ from bnf_core.storage.files import agreed
 from bnf_core.storage.shards import OPTIMIZER, REFERENCE_WEIGHTS, WEIGHTS, Shard, put_under, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenScores
 from bnf_mlx import adapter
+from bnf_mlx.memory import memory_errors
 from bnf_mlx.model import Checkpoint
 from bnf_mlx.optimizer import Optimizer, flat
 from bnf_mlx.processes import in_order, sum_over
@@ -93,6 +94,7 @@ class MLXEngine:
     def refresh_reference(self) -> None:
         self.reference_weights = flat(self.model.trainable_parameters())  # training makes others, and leaves these
 
+    @memory_errors()
     def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenScores:
         if len(batch.targets) == 0:
             return TokenScores(*(np.zeros(0, np.float32) for _ in range(2)))
@@ -100,6 +102,7 @@ class MLXEngine:
         with mx.stream(self.device):
             return TokenScores(*map(np.array, self.scored.scores(self.scored.inputs(batch, ref_log_odds))))
 
+    @memory_errors()
     def step(
         self,
         batches: Sequence[tuple[Batch, Array]],
@@ -169,6 +172,7 @@ class MLXEngine:
             high, low = (int(half) for half in keys[self.processes.rank % len(keys)])
             mx.random.seed(high << 32 | low)  # a key is its seed's two halves
 
+    @memory_errors()
     def sample(self, rows: Sequence[Completion]) -> None:
         self.scored.limits.require_rows(rows)
         self.model.eval()

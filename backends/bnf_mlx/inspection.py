@@ -16,7 +16,7 @@ from bnf_core.models.model_config import module_path
 from bnf_core.types import Array, Batch
 from bnf_mlx.adapter import adapter_off, add_adapter
 from bnf_mlx.losses import bnf_token_loss, token_log_odds
-from bnf_mlx.model import completion_logits, load_model
+from bnf_mlx.model import DTYPES, completion_logits, load_model
 from bnf_mlx.optimizer import flat
 
 CPU = mx.Device(mx.cpu)
@@ -24,14 +24,14 @@ Seen = dict[str, tuple[mx.array, mx.array]]
 
 
 class MLXInspector:
-    """A model in float32 on the CPU. Its modules go by `bnf_core.models.model_config.module_path`, as on every backend.
+    """A model on the CPU. Its modules go by `bnf_core.models.model_config.module_path`, as on every backend.
 
     Raises:
         UserError: the model cannot be loaded.
     """
 
-    def __init__(self, folder: Path):
-        self.model = load_model(folder, CPU, mx.float32)
+    def __init__(self, folder: Path, dtype: str = "float32"):
+        self.model = load_model(folder, CPU, DTYPES[dtype])
 
     def linear_layers(self) -> set[str]:
         """Paths of what an adapter can be put on."""

@@ -1,7 +1,12 @@
 """The processes that `mlx.launch` started, over whichever of ring, MPI, JACCL and NCCL it set up."""
 
+import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -48,7 +53,31 @@ class MLXProcesses(Processes):
 def processes() -> Processes:
     """Those of this run, alone where nothing launched more."""
     group = mx.distributed.init()
-    return MLXProcesses(group) if group.size() > 1 else ALONE
+    if group.size() == 1:
+        return ALONE
+    end_with_parent()
+    return MLXProcesses(group)
+
+
+@cache
+def end_with_parent(every: float = 0.2) -> None:
+    """Have this process told to end (SIGTERM) once its parent is gone. mlx.launch passes on no signal: told to end, it
+    goes alone, and its processes would train on where nobody sees them.
+
+    Args:
+        every: seconds between two looks.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(every)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):  # the launcher was reading them: to print a word would now be an error
+            os.dup2(nowhere, descriptor)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def sum_over(members: Processes, arrays: dict[str, mx.array]) -> dict[str, mx.array]:

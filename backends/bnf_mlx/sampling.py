@@ -10,8 +10,6 @@ import numpy as np
 
 from bnf_core.sampling import Completion
 
-PREFILL = 2048  # tokens of a prompt at a time, as mlx-lm has it
-
 
 def sample(model: nn.Module, rows: Sequence[Completion], device: mx.Device) -> None:
     """Draw completions until all are done.
@@ -22,14 +20,8 @@ def sample(model: nn.Module, rows: Sequence[Completion], device: mx.Device) -> N
         device: the model's.
     """
     from mlx_lm.generate import BatchGenerator
-    from mlx_lm.models.cache import make_prompt_cache
 
-    caches: dict[tuple[int, ...], list[Any]] = {}
-    for prompt in dict.fromkeys(row.prompt_ids for row in rows):
-        caches[prompt] = make_prompt_cache(model)
-        for at in range(0, len(prompt) - 1, PREFILL):  # all but the last token, which the generator begins with
-            model(mx.array([prompt[at : min(at + PREFILL, len(prompt) - 1)]]), cache=caches[prompt])
-            mx.eval([cache.state for cache in caches[prompt]])
+    caches = _caches(model, list(dict.fromkeys(row.prompt_ids for row in rows)))
     generator = BatchGenerator(model, prefill_batch_size=len(rows), stream=mx.default_stream(device))
     try:
         numbers = generator.insert(
@@ -48,6 +40,21 @@ def sample(model: nn.Module, rows: Sequence[Completion], device: mx.Device) -> N
                 del going[number]
     finally:
         generator.close()
+
+
+def _caches(model: nn.Module, prompts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], list[Any]]:
+    """Keys and values of each prompt but its last token, which the generator begins with; all of them computed at a
+    time, padded on the right."""
+    from mlx_lm.generate import PromptProcessingBatch
+    from mlx_lm.models.cache import make_prompt_cache
+
+    empty = {prompt: make_prompt_cache(model) for prompt in prompts}
+    some = [prompt for prompt in prompts if len(prompt) > 1]
+    if not some:
+        return empty
+    batch = PromptProcessingBatch(model, list(range(len(some))), [empty[prompt] for prompt in some])
+    batch.prompt([list(prompt[:-1]) for prompt in some])
+    return empty | {prompt: batch.extract_cache(i) for i, prompt in enumerate(some)}
 
 
 def _next_token(row: Completion) -> Callable[[mx.array, mx.array], mx.array]:

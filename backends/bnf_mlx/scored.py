@@ -109,8 +109,8 @@ class ScoredModel:
         elif batch.packed:
             _ = self._head_axes  # an error now, and not while MLX traces
         tokens = [batch.targets, ref_log_odds, batch.coefficients]
+        again = (0, -len(positions) % PAD_TOKENS if pad else 0)
         if pad:
-            again = (0, -len(positions) % PAD_TOKENS)
             if layout is None:
                 width = ids.shape[1]
                 more = -width % PAD_COLUMNS
@@ -124,7 +124,10 @@ class ScoredModel:
         rows = None
         if not self.one_pass:
             rows = structure(self.objective, batch, baseline, PAD_ROW if pad else 1)
-            rows = rows._replace(grid=np.where(rows.grid == len(batch.targets), len(positions), rows.grid))
+            rows = rows._replace(
+                grid=np.where(rows.grid == len(batch.targets), len(positions), rows.grid),
+                drawn=mapped(lambda x: np.pad(x, again), rows.drawn),
+            )
             rows = mapped(mx.array, rows)
         targets, reference, coefficients = map(mx.array, tokens)
         return Inputs(

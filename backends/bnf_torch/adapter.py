@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -25,7 +26,9 @@ from bnf_core.errors import UserError
 from bnf_core.models.adapters import WEIGHTS, require_adapter, stays_on
 from bnf_core.models.lora import UNADAPTED, initial_lora_a
 from bnf_core.storage.tensors import read_header
-from bnf_torch.model import DTYPES, completion_logits, head_weight, load_model, save_model
+from bnf_torch.model import DTYPES, completion_logits, head_weight, load_model
+from bnf_torch.processes import like, whole
+from bnf_torch.saving import save_model
 
 
 class LowRank(nn.Linear):
@@ -84,6 +87,8 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int, *, dora: bool 
         task_type="CAUSAL_LM",
         use_dora=dora,
     )
+    if model.device.type == "meta":  # it is filled later; and this kind can be switched off
+        return _made_ours(get_peft_model(model, config, autocast_adapter_dtype=True))
     return add_adapter(model, config, seed)
 
 
@@ -97,14 +102,18 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftMo
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     require_removable(peft_model, before)
     _made_ours(peft_model)
-    if getattr(config, "init_lora_weights", None) is not True:
-        return peft_model
-    for name, module in peft_model.get_base_model().named_modules():
+    if getattr(config, "init_lora_weights", None) is True:
+        draw(peft_model, seed)
+    return peft_model
+
+
+@torch.no_grad()
+def draw(model: PeftModel, seed: int) -> None:
+    """A of every layer as `bnf_core.models.lora` draws it; each process its own rows, where the model is sharded."""
+    for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and "default" in module.lora_A:
             a = cast(nn.Linear, module.lora_A["default"])
-            with torch.no_grad():
-                a.weight.copy_(torch.from_numpy(initial_lora_a(name, a.out_features, a.in_features, seed)))
-    return peft_model
+            a.weight.copy_(like(initial_lora_a(name, a.out_features, a.in_features, seed), a.weight))
 
 
 def adapter_off(model: PeftModel | PreTrainedModel) -> AbstractContextManager[None]:
@@ -193,7 +202,9 @@ def load_adapter(
         UserError: not a PEFT adapter, pickled weights, made for another model, not of that kind, rank or scale, or one
             that cannot be switched off.
     """
-    require_adapter(folder, "peft", kind, lora)
+    config = require_adapter(folder, "peft", kind, lora)
+    if model.device.type == "meta":
+        return _attached(model, folder, config, trainable=kind is not None)
     saved = read_header(folder / WEIGHTS["peft"]).tensors.keys()
     own = {name: value.clone() for name, value in model.state_dict().items() if name in set(map(_own_name, saved))}
     before = _some_logits(model).detach() if removable else None
@@ -221,6 +232,80 @@ def load_adapter(
     if kind is None:  # switched on again, PEFT lets it be trained
         peft_model.requires_grad_(False)
     return peft_model
+
+
+# Settings of PEFT that do more than add low-rank products to layers, or put other weights in their places.
+NOT_PLAIN = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "megatron_config")
+
+
+def _attached(model: PreTrainedModel, folder: Path, config: Mapping[str, Any], *, trainable: bool) -> PeftModel:
+    """A saved adapter's layers on a model that is on no device; `fill` fills them.
+
+    Raises:
+        UserError: it does not fit the model, or is of a kind that has to be tried on a whole model.
+    """
+    unusual = [key for key in NOT_PLAIN if config.get(key)] + [str(said) for said in [stays_on(config)] if said]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unusual:
+        what = ", ".join(unusual) or f"{config.get('peft_type')} with bias {config.get('bias', 'none')}"
+        raise UserError(f"{folder}: {what} cannot be loaded in shards: expected plain LoRA or DoRA, or use DDP")
+    peft_config = PeftConfig.from_pretrained(str(folder))
+    peft_config.inference_mode = not trainable
+    try:
+        peft_model = get_peft_model(model, peft_config, autocast_adapter_dtype=True)
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{folder}: this adapter does not fit the model: {' '.join(str(error).split())[:300]}"
+        ) from error
+    expected = {name: tuple(p.shape) for name, p in _adapter_parameters(peft_model).items()}
+    saved = {name: tensor.shape for name, tensor in read_header(folder / WEIGHTS["peft"]).tensors.items()}
+    if different := sorted(name for name in expected.keys() | saved.keys() if expected.get(name) != saved.get(name)):
+        raise UserError(
+            f"{folder}: this adapter does not fit the model: {len(different)} tensors do not match, the first, "
+            f"{different[0]}, is of shape {saved.get(different[0])} in it and {expected.get(different[0])} here"
+        )
+    if not trainable:
+        peft_model.requires_grad_(False)
+    return _made_ours(peft_model)
+
+
+def _adapter_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """Of LoRA and DoRA, by the names that they are saved under."""
+    return {
+        name.replace(".default.weight", "" if ".lora_magnitude_vector." in name else ".weight"): p
+        for name, p in model.named_parameters()
+        if ".lora_" in name
+    }
+
+
+@torch.no_grad()
+def fill(model: PeftModel, device: torch.device, source: Path | int) -> None:
+    """Give weights to an adapter that has none yet, on a sharded model that has: each process its own rows.
+
+    Args:
+        source: the folder it was saved in; or of a fresh one, the seed.
+    """
+    for module in model.modules():
+        for name, p in module._parameters.items():
+            if p is not None and p.is_meta:
+                zeros = like(np.zeros(p.shape, np.float32), p, device)
+                module._parameters[name] = nn.Parameter(zeros, p.requires_grad)
+    if isinstance(source, Path):
+        stored = read_header(source / WEIGHTS["peft"]).tensors
+        for name, p in _adapter_parameters(model).items():
+            p.copy_(like(stored[name].float32(), p))
+    else:
+        draw(model, source)
+        _set_magnitudes(model)
+
+
+def _set_magnitudes(model: PeftModel) -> None:
+    """DoRA's, at first the norms of the weight's rows; of one layer after the other."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and "default" in layer.lora_magnitude_vector:
+            weight = whole(cast(Tensor, layer.get_base_layer().weight)).float()
+            weight = weight.T if getattr(layer, "fan_in_fan_out", False) else weight
+            p = cast(nn.Parameter, layer.lora_magnitude_vector["default"].weight)
+            p.copy_(like(torch.linalg.norm(weight, dim=1).cpu().numpy(), p))
 
 
 def _made_ours(model: PeftModel) -> PeftModel:
@@ -285,4 +370,4 @@ def fuse(model: Path, adapter: Path, output: Path, dtype: str) -> None:
     else:
         tied = False
     fused.config.tie_word_embeddings = fused.config.get_text_config().tie_word_embeddings = tied
-    save_model(fused, {name: p.detach().to(DTYPES[dtype]) for name, p in fused.named_parameters()}, output, model)
+    save_model(fused, dict(fused.named_parameters()), output, model, DTYPES[dtype])

@@ -8,13 +8,13 @@ from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.devices import require_cpu
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
+from bnf_core.models.model_config import family_of, full_config, rope_scaling
 from bnf_core.objectives import Objective
 from bnf_core.processes import Processes
 from bnf_core.protocol import Backend, Engine, Inspector, Losses, Measures
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftModel
     from transformers import PreTrainedModel
 
 
@@ -65,11 +65,13 @@ class TorchBackend(Backend):
         seed: int = 0,
     ) -> Engine:
         import torch
+        from peft import PeftModel
 
         from bnf_torch import adapter as adapters
         from bnf_torch.engine import TorchEngine
         from bnf_torch.model import load_model, resolve_device, resolve_dtype
         from bnf_torch.processes import TorchProcesses, local_rank
+        from bnf_torch.sharding import Unfilled
 
         group = self.processes()
         torch.manual_seed(seed + group.rank)  # dropout, where there is any
@@ -87,17 +89,21 @@ class TorchBackend(Backend):
                 )
             torch.set_num_threads(1)  # how many there are decides how products and sums are cut
         _check(fine_tune_type, adapter, load_in_4bit, sharded, computed_in)
-        loaded = load_model(
-            model,
-            torch.device("cpu") if sharded else where,  # FSDP takes each process's shards from there
-            torch.float32 if full else computed_in,
-            load_in_4bit=load_in_4bit,
-        )
+        weights_in = torch.float32 if full else computed_in
+        unfilled = Unfilled(model, where, weights_in, group) if sharded else None
+        loaded = unfilled.model if unfilled else load_model(model, where, weights_in, load_in_4bit=load_in_4bit)
         trained: PreTrainedModel | PeftModel = loaded.requires_grad_(full)
         if adapter is not None:
             trained = adapters.load_adapter(loaded, adapter, fine_tune_type, lora)
         elif not full and fine_tune_type is not None and lora is not None:
             trained = adapters.add_lora(loaded, lora, seed, dora=fine_tune_type == "dora")
+
+        def fill() -> None:
+            assert unfilled is not None
+            unfilled.fill()
+            if isinstance(trained, PeftModel):
+                adapters.fill(trained, where, adapter or seed)
+
         return TorchEngine(
             trained,
             optimizer,
@@ -108,12 +114,23 @@ class TorchBackend(Backend):
             source=model,
             gradient_checkpointing=gradient_checkpointing,
             deterministic=deterministic,
+            fill=fill if unfilled else None,
         )
 
-    def inspector(self, model: Path) -> Inspector:
+    def notes(self, model: Path) -> list[str]:
+        config = full_config(model)
+        if rope_scaling(config) not in ("longrope", "dynamic"):
+            return []
+        longest = config.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        return [
+            f"{family_of(model)} on PyTorch: a row of more than {longest} tokens has transformers rotate every row of "
+            f"its micro-batch otherwise, so that their losses depend on it: keep --max-length at {longest} or below"
+        ]
+
+    def inspector(self, model: Path, dtype: str = "float32") -> Inspector:
         from bnf_torch.inspection import TorchInspector
 
-        return TorchInspector(model)
+        return TorchInspector(model, dtype)
 
     def measures(self, device: str = "auto", dtype: str = "auto", own_dtype: str | None = None) -> Measures:
         from bnf_torch.memory import TorchMeasures

@@ -25,16 +25,28 @@ from bnf_core.processes import ALONE, Processes
 from bnf_core.sampling import Completion, greedy
 from bnf_core.steps.limits import Limits
 from bnf_core.steps.scaling import loss_scales
-from bnf_core.storage.files import replacing
-from bnf_core.storage.shards import OPTIMIZER, REFERENCE_WEIGHTS, WEIGHTS, Shard, put_under, require_same_shapes, under
+from bnf_core.storage.files import agreed, replacing
+from bnf_core.storage.shards import (
+    OPTIMIZER,
+    REFERENCE_WEIGHTS,
+    WEIGHTS,
+    Shard,
+    Taken,
+    joined,
+    put_under,
+    require_same_shapes,
+    under,
+)
 from bnf_core.types import Array, Batch, TokenScores
 from bnf_torch import adapter
 from bnf_torch.attention import LAYOUT
-from bnf_torch.model import head_weight, save_model
+from bnf_torch.memory import memory_errors
+from bnf_torch.model import head_weight
 from bnf_torch.ops import tensors
 from bnf_torch.optimizer import Optimizer, adamw
-from bnf_torch.processes import OrderedSum, gradients_wait, like, lost_processes, piece, spread, whole
+from bnf_torch.processes import OrderedSum, gradients_wait, is_ours, lost_processes, piece, spread, stored_like, whole
 from bnf_torch.sampling import sample
+from bnf_torch.saving import save_model
 from bnf_torch.scored import ScoredModel
 
 
@@ -48,6 +60,7 @@ class TorchEngine:
         dtype: what is computed in, where the weights are float32; None: as they are.
         source: the folder that the model is from, for the files that `save` leaves as they are.
         deterministic: add each micro-batch's gradient by itself, in the order of the step's micro-batches.
+        fill: gives weights to a model that has none yet, once it is sharded.
     """
 
     def __init__(
@@ -62,6 +75,7 @@ class TorchEngine:
         source: Path | None = None,
         gradient_checkpointing: bool = False,
         deterministic: bool = False,
+        fill: Callable[[], None] | None = None,
     ):
         self.model = model
         self.base = cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
@@ -80,6 +94,8 @@ class TorchEngine:
         self.scored = ScoredModel(self.base, self.objective, None if sharded else autocast)
         self.deterministic = deterministic
         self.to_train = self.scored if deterministic else spread(self.scored, processes, self.device, autocast)
+        if fill is not None:
+            fill()
         for method in ("probe", "generate"):
             register_fsdp_forward_method(self.scored, method)
         self.scored.eval()
@@ -121,6 +137,7 @@ class TorchEngine:
             p.copy_(self.reference_weights[name])
             self.reference_weights[name].copy_(policy)
 
+    @memory_errors()
     @torch.no_grad()
     def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenScores:
         self.scored.eval()
@@ -129,6 +146,7 @@ class TorchEngine:
         self._reshard()
         return _to_numpy(scores)
 
+    @memory_errors()
     @torch.no_grad()
     def sample(self, rows: Sequence[Completion]) -> None:
         self.limits.require_rows(rows)
@@ -183,6 +201,7 @@ class TorchEngine:
 
     # Training
 
+    @memory_errors()
     def step(
         self,
         batches: Sequence[tuple[Batch, Array]],
@@ -238,15 +257,13 @@ class TorchEngine:
 
     # What training changes
 
-    def state(self) -> dict[str, Array | Shard]:
+    def state(self) -> Mapping[str, Array | Shard]:
         parts: dict[str, Tensor] = put_under(WEIGHTS, self.trainable)
         parts |= put_under(REFERENCE_WEIGHTS, self.reference_weights)
         if self.optimizer is not None:
             parts |= put_under(OPTIMIZER, dict(self.optimizer.state()))
-        taken = {name: piece(tensor) for name, tensor in parts.items()}
-        if self.processes.rank > 0:  # what all have alike the first one gives
-            taken = {name: value for name, value in taken.items() if isinstance(value, Shard)}
-        return taken | self._random_state()
+        mine = {name: partial(piece, tensor) for name, tensor in parts.items() if is_ours(tensor, self.processes)}
+        return joined(Taken(mine), self._random_state())
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Array]) -> None:
@@ -255,7 +272,7 @@ class TorchEngine:
         if self.optimizer is not None:
             self.optimizer.load_state(under(OPTIMIZER, state))
         reference = under(REFERENCE_WEIGHTS, state)
-        self.reference_weights = {name: like(reference[name], self.trainable[name]) for name in reference}
+        self.reference_weights = {name: stored_like(reference, name, self.trainable[name]) for name in reference}
         self.load_random_state(state)
         self.steps_taken = True
 
@@ -264,7 +281,7 @@ class TorchEngine:
         weights = under(WEIGHTS, state)
         require_same_shapes(weights, {name: tuple(p.shape) for name, p in self.trainable.items()})
         for name, p in self.trainable.items():
-            p.copy_(like(weights[name], p))
+            p.copy_(stored_like(weights, name, p))
 
     def _random_state(self) -> dict[str, Array | Shard]:
         """Each process has generators of its own: a row of an array."""
@@ -297,16 +314,14 @@ class TorchEngine:
     @torch.no_grad()
     def write(self, folder: Path) -> None:
         """What was trained, into a folder that is there, beside whatever else is in it."""
-        first = self.processes.rank == 0
-        gathered: dict[str, Tensor] = {}
-        for name, p in self.base.named_parameters() if self.full else self.trainable.items():
-            tensor = whole(p.detach())  # one at a time: only the first process keeps them
-            if first:
-                gathered[name] = tensor.to("cpu", getattr(torch, self.dtype) if self.full else tensor.dtype)
-        if first and self.full:
-            save_model(self.base, gathered, folder, self.source)
-        elif first:
-            adapter.save_adapter(self.model, gathered, folder)
+        if self.full:
+            weights = dict(self.base.named_parameters())
+            save_model(self.base, weights, folder, self.source, getattr(torch, self.dtype), self.processes)
+            return
+        gathered = {name: whole(p.detach()) for name, p in self.trainable.items()}
+        with agreed(self.processes):
+            if self.processes.rank == 0:
+                adapter.save_adapter(self.model, {name: tensor.cpu() for name, tensor in gathered.items()}, folder)
 
 
 @contextmanager

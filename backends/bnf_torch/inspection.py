@@ -14,7 +14,7 @@ from bnf_core.models.model_config import module_path
 from bnf_core.types import Array, Batch
 from bnf_torch.adapter import adapter_off, add_lora
 from bnf_torch.losses import bnf_token_loss, token_log_odds
-from bnf_torch.model import completion_logits, load_model
+from bnf_torch.model import DTYPES, completion_logits, load_model
 
 # PEFT refuses an adapter on these layers of Mamba models, ...
 MAMBAS = frozenset("falcon_h1 falcon_mamba mamba mamba2 nemotron_h".split())
@@ -24,14 +24,14 @@ EXPERT_NAMES = frozenset(("gate_proj", "up_proj", "down_proj"))
 
 
 class TorchInspector:
-    """A model in float32 on the CPU. Its modules go by `bnf_core.models.model_config.module_path`, as on every backend.
+    """A model on the CPU. Its modules go by `bnf_core.models.model_config.module_path`, as on every backend.
 
     Raises:
         UserError: the model cannot be loaded.
     """
 
-    def __init__(self, folder: Path):
-        self.model = load_model(folder, torch.device("cpu"), torch.float32)
+    def __init__(self, folder: Path, dtype: str = "float32"):
+        self.model = load_model(folder, torch.device("cpu"), DTYPES[dtype])
 
     def linear_layers(self) -> set[str]:
         """Paths of what an adapter can be put on by name."""

@@ -1,27 +1,26 @@
 """Loading a causal language model; its hidden states, its head, and the loss as the end of its forward pass."""
 
-import json
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as progress
 
 from bnf_core.devices import choose_device
 from bnf_core.errors import UserError
-from bnf_core.models.model_config import normalised_config
-from bnf_core.models.model_folder import copy_companions
 from bnf_core.models.quantization import Quantization, quantization_of
 from bnf_core.storage.tensors import weight_files
 from bnf_torch.attention import attending
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+VALUES = 1 << 22  # to unpack at a time
 QUANTIZED = ("quantization", "quantization_config")  # keys of the config of a model that MLX quantised
 
 
@@ -66,43 +65,99 @@ def load_model(
         logging.getLogger(chatty).setLevel(logging.ERROR)
     options = _in_4bit(device, dtype) if load_in_4bit else {}
     weight_files(folder)  # or the two libraries would not read the same ones
-    quantization = quantization_of(folder)
-    if quantization is not None and load_in_4bit:
+    quantised = quantization_of(folder) is not None
+    if quantised and load_in_4bit:
         raise UserError(f"{folder} is quantised already: leave out hardware.load_in_4bit")
     common: dict[str, Any] = {"dtype": dtype, "trust_remote_code": False, "output_loading_info": True}
-    try:
+    with readable(folder):
         loaded: Any
-        if quantization is None:
-            loaded = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **common, **options)
+        if quantised:
+            family, config = family_of(folder)
+            loaded = family.from_pretrained(None, config=config, state_dict=stored_tensors(folder, dtype), **common)
         else:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            for key in QUANTIZED:  # transformers would look for a quantiser of its own
-                config.__dict__.pop(key, None)
-            family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-            loaded = family.from_pretrained(None, config=config, state_dict=_dequantized(quantization, dtype), **common)
+            loaded = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **common, **options)
+    model, info = loaded
+    require_every_tensor(folder, info)
+    model.requires_grad_(False)
+    return (model if load_in_4bit else model.to(device)).eval()
+
+
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Turns what transformers raises in the block into UserError."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise UserError(f"{folder}: transformers cannot load this model: {error}") from error
-    model, info = loaded
+
+
+def require_every_tensor(folder: Path, info: Mapping[str, Any]) -> None:
+    """Raises UserError where the checkpoint lacks tensors of the model, by what transformers says of loading it."""
     if absent := sorted(info["missing_keys"]):
         raise UserError(
             f"{folder}: {len(absent)} tensors are missing from the checkpoint, the first is {absent[0]}; "
             "download or convert it again"
         )
-    model.requires_grad_(False)
-    return (model if load_in_4bit else model.to(device)).eval()
 
 
-def _dequantized(quantization: Quantization, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All tensors of a checkpoint that MLX quantised."""
-    tensors: dict[str, Tensor] = {}
-    for path in weight_files(quantization.folder):
-        tensors |= load_file(path)
-    for layer in [name.removesuffix(".scales") for name in tensors if name.endswith(".scales")]:
-        packed = tensors[f"{layer}.weight"].numpy()
-        scales, biases = (tensors.pop(f"{layer}.{part}").to(dtype).float().numpy() for part in ("scales", "biases"))
-        weight = quantization.dequantize(layer, packed, scales, biases, str(dtype).removeprefix("torch."))
-        tensors[f"{layer}.weight"] = torch.from_numpy(weight).to(dtype)
-    return tensors
+def family_of(folder: Path) -> tuple[Any, Any]:
+    """transformers' class for a checkpoint, and its configuration as that of plain weights."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    for key in QUANTIZED:  # transformers would look for a quantiser of its own
+        config.__dict__.pop(key, None)
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config
+
+
+class Stored(Protocol):
+    """A tensor in a file: none of it is read before it is sliced, and then what was asked for."""
+
+    def get_shape(self) -> list[int]: ...
+    def __getitem__(self, index: Any) -> Tensor: ...
+
+
+def stored_tensors(folder: Path, dtype: torch.dtype) -> dict[str, Stored]:
+    """All tensors of a checkpoint by name, unread. Of one that MLX quantised, what its weights stand for in `dtype`."""
+    stored: dict[str, Stored] = {}
+    for path in weight_files(folder):
+        # Mapped into memory, what was read would count as this process's until the file is closed.
+        file = safe_open(path, framework="pt", backend="pread")
+        stored |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, for it is no mapping
+    quantization = quantization_of(folder)
+    for layer in [name.removesuffix(".scales") for name in stored if name.endswith(".scales")] if quantization else []:
+        scales, biases = (stored.pop(f"{layer}.{part}") for part in ("scales", "biases"))
+        stored[f"{layer}.weight"] = _Packed(quantization, layer, stored[f"{layer}.weight"], scales, biases, dtype)
+    return stored
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """The weight of a layer that MLX quantised."""
+
+    quantization: Quantization
+    layer: str
+    packed: Stored
+    scales: Stored
+    biases: Stored
+    dtype: torch.dtype
+
+    def get_shape(self) -> list[int]:
+        groups = self.scales.get_shape()
+        return [*groups[:-1], groups[-1] * self.quantization.of(self.layer)[0]]
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """Rows by a slice, and of these what the other slices say; or `...`, all."""
+        shape = self.get_shape()
+        rows, *rest = index if isinstance(index, tuple) else (slice(None),)
+        start, stop, _ = rows.indices(shape[0])
+        found = torch.empty(max(0, stop - start), *shape[1:], dtype=self.dtype)
+        at_a_time = max(1, VALUES // math.prod(shape[1:]))
+        for at in range(start, stop, at_a_time):
+            some = slice(at, min(at + at_a_time, stop))
+            scales, biases = (part[some].to(self.dtype).float().numpy() for part in (self.scales, self.biases))
+            name = str(self.dtype).removeprefix("torch.")
+            weight = self.quantization.dequantize(self.layer, self.packed[some].numpy(), scales, biases, name)
+            found[at - start : some.stop - start] = torch.from_numpy(weight)
+        return found[(slice(None), *rest)]
 
 
 def _in_4bit(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -121,43 +176,6 @@ def _in_4bit(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         bnb_4bit_compute_dtype=dtype,
     )
     return {"quantization_config": quantization, "device_map": {"": device}}
-
-
-def save_model(model: PreTrainedModel, tensors: Mapping[str, Tensor], folder: Path, source: Path | None) -> None:
-    """Write a model folder: safetensors under the names of the family's own checkpoints, and what goes with them.
-
-    Args:
-        model: whose weights these are.
-        tensors: by the names that the model has for them.
-        source: the folder it is from, whose tokenizer and configuration stay as they are, but for keys that mlx-lm
-            reads and transformers 5 leaves out.
-    """
-    persistent = model.state_dict().keys()
-    buffers = {name: buffer for name, buffer in model.named_buffers() if name in persistent}
-    with _no_progress_bar():
-        model.save_pretrained(folder, state_dict=buffers | dict(tensors))
-    if source is not None:
-        copy_companions(source, folder)
-    config = normalised_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    for key in ("torch_dtype", *QUANTIZED):  # of the source: these are plain tensors
-        config.pop(key, None)
-    for part, own in ((config, model.config), (config.get("text_config"), model.config.get_text_config())):
-        if isinstance(part, dict) and not own.tie_word_embeddings:
-            part["tie_word_embeddings"] = False
-    config["dtype"] = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """transformers' own bar would be drawn into the one of the run."""
-    enabled = progress.is_progress_bar_enabled()
-    progress.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            progress.enable_progress_bar()
 
 
 def head_weight(model: PreTrainedModel) -> Tensor:

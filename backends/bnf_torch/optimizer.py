@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from bnf_core.config import OptimizerConfig
+from bnf_core.storage.shards import shapes_of
 from bnf_core.types import Array
-from bnf_torch.processes import like, whole
+from bnf_torch.processes import stored_like, whole
 
 
 def adamw(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
@@ -65,9 +66,10 @@ class Optimizer:
         by_index: dict[int, dict[str, Tensor]] = {}
         index = {name: i for i, name in enumerate(self.names)}
         parameters = self._parameters
-        for name in state:
+        for name, shape in shapes_of(state).items():
             parameter, _, kind = name.rpartition("/")
-            i, value = index[parameter], state[name]
-            is_moment = value.shape == tuple(parameters[i].shape) and value.ndim > 0
-            by_index.setdefault(i, {})[kind] = like(value, parameters[i]) if is_moment else torch.tensor(value)
+            i = index[parameter]
+            is_moment = shape == tuple(parameters[i].shape) and shape
+            value = stored_like(state, name, parameters[i]) if is_moment else torch.tensor(state[name])
+            by_index.setdefault(i, {})[kind] = value
         self.torch.load_state_dict({"state": by_index, "param_groups": self.torch.state_dict()["param_groups"]})

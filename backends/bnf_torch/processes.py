@@ -3,14 +3,14 @@
 import atexit
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes, lost
-from bnf_core.storage.shards import Shard
+from bnf_core.storage.shards import Shard, rows_of
 from bnf_core.types import Array
 from bnf_torch.scored import ScoredModel
 
@@ -29,10 +29,18 @@ LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "imed ou
 class TorchProcesses(Processes):
     """Those of torch.distributed's default group."""
 
-    def __init__(self, sharded: bool):
+    def __init__(self, sharded: bool, replicas: int = 1):
         self.rank = dist.get_rank()
         self.count = dist.get_world_size()
         self.sharded = sharded  # FSDP2 instead of DDP
+        self.replicas = replicas  # how many times the model is there, each in shards over as many processes
+
+    def mesh(self, kind: str) -> DeviceMesh:
+        """Of the devices of this kind: a row is one replica."""
+        if self.replicas == 1:
+            return init_device_mesh(kind, (self.count,))
+        shape = (self.replicas, self.count // self.replicas)
+        return init_device_mesh(kind, shape, mesh_dim_names=("replicas", "shards"))
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
         with lost_processes():
@@ -56,11 +64,13 @@ def processes() -> Processes:
     Raises:
         UserError: launched for something that is not supported: DeepSpeed, Megatron, FSDP1, CPU offload.
     """
-    for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
         if _flag(f"ACCELERATE_USE_{name}"):
             raise UserError(f"accelerate was configured for {name}: expected DDP or FSDP2 (recipes/configs/accelerate)")
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
         return ALONE
+    replicas = _replicas(count)
     sharded = _flag("ACCELERATE_USE_FSDP")
     if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("accelerate was configured for FSDP1: set fsdp_version: 2 (recipes/configs/accelerate)")
@@ -77,7 +87,30 @@ def processes() -> Processes:
         atexit.register(_leave)
     if dist.get_rank() > 0:
         disable_progress_bar()
-    return TorchProcesses(sharded)
+    return TorchProcesses(sharded, replicas if sharded else 1)
+
+
+def _replicas(count: int) -> int:
+    """How many times the model is there, by accelerate's `parallelism_config`.
+
+    Raises:
+        UserError: it does not go with the number of processes, or asks for more than shards and replicas of them.
+    """
+    if not _flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return 1
+    kinds = ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
+    size = {kind: int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")) for kind in kinds}
+    if other := [f"parallelism_config_{kind.lower()}_size: {size[kind]}" for kind in kinds[2:] if size[kind] > 1]:
+        raise UserError(f"{other[0]} is not supported: expected dp_replicate_size and dp_shard_size alone")
+    replicas, shards = size["DP_REPLICATE"], size["DP_SHARD"]
+    if replicas * shards != count:
+        raise UserError(
+            f"dp_replicate_size {replicas} × dp_shard_size {shards} is {replicas * shards}, and this run has {count} "
+            "processes: set parallelism_config to sizes whose product that is"
+        )
+    if shards > 1 and not _flag("ACCELERATE_USE_FSDP"):
+        raise UserError(f"dp_shard_size {shards} needs FSDP2: set distributed_type: FSDP and fsdp_version: 2")
+    return replicas
 
 
 def _leave() -> None:
@@ -118,7 +151,7 @@ def spread(scored: ScoredModel, group: Processes, device: torch.device, dtype: t
     from the start of the forward to the end of the backward pass, so the fused loss finds the head whole.
 
     Args:
-        scored: on the device; to be sharded it may be on the CPU still.
+        scored: on the device; to be sharded it may be on none yet.
         device: what computes.
         dtype: gather the shards in this precision, and compute in it; None: as they are.
     """
@@ -129,7 +162,7 @@ def spread(scored: ScoredModel, group: Processes, device: torch.device, dtype: t
             return scored
         here = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(scored, device_ids=here, gradient_as_bucket_view=True)
-    mesh = init_device_mesh(device.type, (group.count,))
+    mesh = group.mesh(device.type)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
     blocks = set(getattr(scored.model, "_no_split_modules", None) or ())
     for module in list(scored.modules()):
@@ -207,18 +240,48 @@ def piece(tensor: Tensor) -> Array | Shard:
     return Shard(local, _first_row(tensor), tuple(tensor.shape))
 
 
-def like(array: Array, tensor: Tensor) -> Tensor:
-    """A whole array as a tensor that lies, and is sharded, as another does."""
+def is_ours(tensor: Tensor, group: Processes) -> bool:
+    """Whether this process is the one that saves its part of a tensor: of what several have alike, the first."""
     if not isinstance(tensor, DTensor):
-        return torch.tensor(array, dtype=tensor.dtype, device=tensor.device)
-    start, rows = _first_row(tensor), len(tensor.to_local())
-    local = torch.tensor(array[start : start + rows], dtype=tensor.dtype, device=tensor.to_local().device)
+        return group.rank == 0
+    return not any(tensor.device_mesh.get_local_rank(i) for i in range(tensor.device_mesh.ndim - 1))
+
+
+def like(array: Array, tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """A whole array as a tensor that lies, and is sharded, as another does.
+
+    Args:
+        device: where it is to be, where the other one is nowhere yet; default: where that is.
+    """
+    if not isinstance(tensor, DTensor):
+        return torch.tensor(array, dtype=tensor.dtype, device=device or tensor.device)
+    return of_rows(array[_rows(tensor)], tensor, device)
+
+
+def stored_like(arrays: Mapping[str, Array], name: str, tensor: Tensor) -> Tensor:
+    """`like` of one of the arrays; of those on the disk only the rows that are needed are read."""
+    if not isinstance(tensor, DTensor):
+        return like(arrays[name], tensor)
+    rows = _rows(tensor)
+    return of_rows(rows_of(arrays, name, rows.start, rows.stop), tensor)
+
+
+def of_rows(rows: Array | Tensor, tensor: DTensor, device: torch.device | None = None) -> Tensor:
+    """This process's rows of a tensor that is sharded as another is."""
+    local = torch.as_tensor(rows).to(device or tensor.to_local().device, tensor.dtype)
     return DTensor.from_local(
         local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
 
 
+def _rows(tensor: DTensor) -> slice:
+    start = _first_row(tensor)
+    return slice(start, start + len(tensor.to_local()))
+
+
 def _first_row(tensor: DTensor) -> int:
-    """FSDP2 deals out the rows as torch.chunk does: as many to each but the last."""
+    """FSDP2 deals out the rows as torch.chunk does: as many to each but the last. The last dimension of the mesh
+    shards; one before it has replicas."""
     rows, mesh = tensor.shape[0], tensor.device_mesh
-    return min(mesh.get_local_rank() * -(-rows // mesh.size()), rows)
+    shards = mesh.ndim - 1
+    return min(mesh.get_local_rank(shards) * -(-rows // mesh.size(shards)), rows)

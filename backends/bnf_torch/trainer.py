@@ -33,7 +33,7 @@ from bnf_core.objectives import Objective, parse
 from bnf_core.processes import Processes
 from bnf_core.steps import steps as plan
 from bnf_core.steps.baseline import Baseline
-from bnf_core.steps.batching import MicroBatching, Rows, require_units, require_weights
+from bnf_core.steps.batching import MicroBatching, Rows, require_learnable, require_units
 from bnf_core.steps.metrics import Meter
 from bnf_core.steps.reference import NoReference, Reference, ReferenceCache
 from bnf_core.steps.steps import Step
@@ -41,7 +41,7 @@ from bnf_core.storage.checkpoints import Checkpoint, Checkpoints, Facts
 from bnf_core.storage.digests import rows_digest
 from bnf_core.storage.files import agreed, let_others_read
 from bnf_core.storage.reference_folder import StoredReference, fingerprint, open_reference
-from bnf_core.storage.shards import BASELINE, REFERENCE, put_under, under
+from bnf_core.storage.shards import BASELINE, REFERENCE, joined, put_under, under
 from bnf_core.types import Batch, Example, Position
 from bnf_torch import adapter
 from bnf_torch.engine import TorchEngine
@@ -350,7 +350,8 @@ class BNFTrainer(Trainer):
         group = self.engine.processes
         arrays = self.engine.state()
         if group.rank == 0:
-            arrays |= put_under(REFERENCE, self.reference.state()) | put_under(BASELINE, self.baseline.state())
+            known = put_under(REFERENCE, self.reference.state()) | put_under(BASELINE, self.baseline.state())
+            arrays = joined(arrays, known)
         assert self.lr_scheduler is not None
         facts = self._facts() | {"scheduler": self.lr_scheduler.state_dict()}
         folder = Checkpoints(Path(output_dir) / STATE, keep=1)
@@ -489,7 +490,7 @@ class _Tokens:
         return tokens.examples
 
     def _report(self, tokens: Tokenized, whole: bool = True) -> None:
-        require_weights(tokens.examples, self.objective)
+        require_learnable(tokens.examples, self.objective)
         for message in tokens.skipped:
             logger.warning("skipped: %s", message)
         for note in self.feedback.tally(tokens).notes(whole):

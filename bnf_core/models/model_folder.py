@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bnf_core.errors import UserError
-from bnf_core.storage.tensors import require_whole, weight_files
+from bnf_core.storage.tensors import model_tensors, require_whole, weight_files
 
 # What is fetched from the Hub: never pickles, never code.
 ALLOWED = ["*.json", "model*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -68,6 +68,7 @@ def _check(folder: Path, with_weights: bool) -> None:
         raise UserError(_without_weights(folder))
     for path in weight_files(folder):
         require_whole(path)
+    model_tensors(folder)
 
 
 def _read_json(path: Path, if_missing: str) -> dict[str, Any]:

@@ -62,6 +62,13 @@ class Units(NamedTuple):
     weights: Any
 
 
+class Drawn(NamedTuple):
+    """What is known of tokens that a policy drew: float arrays (N,) of NumPy or a framework."""
+
+    log_p: Any  # under that policy
+    advantages: Any  # of the token's row
+
+
 class Structure(NamedTuple):
     """How the tokens of a micro-batch make up its rows, and rows its units; arrays of NumPy or a framework."""
 
@@ -70,6 +77,7 @@ class Structure(NamedTuple):
     labels: Any  # (S,) float, +1 chosen, −1 rejected
     baseline: Any  # () float, what the rewards of the whole step are compared with; 0 where nothing asks for it
     units: Any  # tuple[Units, ...], one for each term of the objective
+    drawn: Drawn  # of use to objectives `on_policy` alone
 
 
 class Seen(NamedTuple):
@@ -110,6 +118,7 @@ class Objective:
     needs_reference: ClassVar[bool] = True
     baseline_from: ClassVar[BaselineFrom] = ""
     takes_weights: ClassVar[bool] = True  # whether a unit may count more or less than others
+    on_policy: ClassVar[bool] = False  # whether it learns from samples alone, by their advantages
 
     def losses(self, ops: Ops, seen: Seen, units: Units) -> Any:
         """The loss of each unit, (U,), differentiable in `seen.log_odds`."""
@@ -122,6 +131,10 @@ class Objective:
     def metrics(self, log_odds: Array, ref_log_odds: Array) -> dict[str, Array]:
         """What only this objective has to report, by name: numbers of each token, (N,) NumPy float64."""
         return {}
+
+    def advantages(self, scores: Array) -> Array:
+        """(k,) how much better each of a prompt's samples is than the others, of their scores (k,)."""
+        return np.zeros(len(scores))
 
     @property
     def terms(self) -> "tuple[tuple[float, Objective], ...]":
@@ -171,6 +184,14 @@ class Sum(Objective):
         return all(part.takes_weights for _, part in self.parts)
 
     @property
+    def on_policy(self) -> bool:  # type: ignore[override]
+        return any(part.on_policy for _, part in self.parts)
+
+    def advantages(self, scores: Array) -> Array:
+        """Of its first part that asks for them."""
+        return next((part for _, part in self.parts if part.on_policy), self.parts[0][1]).advantages(scores)
+
+    @property
     def baseline_from(self) -> BaselineFrom:  # type: ignore[override]
         return next((part.baseline_from for _, part in self.parts if part.baseline_from), "")
 
@@ -218,7 +239,12 @@ def structure(objective: Objective, batch: Batch, baseline: float = 0.0, multipl
     grid = np.where(column < counts[:, None], starts[:, None] + column, n)
     units = tuple(_units(term, batch) for _, term in objective.terms)
     return Structure(
-        grid.astype(np.int32), counts.astype(np.float32), batch.labels.astype(np.float32), np.float32(baseline), units
+        grid=grid.astype(np.int32),
+        tokens=counts.astype(np.float32),
+        labels=batch.labels.astype(np.float32),
+        baseline=np.float32(baseline),
+        units=units,
+        drawn=Drawn(batch.drawn_log_p, batch.advantages[batch.sequence_ids]),
     )
 
 

@@ -17,6 +17,7 @@ from bnf_core.objectives.cpo import CPO
 from bnf_core.objectives.d2o import D2O
 from bnf_core.objectives.dpo import DPO
 from bnf_core.objectives.f_dpo import FDPO
+from bnf_core.objectives.grpo import GRPO
 from bnf_core.objectives.ipo import IPO
 from bnf_core.objectives.kto import KTO
 from bnf_core.objectives.nll import NLL
@@ -37,6 +38,7 @@ CLASSES: tuple[type[Objective], ...] = (
     NPO,
     SimPER,
     ASFT,
+    GRPO,
     DPO,
     FDPO,
     IPO,

@@ -46,7 +46,8 @@ def collate(
     grid = (max(len(bins), 1), width)
     input_ids = np.full(grid, pad_id, np.int32)
     position_ids, segment_ids, prefix_ids = (np.zeros(grid, np.int32) for _ in range(3))
-    positions, targets, rows, coefficients = ([np.zeros(0, t)] for t in (np.int64, np.int32, np.int32, np.float32))
+    positions, targets, rows = ([np.zeros(0, t)] for t in (np.int64, np.int32, np.int32))
+    coefficients, drawn = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
     for b, row in enumerate(rows_of_units):
         at = segment = 0
         for unit in row:
@@ -69,6 +70,8 @@ def collate(
                 label = examples[i].weight if examples[i].label else -examples[i].weight
                 weight = label / (len(trained) * num_sequences)
                 coefficients.append(np.full(len(trained), weight, np.float32))
+                log_probs = examples[i].drawn.log_probs if examples[i].drawn else (0.0,) * count
+                drawn.append(np.asarray(log_probs, np.float32)[trained])
                 at += count
             segment += 1
         position_ids[b, at:] = np.arange(width - at)
@@ -92,6 +95,8 @@ def collate(
         pairs=_pairs(chosen),
         counts=counts or Counts.of(examples)._replace(rows=num_sequences),
         keys=np.asarray([e.key for e in chosen], np.uint64),
+        drawn_log_p=np.concatenate(drawn),
+        advantages=np.asarray([e.drawn.advantage if e.drawn else 0.0 for e in chosen], np.float32),
     )
 
 
@@ -359,11 +364,18 @@ def require_units(examples: Sequence[Example], unit: Unit) -> None:
         )
 
 
-def require_weights(examples: Sequence[Example], objective: Objective) -> None:
+def require_learnable(examples: Sequence[Example], objective: Objective) -> None:
     """
     Raises:
-        UserError: rows that count more or less than others, and an objective that knows chosen and rejected ones alone.
+        UserError: rows that nobody is known to have drawn, and an objective that learns from samples of the policy; or
+            rows that count more or less than others, and one that knows chosen and rejected ones alone.
     """
+    unknown = next((e for e in examples if e.drawn is None), None) if objective.on_policy else None
+    if unknown is not None:
+        raise UserError(
+            f"objective {objective}: it learns from the policy's own samples as `bnf online` draws them, and "
+            f"{unknown.source} is none. Take an objective for any rows, such as bnf, kto or simper"
+        )
     weighted = np.flatnonzero(column(examples, "weight") != 1)
     if len(weighted) and not objective.takes_weights:
         raise UserError(

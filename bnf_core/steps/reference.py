@@ -14,6 +14,9 @@ from bnf_core.types import Array, Batch
 class Reference(Protocol):
     """Where the reference log-odds of a run come from."""
 
+    generation: int
+    """How often it was made to forget: as long as this stays, the arrays of `state` only grow."""
+
     def __call__(self, batch: Batch) -> Array:
         """(N,) float32, in the order of the batch's tokens."""
         ...
@@ -33,6 +36,8 @@ class Reference(Protocol):
 
 class NoReference:
     """For objectives that need none: nothing is computed, and every log-odds is 0."""
+
+    generation = 0
 
     def __call__(self, batch: Batch) -> Array:
         return np.zeros(len(batch.targets), np.float32)
@@ -67,6 +72,7 @@ class ReferenceCache:
         self._compute = compute
         self._stored = stored
         self._computed: dict[int, Array] = {}
+        self.generation = 0
 
     def __call__(self, batch: Batch) -> Array:
         """(N,) float32, in the order of the batch's tokens.
@@ -118,12 +124,13 @@ class ReferenceCache:
     def load_state(self, state: Mapping[str, Array]) -> None:
         """Know what another cache knew. Computing it again would not do where bits matter: a row's log-odds
         depend, in the last one, on the rows it shares a batch with, and those differ from epoch to epoch."""
-        self.forget()
+        self._computed = {}
         self.merge(state)
 
     def forget(self) -> None:
         """Know nothing but what is stored: for rows that are not met again."""
         self._computed = {}
+        self.generation += 1
 
     def merge(self, state: Mapping[str, Array]) -> None:
         """Learn what another process computed; what is known already stays."""

@@ -5,6 +5,8 @@
       state-00002-of-00002.safetensors   reference
       state.json                         step, place in the data, and what the run is made of: settings, data, model
       SHA256SUMS                         of all these, as `sha256sum -c` reads it
+    <run>/checkpoints/grown-….safetensors  what arrays that only grow have had added since the checkpoint before: the
+                                         reference of the rows met so far
 
 The schedule and the order of the data follow from the step and the settings, and need no state of their own.
 """
@@ -22,7 +24,7 @@ from bnf_core.config import SamplingConfig, TrainConfig
 from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes
 from bnf_core.storage.digests import model_digest
-from bnf_core.storage.files import agreed, replacing
+from bnf_core.storage.files import agreed, replacing, sync
 from bnf_core.storage.shards import State, StoredArrays, write_state
 from bnf_core.types import Array
 
@@ -80,6 +82,8 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int):
         self.folder = folder
         self.keep = keep
+        self._grown: list[dict[str, Any]] = []  # files, in their order, and how far each array goes in them
+        self._generation = 0
 
     def save(
         self,
@@ -88,11 +92,17 @@ class Checkpoints:
         facts: Facts,
         position: Mapping[str, int] | None = None,
         *,
+        growing: Mapping[str, Array] | None = None,
+        generation: int = 0,
         processes: Processes = ALONE,
     ) -> None:
         """Write a checkpoint, all or nothing, then remove those that are too many. Each process writes its own arrays
-        and holds no second copy of them; facts and position are the first one's.
+        and holds no second copy of them; facts, position and what grows are the first one's.
 
+        Args:
+            growing: 1-D arrays that have what they had in the checkpoint before, and perhaps more at their ends: only
+                that is written.
+            generation: another number than before where they do not, but began anew.
         Raises:
             OSError: a process could not write; all raise, and the checkpoints there are stay.
             ValueError: the processes' arrays do not add up.
@@ -111,15 +121,18 @@ class Checkpoints:
             with agreed(processes):
                 if first:
                     StoredArrays.open(partial / name for name in names)  # raises where they do not add up
+                    self._grow(step, growing or {}, generation)
                     about = {
                         "format": FORMAT,
                         "step": step,
                         "processes": processes.count,
                         "position": None if position is None else dict(position),
                         "facts": facts,
+                        "grown": self._grown,
                     }
                     (partial / ABOUT).write_bytes((json.dumps(about, indent=2) + "\n").encode())
-                    sums = zip([*digests, _digest(partial / ABOUT)], [*names, ABOUT], strict=True)
+                    sums = [*zip(digests, names, strict=True), (_digest(partial / ABOUT), ABOUT)]
+                    sums += [(file["sha256"], f"../{file['file']}") for file in self._grown]
                     (partial / SUMS).write_bytes("".join(f"{digest}  {name}\n" for digest, name in sums).encode())
         if first:
             self._prune(step)
@@ -141,7 +154,26 @@ class Checkpoints:
         folder = self.folder / name
         if processes.any(not folder.is_dir()):
             raise UserError(f"not every process of this run sees {folder}: `output` must be a folder that all share")
+        self._grown, self._generation = _about(folder).get("grown", []), 0
         return _open(folder), refused
+
+    def _grow(self, step: int, growing: Mapping[str, Array], generation: int) -> None:
+        """Write what the arrays have had added."""
+        ends = self._grown[-1]["ends"] if self._grown else {}
+        if generation != self._generation or any(len(growing.get(name, ())) < end for name, end in ends.items()):
+            self._grown, ends = [], {}
+        self._generation = generation
+        added = {name: array[ends.get(name, 0) :] for name, array in growing.items()}
+        if not any(map(len, added.values())):
+            return
+        partial = self.folder / ".grown.partial"
+        write_state(partial, added)
+        digest = _digest(partial)
+        name = f"grown-{step:06d}-{digest[:8]}.safetensors"
+        partial.replace(self.folder / name)
+        sync(self.folder)
+        ends = {name: len(array) for name, array in growing.items()}
+        self._grown = [*self._grown, {"file": name, "sha256": digest, "ends": ends}]
 
     def steps(self) -> list[int]:
         """The steps of all checkpoints, whole or not."""
@@ -169,6 +201,10 @@ class Checkpoints:
         stay = [path for at, path in found if at <= step][-self.keep :]
         for path in [path for _, path in found if path not in stay]:
             shutil.rmtree(path, ignore_errors=True)
+        needed = {file["file"] for path in stay for file in _about(path).get("grown", [])}
+        for path in self.folder.glob("grown-*.safetensors"):
+            if path.name not in needed:
+                path.unlink(missing_ok=True)
 
 
 def _state_files(count: int) -> list[str]:
@@ -197,13 +233,18 @@ def _verify(folder: Path) -> None:
     about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
     if about["format"] != FORMAT:
         raise ValueError(f"it has format {about['format']}, and this version of bnf-align reads format {FORMAT}")
-    for name in _state_files(about["processes"]):
+    for name in [*_state_files(about["processes"]), *(f"../{file['file']}" for file in about.get("grown", []))]:
         verify(name)
 
 
+def _about(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / ABOUT).read_text(encoding="utf-8")))
+
+
 def _open(folder: Path) -> Checkpoint:
-    about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-    arrays = StoredArrays.open(folder / name for name in _state_files(about["processes"]))
+    about = _about(folder)
+    grown = [folder.parent / file["file"] for file in about.get("grown", [])]
+    arrays = StoredArrays.open((folder / name for name in _state_files(about["processes"])), grown)
     return Checkpoint(folder, about["step"], about["facts"], about["position"], arrays)
 
 

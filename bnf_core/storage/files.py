@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock
+from filelock import BaseFileLock, FileLock, Timeout
 
+from bnf_core.errors import UserError
 from bnf_core.processes import ALONE, Processes
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)  # of file systems that have none
@@ -123,6 +124,38 @@ def lock(path: Path, *, wait: bool) -> BaseFileLock:
         if error.errno not in NO_LOCKS:
             raise
     return made
+
+
+@contextmanager
+def held(folder: Path, by: str, processes: Processes = ALONE) -> Iterator[None]:
+    """Keep others out of an output folder, which is made where it is not there. The system lets go of it when this
+    process ends in whatever way. A file system without locks keeps nobody out.
+
+    Args:
+        by: what others are, for the message: run.
+        processes: all call this; the first one takes the lock.
+    Raises:
+        UserError: another one has the folder, or it cannot be made.
+    """
+    taken_by_us: BaseFileLock | None = None
+    taken = False
+    if processes.rank == 0:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"output {folder} is a file: expected a folder")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            taken_by_us = lock(folder / ".lock", wait=False)
+        except Timeout:
+            taken = True
+        except OSError as error:
+            raise UserError(f"output {folder}: {error.strerror}") from error
+    try:
+        if processes.any(taken):
+            raise UserError(f"another {by} is writing to {folder}: choose another --output, or wait for its end")
+        yield
+    finally:
+        if taken_by_us is not None:
+            taken_by_us.release()
 
 
 def sync(path: Path) -> None:

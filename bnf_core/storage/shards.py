@@ -2,17 +2,17 @@
 
 import errno
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors import safe_open
 
 from bnf_core.errors import UserError
-from bnf_core.storage.files import sync
+from bnf_core.storage.tensors import TensorWriter
 from bnf_core.types import Array
 
 BLOCK = 1 << 24  # bytes of a piece to hold at a time while an array is put together
@@ -48,8 +48,33 @@ State = Mapping[str, Array | Shard]
 V = TypeVar("V")
 
 
+class Taken(Mapping[str, Array | Shard]):
+    """Arrays of a model, each copied when it is asked for, as it then is: what is saved one by one is not in memory
+    twice."""
+
+    def __init__(self, take: Mapping[str, Callable[[], Array | Shard]]):
+        self._take = dict(take)
+
+    def __getitem__(self, name: str) -> Array | Shard:
+        return self._take[name]()
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would copy the array
+        return name in self._take
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._take)
+
+    def __len__(self) -> int:
+        return len(self._take)
+
+
+def joined(*states: State) -> State:
+    """All their arrays; none is copied before it is asked for."""
+    return Taken({name: partial(state.__getitem__, name) for state in states for name in state})
+
+
 def write_state(path: Path, state: State) -> None:
-    """Write one process's arrays to the disk, without a second copy of them in memory.
+    """Write one process's arrays to the disk, one after another.
 
     Raises:
         OSError: the disk is full, writing is not allowed, or this process does not see the folder.
@@ -57,15 +82,15 @@ def write_state(path: Path, state: State) -> None:
     if not path.parent.is_dir():
         message = "this process does not see it: all processes of a run must share its folder"
         raise FileNotFoundError(errno.ENOENT, message, str(path.parent))
-    shards = {name: value for name, value in state.items() if isinstance(value, Shard)}
-    described = {name: {"start": shard.start, "shape": list(shard.shape)} for name, shard in shards.items()}
-    # safetensors takes an array's memory as it lies; ascontiguousarray would give a number a dimension.
-    arrays = {n: np.asarray(v.array if isinstance(v, Shard) else v, order="C") for n, v in state.items()}
-    try:
-        save_file(arrays, path, metadata={"pieces": json.dumps(described)})
-    except SafetensorError as error:
-        raise OSError(str(error)) from error
-    sync(path)
+    pieces: dict[str, Any] = {}
+    with TensorWriter(path, state, {"pieces": ""}) as file:
+        for name in state:
+            value = state[name]
+            if isinstance(value, Shard):
+                pieces[name] = {"start": value.start, "shape": list(value.shape)}
+                value = value.array
+            file.add(name, value)
+        file.metadata["pieces"] = json.dumps(pieces)
 
 
 class _Part(NamedTuple):
@@ -86,9 +111,11 @@ class StoredArrays(Mapping[str, Array]):
         self._parts = parts
 
     @classmethod
-    def open(cls, files: Iterable[Path]) -> "StoredArrays":
+    def open(cls, files: Iterable[Path], grown: Sequence[Path] = ()) -> "StoredArrays":
         """Those of all the files; only the headers are read.
 
+        Args:
+            grown: more files, of arrays whose rows go on from one to the next.
         Raises:
             ValueError: rows of an array are missing, or there twice.
         """
@@ -104,24 +131,35 @@ class StoredArrays(Mapping[str, Array]):
                         start, shape = pieces[name]["start"], tuple(pieces[name]["shape"])
                         rows = range(start, start + len(rows))
                     parts.setdefault(name, []).append(_Part(path, name, here.get_dtype(), shape, rows))
+        parts |= _going_on(grown)
         for found in parts.values():
             _require_every_row_once(found)
         return cls({name: [part for part in found if part.rows] or found[:1] for name, found in parts.items()})
 
     def __getitem__(self, name: str) -> Array:
         parts = self._parts[name]
-        with safe_open(parts[0].file, "np") as file:
-            if len(parts) == 1:
+        if len(parts) == 1:
+            with safe_open(parts[0].file, "np") as file:
                 return file.get_tensor(parts[0].name)
-            whole = np.empty(parts[0].shape, file.get_slice(parts[0].name)[:0].dtype)
-        at_a_time = max(1, BLOCK // max(1, whole[:1].nbytes))
+        return self.rows(name, 0, _rows(parts[0].shape))
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """Some rows of an array that has a first dimension; no others are read."""
+        parts = self._parts[name]
+        with safe_open(parts[0].file, "np") as file:
+            dtype = file.get_slice(parts[0].name)[:0].dtype
+        found = np.empty((stop - start, *parts[0].shape[1:]), dtype)
+        at_a_time = max(1, BLOCK // max(1, found[:1].nbytes))
         for part in parts:
+            first, last = max(start, part.rows.start), min(stop, part.rows.stop)
+            if first >= last:
+                continue
             with safe_open(part.file, "np") as file:
                 stored = file.get_slice(part.name)
-                for at in range(0, len(part.rows), at_a_time):
-                    rows = part.rows[at : at + at_a_time]
-                    whole[rows.start : rows.stop] = stored[at : at + len(rows)]
-        return whole
+                for at in range(first, last, at_a_time):
+                    end = min(at + at_a_time, last)
+                    found[at - start : end - start] = stored[at - part.rows.start : end - part.rows.start]
+        return found
 
     def __contains__(self, name: object) -> bool:  # Mapping's own would read the array
         return name in self._parts
@@ -138,6 +176,26 @@ class StoredArrays(Mapping[str, Array]):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: parts[0].shape for name, parts in self._parts.items()}
+
+
+def _going_on(files: Sequence[Path]) -> dict[str, list[_Part]]:
+    parts: dict[str, list[_Part]] = {}
+    for path in files:
+        with safe_open(path, "np") as file:
+            for name in file.keys():  # noqa: SIM118, for it is no mapping
+                here, before = file.get_slice(name), parts.setdefault(name, [])
+                start = before[-1].rows.stop if before else 0
+                shape = tuple(here.get_shape())
+                before.append(_Part(path, name, here.get_dtype(), shape, range(start, start + shape[0])))
+    return {
+        name: [part._replace(shape=(found[-1].rows.stop, *part.shape[1:])) for part in found]
+        for name, found in parts.items()
+    }
+
+
+def rows_of(arrays: Mapping[str, Array], name: str, start: int, stop: int) -> Array:
+    """Some rows of one of the arrays; of those on the disk no others are read."""
+    return arrays.rows(name, start, stop) if isinstance(arrays, StoredArrays) else arrays[name][start:stop]
 
 
 def _rows(shape: Sequence[int]) -> int:
@@ -173,9 +231,14 @@ def under(prefix: str, arrays: Mapping[str, Array]) -> Mapping[str, Array]:
     return {short: arrays[name] for short, name in names.items()}
 
 
+def shapes_of(arrays: Mapping[str, Array]) -> dict[str, tuple[int, ...]]:
+    """Of those on the disk only the headers have been read."""
+    return arrays.shapes() if isinstance(arrays, StoredArrays) else {name: a.shape for name, a in arrays.items()}
+
+
 def require_same_shapes(saved: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Raises UserError where saved weights are not of the names and shapes that the model has."""
-    stored = saved.shapes() if isinstance(saved, StoredArrays) else {name: a.shape for name, a in saved.items()}
+    stored = shapes_of(saved)
     for name in sorted(stored.keys() | shapes.keys()):
         there, here = stored.get(name), shapes.get(name)
         if here != there:

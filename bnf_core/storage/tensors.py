@@ -7,15 +7,18 @@ the rest    the tensors' bytes, row-major, little-endian
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from bnf_core.errors import UserError
+from bnf_core.storage.files import sync
 from bnf_core.types import Array
 
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # of weights, by safetensors' names
@@ -23,6 +26,9 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)  # which NumPy itself does not have
 INDEX = "model.safetensors.index.json"  # says which file holds which tensor of a checkpoint
 SERIES = re.compile(r"model-\d+-of-(\d+)\.safetensors")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": BFLOAT16, "float16": np.dtype(np.float16)}
+CODES = {np.dtype(kind): code for code, kind in {"F64": "f8", "F32": "f4", "F16": "f2", "BOOL": "?"}.items()}
+CODES |= {np.dtype(f"{kind.lower()}{size}"): f"{kind}{8 * size}" for kind in "IU" for size in (1, 2, 4, 8)}
+CODES |= {BFLOAT16: "BF16"}  # safetensors' names by NumPy's
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,52 @@ def read_header(file: Path) -> Header:
         start, end = (8 + length + offset for offset in about["data_offsets"])
         tensors[name] = StoredTensor(file, about["dtype"], tuple(about["shape"]), start, end)
     return Header(raw, tensors)
+
+
+class TensorWriter:
+    """A safetensors file, written tensor by tensor, of which none is kept. The header comes last, into room that was
+    left for it. To be used in `with`; at its end everything is on the disk.
+
+    Args:
+        names: of all tensors to come.
+        metadata: to be written with them; what is put in before the end is written, too.
+    Raises:
+        OSError: the disk is full, or writing is not allowed.
+    """
+
+    def __init__(self, path: Path, names: Iterable[str], metadata: Mapping[str, Any]):
+        self.metadata = dict(metadata)
+        self._path, self._file = path, path.open("wb")
+        # A name is there once, and once more in what is said of a shard; beside it are a dozen numbers.
+        self._room = 8 * -(-sum(4 * len(json.dumps(name)) + 512 for name in [*names, *self.metadata]) // 8)
+        self._file.seek(8 + self._room)
+        self._header: dict[str, Any] = {}
+        self._end = 0
+
+    def add(self, name: str, array: Array) -> None:
+        """In any memory layout; written row by row."""
+        data = np.asarray(array, order="C")  # ascontiguousarray would give a number a dimension
+        if data.dtype.byteorder == ">":
+            data = data.astype(data.dtype.newbyteorder("<"))
+        self._file.write(data.reshape(-1).view(np.uint8).data)
+        ends = [self._end, self._end + data.nbytes]
+        self._header[name] = {"dtype": CODES[data.dtype], "shape": list(data.shape), "data_offsets": ends}
+        self._end = ends[1]
+
+    def __enter__(self) -> "TensorWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        with self._file:
+            if kind is not None:
+                return
+            header = json.dumps({"__metadata__": self.metadata, **self._header}, separators=(",", ":")).encode()
+            assert len(header) <= self._room, "a name that was not announced"
+            self._file.seek(0)
+            self._file.write(self._room.to_bytes(8, "little") + header.ljust(self._room))
+        sync(self._path)
 
 
 def require_whole(file: Path) -> None:
@@ -137,9 +189,18 @@ def model_tensors(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of a checkpoint folder's weight files, by name; only the headers are read.
 
     Raises:
-        UserError: as `weight_files`.
+        UserError: as `weight_files`; or a tensor is in two files.
     """
-    return {name: tensor for file in weight_files(folder) for name, tensor in read_header(file).tensors.items()}
+    found: dict[str, StoredTensor] = {}
+    for file in weight_files(folder):
+        for name, tensor in read_header(file).tensors.items():
+            if name in found:
+                raise UserError(
+                    f"model {folder}: {name} is in {found[name].file.name} and in {file.name}: which is the model's "
+                    "cannot be told. Copy it again"
+                )
+            found[name] = tensor
+    return found
 
 
 def rounded(x: Array, dtype: str) -> Array:

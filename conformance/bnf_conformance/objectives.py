@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from bnf_conformance.vectors import FLOAT32, Case, Draw
 from bnf_core.objectives import OBJECTIVES, Objective, parse
 from bnf_core.steps.batching import collate
-from bnf_core.types import Batch, Example
+from bnf_core.types import Batch, Drawn, Example
 
 Array = NDArray[Any]
 STEP = 1e-30  # h
@@ -29,6 +29,7 @@ VARIANTS = (
     "f_dpo(divergence=alpha, alpha=0.3)",
     "kto(desirable_weight=1.5, undesirable_weight=0.5)",
     "alphapo(alpha=-0.25)",
+    "grpo(beta=0, epsilon=0.1, epsilon_high=0.3)",
     "bnf + 0.2*dpo",
 )
 
@@ -211,24 +212,48 @@ ROWS: Mapping[str, Callable[..., complex]] = {
 }
 
 
-def _bnf(o: Array, r: Array, entropy: Array, chosen: Array) -> Array:
-    p = 1 / (1 + np.exp(-o))
-    t = np.minimum(1.0, np.real(p) * (1 + np.exp(-r)))  # a constant to the gradient
-    loss = -t * np.log(p) - (1 - t) * (np.log(1 - p) - entropy)
-    return np.where(chosen, loss, -loss)
+class Tokens(NamedTuple):
+    """A batch's tokens, one to an entry of every array (N,)."""
+
+    log_odds: Array  # complex
+    ref_log_odds: Array
+    other_entropy: Array
+    chosen: Array  # whether the row is
+    drawn_log_p: Array  # under the policy that drew the token
+    advantage: Array  # of the row
 
 
-def _nll(o: Array, r: Array, entropy: Array, chosen: Array) -> Array:
-    return np.where(chosen, np.log(1 + np.exp(-o)), 0.0)
+def _bnf(x: Tokens) -> Array:
+    p = 1 / (1 + np.exp(-x.log_odds))
+    t = np.minimum(1.0, np.real(p) * (1 + np.exp(-x.ref_log_odds)))  # a constant to the gradient
+    loss = -t * np.log(p) - (1 - t) * (np.log(1 - p) - x.other_entropy)
+    return np.where(x.chosen, loss, -loss)
 
 
-def _unlikelihood(o: Array, r: Array, entropy: Array, chosen: Array, *, alpha: float) -> Array:
-    p = 1 / (1 + np.exp(-o))
-    return np.where(chosen, -np.log(p), -alpha * np.log(1 - p))
+def _nll(x: Tokens) -> Array:
+    return np.where(x.chosen, np.log(1 + np.exp(-x.log_odds)), 0.0)
 
 
-# Of each token by itself, its row's label beside it.
-TOKENS: Mapping[str, Callable[..., Array]] = {"bnf": _bnf, "nll": _nll, "unlikelihood": _unlikelihood}
+def _unlikelihood(x: Tokens, *, alpha: float) -> Array:
+    p = 1 / (1 + np.exp(-x.log_odds))
+    return np.where(x.chosen, -np.log(p), -alpha * np.log(1 - p))
+
+
+def _grpo(x: Tokens, *, beta: float, epsilon: float, epsilon_high: float, scale: bool) -> Array:
+    losses = []
+    for o, o_ref, old, advantage in zip(x.log_odds, x.ref_log_odds, x.drawn_log_p, x.advantage, strict=True):
+        p, r = 1 / (1 + np.exp(-o)), 1 / (1 + np.exp(-o_ref))
+        ratio = p / np.exp(old)
+        clip = complex(max(1 - epsilon, min(1 + epsilon_high, ratio.real)), ratio.imag)
+        if not 1 - epsilon <= ratio.real <= 1 + epsilon_high:
+            clip = clip.real
+        surrogate = min(ratio * advantage, clip * advantage, key=np.real)
+        losses.append(-surrogate + beta * (r / p - np.log(r / p) - 1))
+    return np.array(losses)
+
+
+# Of each token by itself.
+TOKENS: Mapping[str, Callable[..., Array]] = {"bnf": _bnf, "nll": _nll, "unlikelihood": _unlikelihood, "grpo": _grpo}
 
 
 def expected(
@@ -240,14 +265,16 @@ def expected(
     baseline: float,
     *,
     changed: Callable[[Rows], Rows] = lambda rows: rows,
+    altered: Callable[[Tokens], Tokens] = lambda tokens: tokens,
 ) -> tuple[float, Array]:
     """The loss of a whole batch, and its gradient (N,) in the log-odds, float64.
 
     Args:
-        changed: what the formula sees instead of the rows: how wrong backends are made, to test the suite with.
+        changed, altered: what a formula sees instead of the rows or tokens: how wrong backends are made, to test the
+            suite with.
     """
     with np.errstate(all="ignore"):  # a formula as it stands may overflow, and then shows it
-        return _expected(objective, log_odds, other_entropy, ref_log_odds, batch, baseline, changed)
+        return _expected(objective, log_odds, other_entropy, ref_log_odds, batch, baseline, changed, altered)
 
 
 def _expected(
@@ -258,6 +285,7 @@ def _expected(
     batch: Batch,
     baseline: float,
     changed: Callable[[Rows], Rows],
+    altered: Callable[[Tokens], Tokens],
 ) -> tuple[float, Array]:
     o, r = log_odds.astype(np.float64), ref_log_odds.astype(np.float64)
     total, grad = 0.0, np.zeros(len(o))
@@ -267,7 +295,15 @@ def _expected(
             chosen = (batch.labels > 0)[batch.sequence_ids]
             counted = int((batch.labels > 0).sum()) if term.name == "nll" else len(batch.labels)
             share = (batch.weights / np.bincount(batch.sequence_ids))[batch.sequence_ids] / counted
-            losses = share * TOKENS[term.name](o + 1j * STEP, r, other_entropy.astype(np.float64), chosen, **settings)
+            tokens = Tokens(
+                o + 1j * STEP,
+                r,
+                other_entropy.astype(np.float64),
+                chosen,
+                batch.drawn_log_p.astype(np.float64),
+                batch.advantages.astype(np.float64)[batch.sequence_ids],
+            )
+            losses = share * TOKENS[term.name](altered(tokens), **settings)
             total += weight * float(losses.real.sum())
             grad += weight * losses.imag / STEP
             continue
@@ -296,8 +332,17 @@ def batch_of(case: Case) -> Batch:
     """The rows of a case: pairs side by side, two prompts that have two pairs each, and lengths that differ."""
     lengths, weights = case["completion_lengths"].tolist(), case["weights"].tolist()
     groups = [i // 4 if i < 8 else i // 2 for i in range(len(lengths))]
+    drawn = np.split(case["drawn_log_p"], np.cumsum(lengths)[:-1])
     examples = [
-        Example((1, 2), tuple(range(3, 3 + n)), i % 2 == 0, groups[i], pair=1 + i // 2, weight=weights[i])
+        Example(
+            (1, 2),
+            tuple(range(3, 3 + n)),
+            i % 2 == 0,
+            groups[i],
+            pair=1 + i // 2,
+            weight=weights[i],
+            drawn=Drawn(tuple(drawn[i].tolist()), float(case["advantages"][i])),
+        )
         for i, n in enumerate(lengths)
     ]
     return collate(examples, len(examples))
@@ -326,12 +371,17 @@ def _case(expression: str, kind: str) -> Case:
     reach = 64.0 if kind == "extreme" else 4.0
     log_odds = draw.values(reach, n, bits=20) + np.float32(1.5)
     ref_log_odds = log_odds + (0 if kind == "first step" else draw.values(reach / 4, n, bits=20))
+    entropy = np.abs(draw.values(2.0, n, bits=20))
+    drawn = -np.logaddexp(0, -log_odds.astype(np.float64))
+    drawn += 0 if kind == "first step" else draw.values(0.5, n, bits=20)  # some ratios are clipped
     arrays = {
         "log_odds": log_odds.astype(np.float32),
-        "other_entropy": np.abs(draw.values(2.0, n, bits=20)),
+        "other_entropy": entropy,
         "ref_log_odds": ref_log_odds.astype(np.float32),
         "completion_lengths": lengths,
         "weights": _weights(len(lengths)) if kind == "weighted" else np.ones(len(lengths), np.float32),
+        "drawn_log_p": np.minimum(drawn, 0).astype(np.float32),
+        "advantages": ((draw.below(17, len(lengths)) - 8.0) / 4).astype(np.float32),  # from −2 to 2
     }
     fields = {"objective": expression, "baseline": 0.0 if kind == "first step" else 0.375}
     description = "weighted rows" if kind == "weighted" else f"{kind} log-odds"

@@ -5,10 +5,13 @@ or underscores, as long as only one setting ends so; `--sample-top-p` is `--samp
 """
 
 import difflib
+import json
 import re
 from argparse import ArgumentError
 from collections import deque
 from collections.abc import Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,12 +43,19 @@ set_loader("yaml", _load, (yaml.YAMLError,))
 ALIASES = {"data": "data.path", "prompts": "data.path", "r": "lora.rank", "lr": "optimizer.learning_rate"}
 # Settings with a name and more, of which the name alone may be given.
 NAMED = ("objective",)
+# What jsonargparse adds, the last of them when a parser is used.
+NO_SETTINGS = ("help", "config", "print_config", "print_shtab")
 # Settings whose value is anybody's text: it may begin with a dash, and a tilde in it is no home folder.
 TEXTS = ("prompt", "judge", "system")
 
 
 def make_parser(settings: type, command: str) -> ArgumentParser:
     """A parser of one command: every field of the dataclass `settings`, `--config FILE` and `--print-config`."""
+    return _parser(settings, command)
+
+
+@cache  # the source of every settings class is read for its help
+def _parser(settings: type, command: str) -> ArgumentParser:
     parser = ArgumentParser(prog=command, description=(settings.__doc__ or "").strip(), exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file with any of the settings below; flags win")
     parser.add_class_arguments(settings, as_group=False)
@@ -62,13 +72,14 @@ def parse(settings: type[T], command: str, argv: Sequence[str], positional: Sequ
         SystemExit: after --help and --print-config.
     """
     parser = make_parser(settings, command)
-    keys = [action.dest for action in parser._actions if action.dest not in ("help", "config", "print_config")]
+    keys = [action.dest for action in parser._actions if action.dest not in NO_SETTINGS]
     try:
         namespace = parser.parse_args(_spell_out(argv, keys, parser, positional))
         for name in keys:
             if name not in TEXTS:
                 namespace[name] = _with_home(namespace.get(name))
-        return settings(**{k: v for k, v in parser.instantiate(namespace).items() if k != "config"})
+        found = deepcopy(parser.instantiate(namespace))  # whose defaults are the parser's own
+        return settings(**{k: v for k, v in found.items() if k not in NO_SETTINGS})
     except (ArgumentError, ValueError, TypeError) as error:
         raise UserError(_explain(str(error), keys, command)) from error
 
@@ -99,6 +110,8 @@ def _spell_out(
             value = words.popleft() if name in TEXTS or not _FLAG.fullmatch(words[0]) else None
         found.append(f"--{name}" if value is None else f"--{name}={_bracketed(value, types.get(name))}")
     names = [_full_name(name.removeprefix("--").replace("-", "_"), keys) for name in positional]
+    if names and len(loose) > len(names) and types.get(names[-1]) in LISTS:  # which takes all the others
+        loose[len(names) - 1 :] = [json.dumps(loose[len(names) - 1 :])]
     if len(loose) > len(names):
         raise ValueError(f"unexpected {loose[len(names)]!r}: expected a setting, such as --{keys[0]} VALUE")
     for name, word in zip(names, loose, strict=False):

@@ -1,7 +1,6 @@
-"""Small arithmetic word problems with right and wrong worked answers: feedback data that needs no download.
+"""Small arithmetic word problems, whose answers can be checked: prompts and feedback that need no download.
 
-Every row is a prompt, a completion and a label, as chat messages. The prompt shows one worked example first, so
-that what good and bad rows share, the layout, is no news to the model, and the difference is what it learns:
+Prompts are chat messages, with one worked example:
 
     system:    Answer with one equation.
     user:      Sam has 4 hats and buys 3 more. How many hats now?
@@ -20,15 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Row = dict[str, Any]  # {"prompt": messages, "completion": messages, "label": bool}
+Row = dict[str, Any]  # JSON
 
 OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: a + b,
     "-": lambda a, b: a - b,
     "*": lambda a, b: a * b,
 }
-ANSWER = re.compile(r"\d+ [-+*] \d+ = (-?\d+)")
-SHARE_RIGHT = 0.7  # as most feedback: more thumbs up than down
 
 NAMES = "Mia Tom Ana Ben Eva Sam Lea Max Zoe Leo Amy Dan".split()
 THINGS = "pens apples books coins cards stamps shells eggs beads nuts".split()
@@ -65,46 +62,35 @@ class Problem:
         return OPERATIONS[self.operation](self.a, self.b)
 
 
-def generate(num_prompts: int, seed: int) -> list[Row]:
-    """Unpaired feedback: each prompt gets one answer, right or wrong.
+@dataclass(frozen=True)
+class Files:
+    """Of one draw of problems. No calculation is in the held-out ones and in others as well: their answers cannot be
+    looked up."""
 
-    Args:
-        num_prompts: how many different prompts.
-        seed: the same seed gives the same rows everywhere.
-    Returns:
-        {"prompt": messages, "completion": messages, "label": bool} for each prompt.
+    warm_up: Path  # rows of feedback: right answers
+    prompts: Path  # a folder: {"prompt": messages, "answer": number} to sample from, in train.jsonl and valid.jsonl
+    held_out: Path  # rows of feedback: a right and a wrong answer to each of those in valid.jsonl
+
+
+def write(folder: Path, *, warm_up: int, prompts: int, held_out: int, seed: int) -> Files:
+    """Write so many problems of each kind. The same seed gives the same rows everywhere.
+
     Raises:
-        ValueError: a negative number of prompts, or more than there are to tell apart.
+        ValueError: a negative number, or more problems than there are to tell apart.
     """
     rng = random.Random(seed)
-    return _unpaired(_problems(num_prompts, rng), rng)
-
-
-def write(folder: Path, train_prompts: int, valid_prompts: int, seed: int) -> Path:
-    """Write train.jsonl, as `generate`, and valid.jsonl, in which each prompt has a right and a wrong answer.
-
-    No calculation is in both files: held-out answers cannot be looked up among the training rows.
-
-    Returns:
-        `folder`.
-    Raises:
-        ValueError: as `generate`.
-    """
-    rng = random.Random(seed)
-    held_out = _problems(valid_prompts, rng, distinct=True)
-    valid = [_row(problem, label, rng) for problem in held_out for label in (True, False)]
-    train = _unpaired(_problems(train_prompts, rng, banned={solve(problem) for problem in held_out}), rng)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("train", train), ("valid", valid)):
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-    return folder
-
-
-def final_answer(text: str) -> int | None:
-    """The result of a text that is one equation and nothing else, as `14 - 5 = 9`; None for any other text."""
-    found = ANSWER.fullmatch(text.strip())
-    return int(found[1]) if found else None
+    valid = _problems(held_out, rng, distinct=True)
+    others = _problems(warm_up + prompts, rng, banned={solve(problem) for problem in valid})
+    files = Files(folder / "warm-up.jsonl", folder / "prompts", folder / "held-out.jsonl")
+    files.prompts.mkdir(parents=True, exist_ok=True)
+    for path, rows in (
+        (files.warm_up, [_row(problem, True, rng) for problem in others[:warm_up]]),
+        (files.prompts / "train.jsonl", map(_prompt, others[warm_up:])),
+        (files.prompts / "valid.jsonl", map(_prompt, valid)),
+        (files.held_out, [_row(problem, label, rng) for problem in valid for label in (True, False)]),
+    ):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return files
 
 
 def last_number(text: str) -> int | None:
@@ -141,13 +127,13 @@ def _problems(count: int, rng: random.Random, banned: Collection[str] = (), dist
     for _ in range(1000 + 20 * count):
         if len(problems) == count:
             return list(problems.values())
-        problem = _draw(rng)
+        problem = draw(rng)
         if solve(problem) not in banned:
             problems.setdefault(solve(problem) if distinct else problem.question, problem)
     raise ValueError(f"{count} prompts asked for, but there are only about {len(problems)} to tell apart")
 
 
-def _draw(rng: random.Random) -> Problem:
+def draw(rng: random.Random) -> Problem:
     """One random problem; its answer lies between 1 and 36."""
     text, operation = rng.choice(TEMPLATES)
     if operation == "*":
@@ -159,14 +145,11 @@ def _draw(rng: random.Random) -> Problem:
     return Problem(question, a, operation, b)
 
 
-def _unpaired(problems: list[Problem], rng: random.Random) -> list[Row]:
-    return [_row(problem, rng.random() < SHARE_RIGHT, rng) for problem in problems]
+def _prompt(problem: Problem) -> Row:
+    return {"prompt": [*EXAMPLE, {"role": "user", "content": problem.question}], "answer": problem.answer}
 
 
 def _row(problem: Problem, label: bool, rng: random.Random) -> Row:
     answer = solve(problem) if label else slip(problem, rng)
-    return {
-        "prompt": [*EXAMPLE, {"role": "user", "content": problem.question}],
-        "completion": [{"role": "assistant", "content": answer}],
-        "label": label,
-    }
+    said = [{"role": "assistant", "content": answer}]
+    return {"prompt": _prompt(problem)["prompt"], "completion": said, "label": label}

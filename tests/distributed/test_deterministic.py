@@ -62,7 +62,7 @@ def test_every_arrangement_gives_the_same_bits(runs: Runs, backend_name: str) ->
 
 
 def test_without_it_they_differ(runs: Runs, backend_name: str) -> None:
-    first, *others = (trained(runs, backend_name, f"{flags} {SHORT}")[1] for flags in ARRANGEMENTS)
+    first, *others = (trained(runs, backend_name, f"{flags} {SHORT}")[1] for flags in (ARRANGEMENTS[0], PACKED))
     assert all(other != first for other in others)
 
 

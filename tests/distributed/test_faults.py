@@ -57,8 +57,14 @@ def changed(words: list[str], **settings: object) -> list[str]:
 # One process
 
 
-@pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("packing", ["false", "true"])
+@pytest.mark.parametrize(
+    ("kind", "packing"),
+    [
+        ("lora", "false"),
+        ("full", "true"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("lora", "true"), ("full", "false"))),
+    ],
+)
 def test_a_tokenizer_with_more_tokens_than_the_model(
     runs: Runs, backend_name: str, kind: str, packing: str, tmp_path: Path, refuses: Refuses
 ) -> None:

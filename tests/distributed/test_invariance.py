@@ -155,8 +155,7 @@ def objective_runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     return runs
 
 
-@pytest.mark.parametrize("flags", CUTS)
-@pytest.mark.parametrize("name", ["dpo", "kto"])
+@pytest.mark.parametrize(("name", "flags"), [*(("dpo", flags) for flags in CUTS[1:]), ("kto", UNSORTED)])
 def test_other_objectives_take_one_trajectory(
     objective_runs: Callable[[str], Runs], backend_name: str, name: str, flags: str
 ) -> None:
@@ -194,7 +193,8 @@ def test_two_processes_take_the_same_road_with_other_objectives(
 
 # Rows with turns that are not trained
 
-TURNS = ["--micro-batch-size 1", UNSORTED, CHECKPOINTED, f"--micro-batch-size 8 {PACKED}"]
+TURNS = [UNSORTED, CHECKPOINTED, f"--micro-batch-size 8 {PACKED}"]
+TURNS_TOO = [pytest.param("--micro-batch-size 1", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def turns(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tiny_model, tmp_path_factory.mktemp("turns"), rows=write_turns)
 
 
-@pytest.mark.parametrize("flags", TURNS)
+@pytest.mark.parametrize("flags", TURNS + TURNS_TOO)
 def test_rows_with_turns_that_are_not_trained_take_one_trajectory(turns: Runs, backend_name: str, flags: str) -> None:
     assert turns.complaints(backend_name, "lora", turns.train(backend_name, "lora", flags)) == []
 

@@ -20,6 +20,7 @@ pytest.importorskip("mlx_lm")
 
 import forked
 from bnf_align import cli
+from bnf_align.run.interrupts import Interrupts
 from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.errors import TrainingStopped
 from bnf_core.processes import ALONE
@@ -188,6 +189,36 @@ def test_when_a_process_dies_the_others_stop(tiny_model, tmp_path):
         for process in ranks:
             process.kill()
             process.join()
+
+
+def launches(said: Path) -> None:
+    """A launcher that passes on no signal, and the run that it launched."""
+    if os.fork():
+        signal.pause()
+    with Interrupts() as interrupts:
+        module.end_with_parent(0.01)
+        said.write_text(str(os.getpid()))
+        while not interrupts.received:
+            time.sleep(0.01)
+        print("a word to nobody", flush=True)
+        said.with_name("ended").touch()
+    os._exit(0)
+
+
+def test_a_launcher_that_ends_ends_its_processes(tmp_path):
+    """Rejects processes that train on, and those that an unread word kills before they have saved."""
+    launcher = forked.start(launches, tmp_path / "pid")
+    wait_for(tmp_path / "pid")
+    launcher.terminate()
+    launcher.join()
+    wait_for(tmp_path / "ended")
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and (path.name != "pid" or path.read_text())):
+        assert time.monotonic() < deadline, path
+        time.sleep(0.01)
 
 
 class Group:

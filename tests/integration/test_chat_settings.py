@@ -22,6 +22,8 @@ from bnf_core.config import DataConfig, EvaluateConfig, HardwareConfig, Referenc
 from bnf_core.data.tokenization import load_tokenizer, stop_ids
 from bnf_core.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 # Today's date in the prompt, and turns that end in what is not EOS.
 TEMPLATE = "{{ strftime_now('%d %b %Y') }}" + tiny.TEMPLATE.replace("<|end|>", "<|system|>")
 

@@ -88,6 +88,31 @@ def test_the_rope_trap_is_found_when_the_loader_does_not_see_to_it(
     assert written["agree"] is False and written["divergence"]["where"] == "layers.0.self_attn"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_where_every_operation_rounds_both_are_as_far_from_float32(
+    tiny_model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = compare(tiny_model, ["torch", "mlx"], rows(tiny_model, None, Console()), dtype)
+    print([f"{c.quantity} {c.error:.1e} of {c.allowed:.1e}" for c in result.comparisons])
+    assert result.agree and all(c.error > 1e-4 for c in result.comparisons)
+    assert f"in {dtype} neither is more than 2 times as far from float32 as the other." in told(result)
+
+    monkeypatch.setattr(bnf_mlx.inspection, "token_log_odds", rounded_log_odds)
+    result = compare(tiny_model, ["torch", "mlx"], rows(tiny_model, None, Console()), dtype)
+    assert {c.quantity for c in result.comparisons if not c.agrees} >= {"log-odds, policy: mlx from float32"}
+    assert "one is more than 2 times as far" in told(result)
+
+
+def rounded_log_odds(logits: Any, targets: Any) -> Any:
+    """A head that keeps four bits."""
+    import mlx.core as mx
+
+    from bnf_mlx.losses import token_log_odds
+
+    step = mx.abs(mx.stop_gradient(logits)).max() / 16
+    return token_log_odds(mx.round(logits / step) * step, targets)
+
+
 def test_rows_of_feedback_are_compared(tiny_model: Path, feedback: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["check-model", "--model", str(tiny_model), "--data", str(feedback)]) == 0
     out = capsys.readouterr().out

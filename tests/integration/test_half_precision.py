@@ -42,9 +42,9 @@ def engine_in(name: str, model: Path, dtype: str) -> Any:
 def update(name: str, model: Path, dtype: str, sequences: int) -> tuple[Array, float]:
     """What one step moves, which with epsilon 1 is in proportion to the gradient, and the gradient's norm."""
     engine = engine_in(name, model, dtype)
-    before = engine.state()
+    before = dict(engine.state())
     _, norm = engine.step([rows(sequences)], 1.0, None)
-    after = engine.state()
+    after = dict(engine.state())
     names = sorted(key for key in after if key.startswith("weights/"))
     return np.concatenate([(after[key] - before[key]).ravel() for key in names]), norm
 

@@ -15,11 +15,11 @@ from bnf_core.objectives import parse
 from bnf_core.steps.batching import collate
 from bnf_core.types import Array, Batch, Example
 
-VOCABULARY = 20_000
+VOCABULARY = 6000
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
 }
 # What each does to its logits: (scale, soft cap), and whether there is a bias.
 HEADS: dict[str, tuple[dict[str, Any], tuple[float, float | None], bool]] = {
-    "gemma2": ({"head_dim": 8, "final_logit_softcapping": 7.0}, (1.0, 7.0), False),
+    "gemma2": ({"head_dim": 4, "final_logit_softcapping": 7.0}, (1.0, 7.0), False),
     "cohere": ({"logit_scale": 0.3}, (0.3, None), False),
     "granite": ({"logits_scaling": 3.0}, (1 / 3, None), False),
     "phi": ({"tie_word_embeddings": False}, (1.0, None), True),
@@ -117,7 +117,7 @@ def test_no_array_has_all_tokens_and_the_whole_vocabulary(
 ) -> None:
     batch = rows(100)
     logits = 4 * len(batch.targets) * VOCABULARY  # bytes
-    monkeypatch.setattr(f"bnf_{backend_name}.linear.CHUNK_BYTES", 2**20)
+    monkeypatch.setattr(f"bnf_{backend_name}.linear.CHUNK_BYTES", 2**18)
     found = engine(backend_name, folders[family], objective)
     reference = found.reference_log_odds(batch)
     for head in (found.scored.head, None):  # the model's own logits show that they would be seen

@@ -41,6 +41,7 @@ def test_every_objective_says_what_it_is(name: str, capsys: pytest.CaptureFixtur
         ("bnf", "rows, reference"),
         ("nll", "chosen rows"),
         ("npo", "rejected rows, reference"),
+        ("grpo", "samples of the policy, reference"),
         ("dpo", "pairs, reference"),
         ("simpo", "pairs"),
         ("d2o", "prompts with chosen and rejected rows, reference"),

@@ -219,6 +219,29 @@ def test_an_objective_of_pairs_learns_from_prompts_with_both_labels(settings: Ca
         assert line["tokens"] == sum(len(row["completion_ids"]) for row in learned) > 0
 
 
+def test_what_grpo_asks_of_samples_comes_with_them(settings: Callable[..., OnlineConfig], tmp_path: Path) -> None:
+    (tmp_path / "size.py").write_text("def judge(prompt, completion, row):\n    return len(completion)\n")
+    made = settings(judge=f"{tmp_path}/size.py:judge", label="score > mean", objective="grpo", iterations=1, valid=None)
+    learned: list[Example] = []
+    original = module.OnPolicy._examples
+
+    def kept(self: Any, *args: Any) -> list[Example]:
+        learned[:] = original(self, *args)
+        return learned
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module.OnPolicy, "_examples", kept)
+        first, second = lines(online(made, QUIET).folder)
+    rows = [row for row in samples(Path(made.output)) if row["label"] is not None]
+    for example, row in zip(learned, rows, strict=True):
+        beside = [other["score"] for other in rows if other["answer"] == row["answer"]]
+        advantage = (row["score"] - np.mean(beside)) / (np.std(beside, ddof=1) + 1e-4)
+        assert example.drawn == (tuple(row["log_probs"]), pytest.approx(advantage))
+    assert any(example.drawn.advantage for example in learned if example.drawn)
+    # At the first update the policy is that which drew the samples, and the reference.
+    assert first["loss"] == pytest.approx(0.0, abs=1e-5) and first["kl"] < 1e-9 < second["kl"]
+
+
 def test_nothing_to_learn_from_ends_the_run(
     settings: Callable[..., OnlineConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,7 +282,8 @@ def test_an_adapter_that_is_trained_on_is_where_the_reference_stays(settings: Ca
     assert before["sampler_gap"] < 1e-4 < abs(after["log_odds_shift/chosen"])
 
 
-def test_both_backends_take_the_same_road(tiny_model: Path, prompts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("objective", ["bnf", "grpo"])
+def test_both_backends_take_the_same_road(tiny_model: Path, prompts: Path, tmp_path: Path, objective: str) -> None:
     runs = {}
     for name in ("torch", "mlx"):
         pytest.importorskip({"torch": "peft", "mlx": "mlx_lm"}[name])
@@ -276,6 +300,7 @@ def test_both_backends_take_the_same_road(tiny_model: Path, prompts: Path, tmp_p
             prompts_per_iteration=3,
             sample_tokens=6,
             reference_policy="previous",
+            objective=objective,
         )
         runs[name] = online(made, QUIET).folder
     drawn = {name: [(r["prompt_ids"], r["completion_ids"], r["label"]) for r in samples(f)] for name, f in runs.items()}
@@ -319,7 +344,17 @@ def test_prompts_are_held_out(settings: Callable[..., OnlineConfig]) -> None:
     assert before["step"] == 0 and after["step"] == 2 and 0 <= before["pass_at_1"] <= before["pass_at_k"] <= 1
 
 
-@pytest.mark.parametrize("policy", ["frozen", "previous", pytest.param("refreshed", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("backend_name", "policy"),
+    [
+        ("torch", "frozen"),
+        ("mlx", "previous"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("mlx", "frozen"), ("torch", "previous"), ("torch", "refreshed"), ("mlx", "refreshed"))
+        ),
+    ],
+)
 def test_a_run_that_is_stopped_anywhere_ends_as_one_that_was_not(
     settings: Callable[..., OnlineConfig], monkeypatch: pytest.MonkeyPatch, policy: Any
 ) -> None:
@@ -365,7 +400,7 @@ def _online(made: OnlineConfig, quick: bool) -> None:
 
 @pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(settings: Callable[..., OnlineConfig], kills: int) -> None:
-    made = settings(iterations=12, valid=None, reference_policy="previous")
+    made = settings(iterations=6 if kills == 1 else 12, valid=None, reference_policy="previous")
     whole = online(replace(made, output=f"{made.output}-whole"), QUIET).folder
     rng, killed = random.Random(0), 0
     log, count = Path(made.output, "metrics.jsonl"), len(lines(whole))

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -17,6 +15,7 @@ import pytest
 import safetensors.numpy
 from rich.console import Console
 
+import forked
 import tiny
 from bnf_align import cli
 from bnf_align.commands.reference import reference
@@ -582,18 +581,15 @@ def test_streamed_data_give_the_same_bytes(
     assert StoredReference(tmp_path / "bad").keys.tolist() == StoredReference(made("torch")).keys.tolist()
 
 
-KILLED = """
-import os, signal, sys
-from bnf_core.storage.reference_folder import ReferenceWriter
-from bnf_align import cli
-write = ReferenceWriter.write
-def dying(self, state):
-    if len(self.keys):
-        os.kill(os.getpid(), signal.SIGKILL)
-    write(self, state)
-ReferenceWriter.write = dying
-cli.run(sys.argv[1:])
-"""
+def killed_at_the_second_shard(words: list[str]) -> None:
+    def dying(self: ReferenceWriter, state: Any) -> None:
+        if len(self.keys):
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(self, state)
+
+    write = ReferenceWriter.write
+    ReferenceWriter.write = dying  # type: ignore[method-assign]
+    cli.run(words)
 
 
 def test_the_command_killed_and_run_again_leaves_the_same_bytes(
@@ -602,7 +598,8 @@ def test_the_command_killed_and_run_again_leaves_the_same_bytes(
     words = ["reference", "--model", tiny_model, "--data", feedback, "--output", tmp_path / "ref", "--backend", "torch"]
     words += ["--device", "cpu", "--dtype", "float32", "--micro-batch-size", 3, "--shard-rows", 5]
     command = [str(word) for word in words]
-    assert subprocess.run([sys.executable, "-c", KILLED, *command]).returncode == -signal.SIGKILL
+    process = forked.start(killed_at_the_second_shard, command, output=tmp_path / "said")
+    assert forked.ended(process) == -signal.SIGKILL, (tmp_path / "said").read_text()
     assert len(StoredReference(tmp_path / "ref").keys) == 5
     assert cli.run(command) == 0
     out = " ".join(capsys.readouterr().out.split())

@@ -2,22 +2,26 @@
 
 import json
 import shutil
-import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from test_online import JUDGE, at_hand, lines, prompts, samples  # noqa: F401  (fixtures)
 from test_train import QUIET
 
+import forked
 from bnf_align.commands.online import online
-from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OnlineConfig, OptimizerConfig
+from bnf_align.run.remote import RemoteSampler
+from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OnlineConfig, OptimizerConfig, SamplingConfig
 from bnf_core.errors import TrainingStopped, UserError
+from bnf_core.processes import ALONE
 from bnf_core.sampling import Completion
 from invariance import free_ports
 
@@ -38,22 +42,27 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[st
     pytest.importorskip("mlx_lm")
     (port,) = free_ports(1)
     log = tmp_path_factory.mktemp("server") / "log"
-    with log.open("wb") as file:
-        words = [sys.executable, "-m", "mlx_lm", "server", "--model", str(model), "--port", str(port)]
-        process = subprocess.Popen(words, stdout=file, stderr=file)
-        try:
-            deadline = time.monotonic() + 120
-            while True:
-                assert process.poll() is None and time.monotonic() < deadline, log.read_text()
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
-                    break
-                except OSError:
-                    time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            process.kill()
-            process.wait()
+    process = forked.start(serve, ["--model", str(model), "--port", str(port)], output=log)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            assert process.is_alive() and time.monotonic() < deadline, log.read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health").close()
+                break
+            except OSError:
+                time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.kill()
+        process.join()
+
+
+def serve(words: list[str]) -> None:
+    from mlx_lm import server
+
+    sys.argv = ["mlx_lm.server", *words]
+    server.main()
 
 
 def settings(model: Path, prompts: Path, output: Path, url: str, **overrides: Any) -> OnlineConfig:  # noqa: F811
@@ -90,6 +99,62 @@ def test_a_server_samples_from_the_policy_as_it_is(
         assert line["sampler_gap"] < 1e-4
     assert abs(train[1]["log_odds_shift/chosen"]) > 1e-2  # which has moved by then
     assert sorted(path.name[:14] for path in (run / "sampler").iterdir()) == ["adapter-000000", "adapter-000001"]
+
+
+class StandIn(BaseHTTPRequestHandler):
+    """Answers as vLLM or SGLang does, to what they take alone: always token 5, then 6."""
+
+    asked: ClassVar[list[tuple[str, dict[str, Any]]]] = []
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append((self.path, body))
+        if self.path.endswith("lora_adapter"):
+            text = "Success: LoRA adapter added successfully."
+        else:
+            ids, log_probs = [5, 6], [-1.5, -0.25]
+            choice: dict[str, Any] = {"finish_reason": "length", "logprobs": {"token_logprobs": log_probs}}
+            if "return_token_ids" in body:
+                choice["token_ids"] = ids
+            else:
+                choice["logprobs"]["tokens"] = [f"token_id:{i}" for i in ids]
+            text = json.dumps({"choices": [choice], "usage": {"prompt_tokens": len(body["prompt"])}})
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: Any) -> None:
+        return
+
+
+@pytest.mark.parametrize(("kind", "root"), [("vllm", "/v1"), ("sglang", "")])
+def test_servers_are_asked_in_their_own_words(tmp_path: Path, kind: Any, root: str) -> None:
+    class Saves:
+        processes = ALONE
+
+        def save(self, folder: Path) -> None:
+            folder.mkdir(parents=True)
+
+    StandIn.asked.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), StandIn) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{served.server_port}/v1"
+        tokenizer: Any = None
+        sampler = RemoteSampler(url, kind, model=tmp_path / "m", folder=tmp_path / "a", requests=2, tokenizer=tokenizer)
+        row = Completion([1, 2, 3], SamplingConfig(temperature=1.0), max_tokens=2)
+        for step in range(2):
+            sampler.refresh(Saves(), step)  # type: ignore[arg-type]
+        sampler.sample([row])
+        served.shutdown()
+    assert (row.ids, row.log_probs, row.cut) == ([5, 6], [-1.5, -0.25], True)
+    first, second, unload, asked = StandIn.asked
+    paths = [f"{root}/{what}_lora_adapter" for what in ("load", "load", "unload")]
+    assert [path for path, _ in StandIn.asked[:3]] == paths
+    assert unload[1]["lora_name"] == first[1]["lora_name"] == Path(first[1]["lora_path"]).name
+    path, body = asked
+    assert path == "/v1/completions" and body["prompt"] == [1, 2, 3] and body["logprobs"] == 0
+    assert second[1]["lora_name"] in (body["model"], body.get("lora_path"))
+    assert body["top_k"] == (0 if kind == "vllm" else -1)  # all tokens
 
 
 def test_what_no_server_can_do_is_said(tiny_model: Path, prompts: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pytest
 from rich.console import Console
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from test_train import QUIET, config
 
@@ -35,9 +34,10 @@ from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.steps import batching
 from bnf_core.steps import steps as plan
 from bnf_core.steps.metrics import SHIFT_CHOSEN, SHIFT_REJECTED, with_present_names
-from bnf_core.storage import checkpoints, shards
+from bnf_core.storage import checkpoints
 from bnf_core.storage.checkpoints import Checkpoints
 from bnf_core.storage.digests import rows_digest
+from bnf_core.storage.tensors import TensorWriter
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -106,18 +106,34 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return arm
 
 
+@pytest.fixture(scope="module")
+def stopped_once() -> dict[str, Path]:
+    """Folders of runs that were stopped, by what is said of them: each is made once, and copied."""
+    return {}
+
+
 @pytest.fixture
 def stopped(
-    tiny_model: Path, feedback: Path, tmp_path: Path, stop_after: Callable[[int], None]
+    tiny_model: Path,
+    feedback: Path,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    stop_after: Callable[[int], None],
+    stopped_once: dict[str, Path],
 ) -> Callable[..., TrainConfig]:
     """A run that was stopped after four steps and keeps the checkpoints of the last two."""
 
     def run(backend: str = "torch", **overrides: Any) -> TrainConfig:
         made = settings(tiny_model, feedback, tmp_path / "run", backend, **({"save_every": 1} | overrides))
-        stop_after(4)
-        with pytest.raises(TrainingStopped, match="interrupted after step 4"):
-            train(made, QUIET)
-        stop_after(0)
+        key = f"{backend} {overrides}"
+        if key not in stopped_once:
+            there = tmp_path_factory.mktemp("stopped") / "run"
+            stop_after(4)
+            with pytest.raises(TrainingStopped, match="interrupted after step 4"):
+                train(replace(made, output=str(there)), QUIET)
+            stop_after(0)
+            stopped_once[key] = there
+        shutil.copytree(stopped_once[key], made.output)
         return made
 
     return run
@@ -160,7 +176,15 @@ def test_dropout_and_the_second_epoch_are_put_to_the_test(
     assert end is not None and len(set(end.arrays["reference/keys"].tolist())) == 12
 
 
-@pytest.mark.parametrize("objective", ["bco", "bnf + 0.5*kto"])
+@pytest.mark.parametrize(
+    ("backend_name", "objective"),
+    [
+        ("torch", "bco"),
+        ("mlx", "bco"),
+        ("torch", "bnf + 0.5*kto"),
+        pytest.param("mlx", "bnf + 0.5*kto", marks=pytest.mark.slow),
+    ],
+)
 def test_what_an_objective_compares_with_runs_on(
     tiny_model: Path,
     feedback: Path,
@@ -231,19 +255,19 @@ def _train_until(run: TrainConfig, operation: int, count: Any) -> None:
             if count.value == operation:
                 if original is write_bytes:
                     write_bytes(arguments[0], arguments[1][: len(arguments[1]) // 2])
-                elif original is save_file:
-                    save_file(*arguments, **options)
-                    os.truncate(arguments[1], arguments[1].stat().st_size // 2)
+                elif original is add:
+                    add(*arguments)
+                    arguments[0]._file.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
             return original(*arguments, **options)
 
         return call
 
-    write_bytes = Path.write_bytes
+    write_bytes, add = Path.write_bytes, TensorWriter.add
     for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
         setattr(os, name, dying(getattr(os, name)))
     Path.write_bytes = dying(write_bytes)  # type: ignore[method-assign]
-    shards.save_file = dying(save_file)
+    TensorWriter.add = dying(add)  # type: ignore[method-assign]
     train(run, QUIET)
 
 
@@ -511,14 +535,14 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
 ) -> None:
     run = settings(tiny_model, feedback, tmp_path / "run", "torch", save_every=2, keep_checkpoints=1)
 
-    def full(arrays: dict[str, np.ndarray], path: Path, **options: Any) -> None:
-        if "step-000004" in str(path):
-            path.write_bytes(b"part")
-            raise SafetensorError(f"I/O error: {os.strerror(errno.ENOSPC)}")
-        save_file(arrays, path, **options)
+    def full(writer: TensorWriter, name: str, array: np.ndarray) -> None:
+        if "step-000004" in str(writer._path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        add(writer, name, array)
 
+    add = TensorWriter.add
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "save_file", full)
+        patch.setattr(TensorWriter, "add", full)
         with pytest.raises(TrainingStopped, match=r"No space left.*from step 2: bnf train --config .* --resume"):
             train(run, QUIET)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]

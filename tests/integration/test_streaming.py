@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import forked
 import tiny
 from bnf_core.data.messages import RowError
 from bnf_core.data.records import Feedback
@@ -351,28 +351,27 @@ def test_a_broken_shard_is_named(tmp_path: Path, content: bytes) -> None:
 
 # Memory
 
-PEAK = """
-import sys
-from bnf_core.steps.batching import Example
-from bnf_core.data.streaming import FeedbackStream
 
-def peak():  # of this program alone: getrusage starts with what the parent had
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
+def growth(few: Path, many: Path, report: Path) -> None:
+    """Rows of both files, and by how much MB the process grows with the second."""
 
-def pass_over(path):
-    def tokenize_rows(rows):
-        return [Example((1,), (2,), row.label) for row in rows]
-    rows = 0
-    for batch, position in FeedbackStream(path, "train", tokenize_rows, shuffle_buffer=100, seed=0).batches(8):
-        if position["epoch"] == 1:
-            return rows
-        rows += len(batch)
+    def peak() -> float:  # of this process alone: getrusage starts with what the parent had
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 1024
 
-few, before = pass_over(sys.argv[1]), peak()
-many = pass_over(sys.argv[2])
-print(few, many, peak() - before)
-"""
+    def pass_over(path: Path) -> int:
+        def tokenize_rows(rows: Any) -> list[Example]:
+            return [Example((1,), (2,), row.label) for row in rows]
+
+        rows = 0
+        for batch, position in FeedbackStream(str(path), "train", tokenize_rows, shuffle_buffer=100, seed=0).batches(8):
+            if position["epoch"] == 1:
+                break
+            rows += len(batch)
+        return rows
+
+    counted, before = pass_over(few), peak()
+    report.write_text(json.dumps([counted, pass_over(many), peak() - before]))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -397,9 +396,9 @@ def test_memory_does_not_grow_with_the_data(tmp_path: Path, ending: str) -> None
             with path.open("w") as file:
                 file.write(head + "\n")
                 file.writelines(line + "\n" for _ in range(count))
-    paths = [str(tmp_path / f"{name}.{ending}") for name in ("few", "many")]
-    done = subprocess.run([sys.executable, "-c", PEAK, *paths], capture_output=True, text=True, check=True)
-    few, many, growth = done.stdout.split()
-    assert (few, many) == ("400", "20000")
-    assert float(growth) < 24
-    Path(paths[1]).unlink()
+    few, many, report = tmp_path / f"few.{ending}", tmp_path / f"many.{ending}", tmp_path / "report"
+    assert forked.ended(forked.start(growth, few, many, report)) == 0
+    many.unlink()
+    *counts, grown = json.loads(report.read_text())
+    assert counts == [400, 20_000]
+    assert grown < 24

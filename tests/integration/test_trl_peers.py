@@ -1,9 +1,11 @@
 """TRL's own losses on the same tokens, where it has the objective."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ torch = pytest.importorskip("torch")
 import tiny  # noqa: E402
 from bnf_core.objectives import Objective, Seen, batch_loss, parse, structure  # noqa: E402
 from bnf_core.steps.batching import collate  # noqa: E402
-from bnf_core.types import Batch, Example  # noqa: E402
+from bnf_core.types import Batch, Drawn, Example  # noqa: E402
 from bnf_torch.losses import token_log_odds  # noqa: E402
 from bnf_torch.model import completion_logits  # noqa: E402
 from bnf_torch.ops import OPS, tensors  # noqa: E402
@@ -188,3 +190,60 @@ def test_losses_without_a_reference(expression: str) -> None:
     where = tensors(structure(objective, batch), torch.device("cpu"))
     loss = batch_loss(objective, OPS, Seen(o, 0 * o, 0 * o, where))
     assert loss.item() == pytest.approx(float(expected), rel=RTOL)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_samples_of_the_policy(beta: float) -> None:
+    """Their loss of per-token log-probabilities, given ours."""
+    objective: Any = parse(f"grpo(beta={beta}, epsilon=0.1, epsilon_high=0.15)")
+    rng = np.random.default_rng(2)
+    advantages = objective.advantages(rng.normal(size=8))
+    lengths = [len(row.completion_ids) for row in rows()]
+    old = [tuple(-rng.exponential(1.0, n).astype(np.float32)) for n in lengths]
+    drawn = zip(rows(), old, advantages, strict=True)
+    batch = collate([replace(row, drawn=Drawn(log_probs, float(a))) for row, log_probs, a in drawn], 8)
+    log_p, log_r = (np.concatenate(old) + rng.normal(0, 0.2, sum(lengths)) for _ in range(2))
+    o, r = (torch.tensor(x - np.log(-np.expm1(x)), dtype=torch.float32) for x in np.minimum([log_p, log_r], -1e-3))
+
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+
+    def padded(x: Any) -> Any:
+        return torch.zeros(mask.shape, dtype=torch.float64).masked_scatter(mask, torch.as_tensor(x).double())
+
+    leaf = o.clone().requires_grad_()
+    me = MagicMock(
+        beta=beta,
+        epsilon_low=0.1,
+        epsilon_high=0.15,
+        loss_type="grpo",
+        importance_sampling_level="token",
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        use_vllm=False,
+        aux_loss_enabled=False,
+        _entropy_bonus_enabled=False,
+        args=SimpleNamespace(delta=None, use_bias_correction_kl=False),
+        model=SimpleNamespace(training=False),
+    )
+    me.accelerator.gather = lambda x: x
+    me.accelerator.reduce = lambda x, reduction: x
+    log_p_of = torch.nn.functional.logsigmoid
+    me._get_per_token_logps_and_entropies.return_value = padded(log_p_of(leaf)), padded(0 * o), None
+    inputs = {
+        "prompt_ids": mask[:, :1].long(),
+        "prompt_mask": mask[:, :1].long(),
+        "completion_ids": mask.long(),
+        "completion_mask": mask.long(),
+        "advantages": torch.tensor(advantages),
+        "old_per_token_logps": padded(np.concatenate(old)),
+        "ref_per_token_logps": padded(log_p_of(r)),
+    }
+    expected = trl.GRPOTrainer._compute_loss(me, None, inputs)
+    expected.backward()
+    where = tensors(structure(objective, batch), torch.device("cpu"))
+    ours = o.clone().requires_grad_()
+    loss = batch_loss(objective, OPS, Seen(ours, 0 * o, r, where))
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=RTOL)
+    assert leaf.grad is not None and ours.grad is not None
+    assert (ours.grad - leaf.grad).abs().max() <= RTOL * leaf.grad.abs().max()

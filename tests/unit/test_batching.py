@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from bnf_core.errors import UserError
 from bnf_core.objectives import parse
-from bnf_core.steps.batching import MicroBatching, Rows, collate, epoch_order, micro_batches, require_weights
+from bnf_core.steps.batching import MicroBatching, Rows, collate, epoch_order, micro_batches, require_learnable
 from bnf_core.storage.digests import rows_digest
 from bnf_core.types import Batch, Example
 
@@ -269,11 +269,11 @@ def test_a_graded_label_is_in_the_coefficient_whatever_the_micro_batch() -> None
 
 def test_an_objective_that_knows_chosen_and_rejected_alone_refuses_weights() -> None:
     examples = [dataclasses.replace(FOUR[0], source="a.jsonl:1"), graded(FOUR[1], 0.5)]
-    require_weights(examples, parse("bnf + 0.2*kto"))
-    require_weights(examples[:1], parse("d2o"))
+    require_learnable(examples, parse("bnf + 0.2*kto"))
+    require_learnable(examples[:1], parse("d2o"))
     for objective in ("d2o", "bnf + 0.5*d2o"):
         with pytest.raises(UserError, match="1 of 2 rows have a graded label or a weight"):
-            require_weights(examples, parse(objective))
+            require_learnable(examples, parse(objective))
 
 
 def test_weights_are_in_the_rows_digest() -> None:

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from bnf_core.config import DataConfig, TrainConfig
@@ -27,6 +26,7 @@ from bnf_core.storage.checkpoints import Change, Checkpoint, Checkpoints, change
 from bnf_core.storage.digests import files_digest, model_digest, rows_digest
 from bnf_core.storage.files import agreed, replacing
 from bnf_core.storage.shards import Shard, State, StoredArrays, require_same_shapes, under
+from bnf_core.storage.tensors import TensorWriter
 from bnf_core.types import Array, Example
 
 
@@ -239,6 +239,62 @@ def test_what_is_read_is_not_kept(tmp_path: Path) -> None:
     assert_same(arrays, state(1))
 
 
+# What only grows
+
+
+def grown(rows: int, start: int = 0) -> dict[str, Array]:
+    numbers = np.arange(start, start + rows)
+    return {"reference/keys": numbers.astype(np.uint64), "reference/log_odds": (numbers / 7).astype(np.float32)}
+
+
+def test_what_only_grows_is_written_once(tmp_path: Path) -> None:
+    """Rejects a checkpoint that holds all of it, and files that nobody needs any more."""
+    run = Checkpoints(tmp_path, 2)
+    sizes = []
+    for step, rows in enumerate((1000, 1000, 3000, 3001), 1):
+        run.save(step, {"weights/a": np.full(3, step)}, {}, growing=grown(rows))
+        assert_same(newest(tmp_path).arrays, {"weights/a": np.full(3, step)} | grown(rows))
+        sizes.append(sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")))
+    assert sizes[0] > 12_000 and sizes[1] - sizes[0] < 6000 and 24_000 < sizes[2] - sizes[1] < 30_000
+    assert sizes[3] - sizes[2] < 6000
+    sums = (tmp_path / "step-000004" / "SHA256SUMS").read_text().splitlines()
+    assert sum("  ../grown-" in line for line in sums) == 3
+
+
+def test_a_run_that_goes_back_grows_from_there(tmp_path: Path) -> None:
+    run = Checkpoints(tmp_path, 3)
+    for step, rows in (1, 10), (2, 30):
+        run.save(step, {}, {}, growing=grown(rows))
+    (tmp_path / "step-000002" / "state.json").write_text("damaged")
+    again = Checkpoints(tmp_path, 3)
+    found, refused = again.newest()
+    assert found is not None and found.step == 1 and len(refused) == 1
+    other = {name: np.append(array, array[-1:]) for name, array in grown(10).items()}
+    again.save(2, {}, {}, growing=other)
+    assert_same(newest(tmp_path).arrays, other)
+    assert len(list(tmp_path.glob("grown-*"))) == 2
+
+
+def test_what_began_anew_is_written_anew(tmp_path: Path) -> None:
+    run = Checkpoints(tmp_path, 1)
+    run.save(1, {}, {}, growing=grown(10))
+    run.save(2, {}, {}, growing=grown(12, start=5), generation=1)
+    assert_same(newest(tmp_path).arrays, grown(12, start=5))
+    run.save(3, {}, {}, growing=grown(4, start=5), generation=1)
+    assert_same(newest(tmp_path).arrays, grown(4, start=5))
+    assert len(list(tmp_path.glob("grown-*"))) == 1
+
+
+def test_a_damaged_part_of_what_grew_is_noticed(tmp_path: Path) -> None:
+    run = Checkpoints(tmp_path, 3)
+    for step, rows in (1, 10), (2, 30):
+        run.save(step, {}, {}, growing=grown(rows))
+    latest = max(tmp_path.glob("grown-*"))
+    latest.write_bytes(latest.read_bytes()[:-4])
+    found, refused = Checkpoints(tmp_path, 3).newest()
+    assert found is not None and found.step == 1 and latest.name in refused[0]
+
+
 # Failures
 
 
@@ -248,14 +304,14 @@ def test_a_full_disk_on_one_process_fails_all_and_keeps_the_last_checkpoint(
 ) -> None:
     together(3, lambda processes: save(tmp_path, 1, processes, keep=1))
 
-    def full(arrays: dict[str, Array], path: Path, **options: Any) -> None:
-        save_file(arrays, path, **options)
-        if path.name.startswith(f"state-{rank + 1:05d}"):
-            os.truncate(path, path.stat().st_size // 2)
-            raise SafetensorError("No space left on device (os error 28)")
+    def full(writer: TensorWriter, name: str, array: Array) -> None:
+        add(writer, name, array)
+        if writer._path.name.startswith(f"state-{rank + 1:05d}"):
+            raise OSError("No space left on device (os error 28)")
 
+    add = TensorWriter.add
     with monkeypatch.context() as patch:
-        patch.setattr(shards, "save_file", full)
+        patch.setattr(TensorWriter, "add", full)
         errors = together(3, lambda processes: save(tmp_path, 2, processes, keep=1))
     assert {type(error) for error in errors} == {OSError}
     assert str(errors[rank]) == "No space left on device (os error 28)"
@@ -416,7 +472,7 @@ def test_no_checkpoint_is_none_everywhere(tmp_path: Path, together: Callable[...
 # Real processes
 
 
-def _save_and_die(folder: Path, gathered: Path, rank: int, barrier: Any, step: int, dying: int | None) -> None:
+def _save_and_die(folder: Path, gathered: Path, rank: int, barrier: Any, step: int, dying: int) -> None:
     """The process `dying` is killed in the middle of its file; the others are told, as a launcher would."""
 
     def die(path: Path, arrays: State) -> None:
@@ -431,10 +487,10 @@ def _save_and_die(folder: Path, gathered: Path, rank: int, barrier: Any, step: i
 
 
 @pytest.fixture(scope="module")
-def run_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path, int, int | None], list[int]]]:
+def run_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Path, int, int], list[int]]]:
     context = multiprocessing.get_context("spawn")  # of the fork server there is one, which others want with frameworks
 
-    def run(folder: Path, step: int, dying: int | None = None) -> list[int]:
+    def run(folder: Path, step: int, dying: int) -> list[int]:
         barrier, gathered = context.Barrier(2), tmp_path_factory.mktemp("gathered")
         started = [
             context.Process(target=_save_and_die, args=(folder, gathered, rank, barrier, step, dying))
@@ -442,9 +498,8 @@ def run_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
         ]
         for process in started:
             process.start()
-        if dying is not None:
-            started[dying].join(60)
-            barrier.abort()
+        started[dying].join(60)
+        barrier.abort()
         for process in started:
             process.join(60)
         return [process.exitcode for process in started]  # type: ignore[misc]
@@ -454,15 +509,15 @@ def run_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
 
 @pytest.mark.parametrize("dying", [0, 1])
 def test_a_process_killed_in_the_middle_leaves_the_last_checkpoint(
-    tmp_path: Path, run_processes: Callable[..., list[int]], dying: int
+    tmp_path: Path, run_processes: Callable[..., list[int]], together: Callable[..., list[Any]], dying: int
 ) -> None:
-    assert run_processes(tmp_path, 1) == [0, 0]
+    assert together(2, lambda processes: save(tmp_path, 1, processes)) == [None, None]
     codes = run_processes(tmp_path, 2, dying)
     assert codes[dying] == -signal.SIGKILL and codes[1 - dying] == 1
     assert Checkpoints(tmp_path, 2).steps() == [1]
     assert_same(newest(tmp_path).arrays, state(1))
     assert ((tmp_path / ".step-000002.partial").exists()) == (dying == 0)  # for nobody was left to remove it
-    assert run_processes(tmp_path, 3) == [0, 0]
+    assert together(2, lambda processes: save(tmp_path, 3, processes)) == [None, None]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000001", "step-000003"]
     assert_same(newest(tmp_path).arrays, state(3))
 

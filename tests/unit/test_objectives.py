@@ -14,13 +14,16 @@ from bnf_core.objectives.base import log_ratio
 from bnf_core.objectives.numpy_ops import NumPyOps, float64
 from bnf_core.processes import ALONE
 from bnf_core.steps.baseline import Baseline, mismatched
-from bnf_core.steps.batching import MicroBatching, Rows, collate, micro_batches, require_units
+from bnf_core.steps.batching import MicroBatching, Rows, collate, micro_batches, require_learnable, require_units
 from bnf_core.steps.metrics import Meter
 from bnf_core.steps.reference import NoReference
-from bnf_core.types import Batch, Example, TokenScores
+from bnf_core.types import Batch, Drawn, Example, TokenScores
 
-# One pair of one prompt; the chosen row has two tokens, the rejected one has one.
-PAIR = [Example((1,), (2, 3), True, group=7, pair=9, source="f:1"), Example((1,), (4,), False, group=7, pair=9)]
+# One pair of one prompt; the chosen row has two tokens, the rejected one has one. A policy drew both.
+PAIR = [
+    Example((1,), (2, 3), True, 7, 9, "f:1", drawn=Drawn((-0.9375, -0.25), 1.5)),
+    Example((1,), (4,), False, 7, 9, drawn=Drawn((-0.625,), -0.5)),
+]
 P, R = (0.5, 0.8, 0.25), (0.25, 0.8, 0.5)  # probabilities of the three tokens
 CHOSEN, REJECTED = math.log(0.5 / 0.25), math.log(0.25 / 0.5)  # Σ log p/r
 
@@ -61,6 +64,17 @@ def odds(p: float) -> float:
         ("orpo(beta=1)", -math.log(0.4) / 2 - math.log(sigmoid(math.log(odds(math.sqrt(0.4)) / odds(0.25))))),
         ("asft(beta=1)", -math.log(0.4) / 2 - math.log(math.sqrt(0.4)) - math.log(0.75)),
         ("d2o(beta=1, alpha=2)", -math.log(sigmoid(CHOSEN - 2 * REJECTED))),
+        # ρ is 1.28 and 1.03 of the chosen tokens, the first clipped; 0.47, clipped, of the rejected one.
+        ("grpo(beta=0)", (-1.5 * (1.2 + 0.8 * math.exp(0.25)) / 2 + 0.5 * 0.8) / 2),
+        (
+            "grpo(beta=0, epsilon=0.6, epsilon_high=0.28)",
+            (-1.5 * (0.5 * math.exp(0.9375) + 0.8 * math.exp(0.25)) / 2 + 0.5 * 0.25 * math.exp(0.625)) / 2,
+        ),
+        # KL is 0.5 − log 0.5 − 1, 0, and 2 − log 2 − 1.
+        (
+            "grpo(beta=1)",
+            (-1.5 * (1.2 + 0.8 * math.exp(0.25)) / 2 + 0.4 + (math.log(2) - 0.5) / 2 + 1 - math.log(2)) / 2,
+        ),
         ("f_dpo(beta=1, divergence=forward_kl)", -math.log(sigmoid(-0.5 + 2))),
         ("nll + 0.5*npo(beta=0.5)", -math.log(0.4) / 2 + 2 * math.log(1 + 0.5**0.5)),
     ],
@@ -97,6 +111,39 @@ def test_log_ratios_keep_their_digits(at: float, far: float) -> None:
         assert log_ratio(NumPyOps(), np.array([o]), np.array([r]))[0] == pytest.approx(expected, rel=1e-9)
 
 
+def test_a_clipped_token_is_let_go_on_the_far_side_alone() -> None:
+    """By central differences; rejects a clip without the minimum, which lets go on both sides."""
+
+    def slope(p: float, advantage: float) -> float:
+        rows = [Example((1,), (2,), True, drawn=Drawn((math.log(0.5),), advantage))]
+        objective, o, h = parse("grpo(beta=0)"), math.log(odds(p)), 1e-6
+        where = float64(structure(objective, collate(rows, 1)))
+
+        def at(o: float) -> float:
+            return float(batch_loss(objective, NumPyOps(), Seen(np.array([o]), np.zeros(1), np.zeros(1), where)))
+
+        return (at(o + h) - at(o - h)) / (2 * h)
+
+    for p, advantage, let_go in ((0.7, 1, True), (0.3, 1, False), (0.3, -1, True), (0.7, -1, False), (0.5, 1, False)):
+        expected = 0.0 if let_go else -advantage * p / 0.5 * (1 - p)
+        assert slope(p, advantage) == pytest.approx(expected, abs=1e-8)
+
+
+def test_advantages_are_scores_beside_those_of_the_prompt() -> None:
+    right = np.array([1.0, 0.0, 0.0, 0.0])
+    assert parse("grpo").advantages(right) == pytest.approx(np.array([0.75, -0.25, -0.25, -0.25]) / 0.5001)
+    assert parse("0.5*bnf + grpo(scale=False)").advantages(right) == pytest.approx([0.75, -0.25, -0.25, -0.25])
+    for objective in ("grpo", "grpo(scale=False)"):
+        assert (parse(objective).advantages(np.ones(4)) == 0).all()
+        assert (parse(objective).advantages(np.ones(1)) == 0).all()
+
+
+def test_what_learns_from_samples_takes_no_other_rows() -> None:
+    require_learnable(PAIR, parse("grpo"))
+    with pytest.raises(UserError, match=r"learns from the policy's own samples.*f:1 is none"):
+        require_learnable([replace(PAIR[0], drawn=None)], parse("bnf + 0.1*grpo"))
+
+
 # Expressions
 
 
@@ -120,6 +167,7 @@ def test_an_objective_is_read_as_it_is_written(name: str) -> None:
         ("dpo(robust=1)", "dpo: robust is 1: expected bool"),
         ("dpo(label_smoothing=0.5)", "expected a share from 0 up to 0.5"),
         ("f_dpo(divergence=kl)", "expected one of reverse_kl, forward_kl, js, alpha"),
+        ("grpo(epsilon=1)", "epsilon is 1.0: expected a share from 0 up to 1"),
         ("dpo and bnf", "expected a name"),
         ("-1*dpo", "expected a name"),
         ("__import__('os')", "expected a name"),

@@ -242,7 +242,7 @@ PROPERTIES: dict[Callable[..., None], st.SearchStrategy[Any]] = {
 }
 
 
-def hold(check: Callable[..., None], losses: Losses, *, shrink: bool = True, examples: int = 40) -> None:
+def hold(check: Callable[..., None], losses: Losses, *, shrink: bool = True, examples: int = 20) -> None:
     phases = [phase for phase in Phase if shrink or phase not in (Phase.shrink, Phase.explain)]
     health = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much]
 
@@ -271,6 +271,12 @@ def losses(request: pytest.FixtureRequest) -> Iterator[Losses]:
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
 def test_backends_have_the_property(losses: Losses, check: Callable[..., None]) -> None:
     hold(check, losses)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
+def test_backends_have_the_property_on_many_draws(losses: Losses, check: Callable[..., None]) -> None:
+    hold(check, losses, examples=400)
 
 
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)

@@ -450,7 +450,7 @@ def test_a_split_that_cannot_be_made() -> None:
 
 def test_the_gsm8k_script_of_the_docs_makes_a_loadable_folder_split_by_question(tmp_path: Path) -> None:
     docs = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
-    (script,) = [block for block in re.findall(r"```python\n(.*?)```", docs, re.S) if block.startswith("# gsm8k.py")]
+    (script,) = re.findall(r'```python title="gsm8k.py"\n(.*?)```', docs, re.S)
     solved = {"is_correct": True, "solution": "1 + 1 = <<1+1=2>>2\nA: 2"}
     broken = {"is_correct": False, "solution": "1 + 1 = <<1/3=0.333"}
     with open(tmp_path / "solutions.jsonl", "w") as file:

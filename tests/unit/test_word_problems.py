@@ -1,4 +1,4 @@
-"""Word problems: right answers are right, wrong ones wrong, nothing leaks into the held-out set."""
+"""Word problems: right answers are right, wrong ones wrong, nothing leaks into what is held out."""
 
 import json
 import random
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bnf_align.word_problems import TEMPLATES, final_answer, generate, last_number, slip, solve, write
+from bnf_align.word_problems import TEMPLATES, Files, last_number, slip, solve, write
 from bnf_align.word_problems import _problems as problems
 
 ARITHMETIC = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__}
@@ -41,18 +41,44 @@ def expected(row: dict[str, Any]) -> int:
     return ARITHMETIC[operation](int(a), int(b))
 
 
-def test_labels_say_whether_the_answer_is_right() -> None:
-    rows = generate(400, seed=1)
-    assert {row["label"] for row in rows} == {True, False}
-    for row in rows:
-        assert (final_answer(text(row)) == expected(row)) == row["label"], row
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
+    return write(tmp_path_factory.mktemp("problems"), warm_up=100, prompts=200, held_out=60, seed=8)
 
 
-def test_right_answers_have_no_wrong_line() -> None:
-    for row in generate(400, seed=2):
+def test_answers_and_labels_are_true(files: Files) -> None:
+    for row in read(files.warm_up) + read(files.held_out):
+        assert (last_number(text(row)) == expected(row)) == row["label"], row
         if row["label"]:
-            for left, operation, right, result in re.findall(r"(\d+) (.) (\d+) = (\d+)", text(row)):
-                assert ARITHMETIC[operation](int(left), int(right)) == int(result)
+            ((left, operation, right, result),) = re.findall(r"(\d+) (.) (\d+) = (\d+)", text(row))
+            assert ARITHMETIC[operation](int(left), int(right)) == int(result)
+    for name in ("train", "valid"):
+        assert all(row["answer"] == expected(row) for row in read(files.prompts / f"{name}.jsonl"))
+
+
+def test_what_is_held_out_shares_no_prompt_and_no_calculation(files: Files) -> None:
+    warm_up, held_out = read(files.warm_up), read(files.held_out)
+    prompts, valid = (read(files.prompts / f"{name}.jsonl") for name in ("train", "valid"))
+    assert (len(warm_up), len(prompts), len(valid), len(held_out)) == (100, 200, 60, 120)
+    others = warm_up + prompts
+    assert len({question(row) for row in others}) == 300 and all(row["label"] for row in warm_up)
+    assert not {calculation(row) for row in others} & {calculation(row) for row in held_out}
+    for right, wrong, asked in zip(held_out[::2], held_out[1::2], valid, strict=True):
+        assert right["prompt"] == wrong["prompt"] == asked["prompt"] and right["label"] and not wrong["label"]
+
+
+def test_rows_are_chat_messages_with_a_worked_example(files: Files) -> None:
+    for row in read(files.held_out):
+        assert set(row) == {"prompt", "completion", "label"}
+        assert [message["role"] for message in row["prompt"]] == ["system", "user", "assistant", "user"]
+        assert [message["role"] for message in row["completion"]] == ["assistant"]
+
+
+def test_the_seed_decides_everything(tmp_path: Path) -> None:
+    def drawn(name: str, seed: int) -> str:
+        return write(tmp_path / name, warm_up=9, prompts=9, held_out=9, seed=seed).held_out.read_text()
+
+    assert drawn("a", 6) == drawn("b", 6) != drawn("c", 7)
 
 
 def test_right_and_wrong_answers_look_alike() -> None:
@@ -70,61 +96,19 @@ def test_slips_are_of_every_kind() -> None:
     off_by_one = other_operation = 0
     for problem in problems(200, rng):
         right, wrong = solve(problem), slip(problem, rng)
-        assert final_answer(wrong) not in (problem.answer, None)
+        assert last_number(wrong) != problem.answer
         changed = re.sub(r"[^-+*]", "", right) != re.sub(r"[^-+*]", "", wrong)
         other_operation += changed
-        off_by_one += not changed and abs((final_answer(wrong) or 0) - problem.answer) == 1
+        off_by_one += not changed and abs((last_number(wrong) or 0) - problem.answer) == 1
     assert off_by_one + other_operation == 200 and 20 < off_by_one < 80
 
 
-def test_rows_are_chat_messages_with_a_worked_example_and_mostly_right() -> None:
-    rows = generate(500, seed=5)
-    for row in rows:
-        assert set(row) == {"prompt", "completion", "label"}
-        assert [message["role"] for message in row["prompt"]] == ["system", "user", "assistant", "user"]
-        assert [message["role"] for message in row["completion"]] == ["assistant"]
-    assert len({question(row) for row in rows}) == 500
-    assert 0.6 < sum(row["label"] for row in rows) / len(rows) < 0.8
-
-
-def test_the_seed_decides_everything() -> None:
-    assert generate(50, seed=6) == generate(50, seed=6) != generate(50, seed=7)
-
-
-def test_writes_two_files_that_share_no_prompt_and_no_calculation(tmp_path: Path) -> None:
-    assert write(tmp_path / "data", 300, 60, seed=8) == tmp_path / "data"
-    train, valid = read(tmp_path / "data" / "train.jsonl"), read(tmp_path / "data" / "valid.jsonl")
-    assert len({question(row) for row in train}) == 300 and len(valid) == 120
-    assert not {question(row) for row in train} & {question(row) for row in valid}
-    assert not {calculation(row) for row in train} & {calculation(row) for row in valid}
-    for good, bad in zip(valid[::2], valid[1::2], strict=True):
-        assert good["prompt"] == bad["prompt"] and good["label"] is True and bad["label"] is False
-
-
-@pytest.mark.parametrize(
-    ("answer", "number"),
-    [
-        ("14 + 9 = 23", 23),
-        ("5 - 8 = -3", -3),
-        (" 7 * 2 = 14\n", 14),
-        ("", None),
-        ("23", None),
-        ("14 + 9 = 23 pens", None),
-        ("14 + 9 = 23.5", None),
-        ("14 + 9 = 23\n23 - 5 = 18", None),
-        ("It is 14 + 9 = 23", None),
-    ],
-)
-def test_final_answer_reads_one_form_only(answer: str, number: int | None) -> None:
-    assert final_answer(answer) == number
-
-
-def test_refuses_more_prompts_than_there_are(tmp_path: Path) -> None:
+def test_refuses_more_problems_than_there_are(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there are only about"):
-        write(tmp_path, 10, 4000, seed=9)
-    assert not list(tmp_path.iterdir())
+        write(tmp_path, warm_up=5, prompts=5, held_out=4000, seed=9)
     with pytest.raises(ValueError, match="at least 0"):
-        generate(-1, seed=9)
+        write(tmp_path, warm_up=-1, prompts=0, held_out=1, seed=9)
+    assert not list(tmp_path.iterdir())
 
 
 def test_last_number_reads_any_wording() -> None:

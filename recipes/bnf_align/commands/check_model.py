@@ -1,9 +1,10 @@
 """`bnf check-model`: the same checkpoint in two backends, compared token by token and module by module.
 
 Compared are the log-odds of every completion token, the BNF loss and the gradient of every LoRA module, in float32 and
-from the same adapter. Where they differ, the first module that parts is looked for: whose input still agrees and whose
-output does not. Then the config is changed, one known cause after the other, until one backend gives what the other
-does.
+from the same adapter. In bfloat16 and float16, where every operation rounds, each backend is compared with float32
+instead, and neither may be further from it than the other by more than a bit. Where they differ, the first module that
+parts is looked for: whose input still agrees and whose output does not. Then the config is changed, one known cause
+after the other, until one backend gives what the other does.
 """
 
 import json
@@ -12,7 +13,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -33,6 +34,7 @@ from bnf_core.types import Array, Batch, Example
 # Largest relative errors. Float32 in another order of summation gives log-odds 3e-7 on tiny models, 3e-6 on 30 layers;
 # the smallest mistake known, another GELU, 2e-5 to 6e-5. Gradients lose more digits: 1e-6, and 8e-4 on 30 layers.
 LOG_ODDS_TOLERANCE, LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4, 2e-3
+BIT = 2.0  # in a dtype that rounds: as many times the other backend's distance from float32
 QUIET = 1e-3  # gradients below this part of the largest are measured against that part: they are rounding
 INPUT, OUTPUT = 0, 1
 # A module parts where its output is off by this much, and by so many times what its input was.
@@ -44,6 +46,7 @@ RANK, ALPHA = 4, 0.04  # a small update: the policy stays near the reference, as
 SEED = 0
 HEADS = frozenset(("lm_head", "embed_out"))
 
+Observed = tuple[Array, Array, float, dict[str, Array]]  # as Inspector.observe gives them
 Trace = dict[str, tuple[Array, Array]]  # a module's input and output, by path, in the order in which they finished
 
 
@@ -55,6 +58,8 @@ class CheckModelConfig:
     """A folder with config.json and model*.safetensors, or a Hub id; may be given without its flag."""
     backends: list[str] = field(default_factory=lambda: registry.ranked()[:2])
     """The two to compare; by default the best two for this machine."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """float32 compares the backends with each other, the others how far rounding takes each from float32."""
     data: str | None = None
     """Compare on the first rows of this feedback instead of random tokens."""
     report: str | None = None
@@ -88,6 +93,7 @@ class Result:
     backends: list[str]
     tokens: int
     longest_row: int
+    dtype: str
     comparisons: list[Comparison]
     gradients: dict[str, float]  # relative error by module
     divergence: Divergence | None = None
@@ -98,7 +104,9 @@ class Result:
         return all(comparison.agrees for comparison in self.comparisons)
 
 
-def check_model(model: str, backends: list[str], data: str | None, report: str | None, console: Console) -> int:
+def check_model(
+    model: str, backends: list[str], dtype: str, data: str | None, report: str | None, console: Console
+) -> int:
     """Compare, print and write the report.
 
     Returns:
@@ -109,7 +117,7 @@ def check_model(model: str, backends: list[str], data: str | None, report: str |
     """
     written = None if report is None else result_file(report, "report")
     folder = resolve_model(model)
-    result = compare(folder, backends, rows(folder, data, console))
+    result = compare(folder, backends, rows(folder, data, console), dtype)
     console.print(table(result))
     for line in verdict(result):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -119,7 +127,7 @@ def check_model(model: str, backends: list[str], data: str | None, report: str |
     return 0 if result.agree else 1
 
 
-def compare(folder: Path, backends: list[str], batch: Batch) -> Result:
+def compare(folder: Path, backends: list[str], batch: Batch, dtype: str = "float32") -> Result:
     """Both backends on one batch.
 
     Raises:
@@ -132,28 +140,62 @@ def compare(folder: Path, backends: list[str], batch: Batch) -> Result:
     # One model in memory at a time.
     targets = shared_targets(*(inspect(folder).linear_layers() for inspect in inspectors))
     lora = LoraConfig(rank=RANK, alpha=ALPHA, targets=targets)
-    (ref, odds, loss, grads), (ref2, odds2, loss2, grads2) = (
-        inspect(folder).observe(batch, lora, SEED) for inspect in inspectors
-    )
-    gradients = gradient_errors(grads, grads2)
-    worst = max(gradients, key=lambda module: gradients[module])
+    first, second = (inspect(folder, dtype).observe(batch, lora, SEED) for inspect in inspectors)
+    if dtype == "float32":
+        comparisons = with_each_other(first, second)
+    else:
+        follows = max((0, 1), key=lambda i: registry.get(backends[i]).follows_config)
+        comparisons = with_float32(backends, first, second, inspectors[follows](folder).observe(batch, lora, SEED))
     result = Result(
         model=str(folder),
         backends=backends,
         tokens=len(batch.targets),
         longest_row=int(batch.lengths.max()),
-        comparisons=[
-            Comparison("log-odds, reference", relative_error(ref, ref2), LOG_ODDS_TOLERANCE, _token(ref, ref2)),
-            Comparison("log-odds, policy", relative_error(odds, odds2), LOG_ODDS_TOLERANCE, _token(odds, odds2)),
-            Comparison("BNF loss", abs(loss - loss2) / max(abs(loss), 1.0), LOSS_TOLERANCE),
-            Comparison(f"gradients of {len(gradients)} LoRA modules", gradients[worst], GRADIENT_TOLERANCE, worst),
-        ],
-        gradients=gradients,
+        dtype=dtype,
+        comparisons=comparisons,
+        gradients=gradient_errors(first[3], second[3]),
         notes=[note for name in backends for note in registry.get(name).notes(folder)],
     )
     if not result.agree:
         result.divergence = diagnose(folder, backends, batch.input_ids)
     return result
+
+
+def with_each_other(first: Observed, second: Observed) -> list[Comparison]:
+    """Of two backends in float32."""
+    (ref, odds, loss, grads), (ref2, odds2, loss2, grads2) = first, second
+    gradients = gradient_errors(grads, grads2)
+    worst = max(gradients, key=lambda module: gradients[module])
+    return [
+        Comparison("log-odds, reference", relative_error(ref, ref2), LOG_ODDS_TOLERANCE, _token(ref, ref2)),
+        Comparison("log-odds, policy", relative_error(odds, odds2), LOG_ODDS_TOLERANCE, _token(odds, odds2)),
+        Comparison("BNF loss", abs(loss - loss2) / max(abs(loss), 1.0), LOSS_TOLERANCE),
+        Comparison(f"gradients of {len(gradients)} LoRA modules", gradients[worst], GRADIENT_TOLERANCE, worst),
+    ]
+
+
+def with_float32(backends: list[str], first: Observed, second: Observed, exact: Observed) -> list[Comparison]:
+    """Of two backends in a dtype that rounds: how far each is from float32, as root mean squares, beside the other; of
+    gradients the mean over the modules, for in single ones it is chance which of two gets the luckier rounding. The
+    loss follows from the log-odds."""
+    comparisons = []
+    for name, other, ours, theirs in (
+        (backends[0], backends[1], first, second),
+        (backends[1], backends[0], second, first),
+    ):
+        for quantity, a, b, e in (
+            ("log-odds, reference", ours[0], theirs[0], exact[0]),
+            ("log-odds, policy", ours[1], theirs[1], exact[1]),
+        ):
+            error, allowed = distance(a, e), distance(b, e)
+            comparisons.append(
+                Comparison(f"{quantity}: {name} from float32", error, BIT * allowed, f"{other} {allowed:.1e}")
+            )
+        own, others = ([distance(x[3][path], g) for path, g in exact[3].items()] for x in (ours, theirs))
+        error, allowed = (float(np.mean(distances)) for distances in (own, others))
+        quantity = f"gradients of {len(own) // 2} LoRA modules: {name} from float32"
+        comparisons.append(Comparison(quantity, error, BIT * allowed, f"{other} {allowed:.1e}"))
+    return comparisons
 
 
 def rows(folder: Path, data: str | None, console: Console) -> Batch:
@@ -199,6 +241,12 @@ def relative_error(a: Array, b: Array) -> float:
     """Largest difference over the largest value; 0 where both are all zero, NaN where either is."""
     top = float(np.abs(a).max(initial=0.0))
     return float(np.abs(a - b).max(initial=0.0)) / top if top else float(np.abs(b).max(initial=0.0))
+
+
+def distance(a: Array, exact: Array) -> float:
+    """Root mean square of the difference over that of the exact values; 0 where both are all zero."""
+    top = float(np.sqrt(np.mean(np.square(exact, dtype=np.float64))))
+    return float(np.sqrt(np.mean(np.square(a - exact, dtype=np.float64)))) / top if top else float(np.abs(a).max())
 
 
 def gradient_errors(a: Mapping[str, Array], b: Mapping[str, Array]) -> dict[str, float]:
@@ -385,7 +433,9 @@ def _token(a: Array, b: Array) -> str:
 
 
 def table(result: Result) -> Table:
-    made = Table("quantity", "largest relative error", "allowed", "where", "", title=" and ".join(result.backends))
+    made = Table(
+        "quantity", "relative error", "allowed", "where", "", title=f"{' and '.join(result.backends)} in {result.dtype}"
+    )
     for c in result.comparisons:
         verdict = "[green]agrees[/green]" if c.agrees else "[red]differs[/red]"
         made.add_row(c.quantity, f"{c.error:.1e}", f"{c.allowed:.0e}", c.at, verdict)
@@ -396,13 +446,16 @@ def verdict(result: Result) -> list[str]:
     """Plain words, a line each."""
     pair = " and ".join(result.backends)
     seen = f"on {result.tokens} tokens in rows of up to {result.longest_row}"
+    if result.dtype != "float32":
+        seen += f": in {result.dtype} " + ("neither is" if result.agree else "one is")
+        seen += f" more than {BIT:g} times as far from float32 as the other"
     notes = [f"note: {note}" for note in result.notes]
     if result.agree:
         return [f"{pair} agree {seen}.", *notes]
     if result.divergence is None:
         worst = max(result.gradients, key=lambda module: result.gradients[module])
         return [
-            f"{pair} differ {seen}, though without an adapter no module parts.",
+            f"{pair} differ {seen}, though without an adapter no module parts in float32.",
             f"Look at the gradients: the worst are those of {worst}.",
             *notes,
         ]
@@ -423,4 +476,4 @@ def backends(config: CheckModelConfig) -> list[str]:
 
 
 def run(config: CheckModelConfig, console: Console) -> int:
-    return check_model(config.model, config.backends, config.data, config.report, console)
+    return check_model(config.model, config.backends, config.dtype, config.data, config.report, console)

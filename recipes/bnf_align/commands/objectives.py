@@ -25,6 +25,7 @@ def needs(objective: type[Objective]) -> str:
     """Rows, pairs or whole prompts, a reference, a baseline's forward pass: as `pairs, reference`."""
     one_kind = objective.normaliser in ("chosen", "rejected")
     rows = f"{objective.normaliser} rows" if one_kind else ROWS[objective.unit]
+    rows = "samples of the policy" if objective.on_policy else rows
     parts = [rows, "reference" if objective.needs_reference else "", PASSES.get(objective.baseline_from, "")]
     return ", ".join(filter(None, parts))
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from bnf_align.commands.push import push_run, require_hub
-from bnf_align.commands.train import RunResult, Training, run_training, tell_result
+from bnf_align.commands.train import Evaluator, RunResult, Training, run_training, tell_result
 from bnf_align.judges.gym import PREFIX, gym_prompts
 from bnf_align.judges.pool import Judges
 from bnf_align.judges.table import parse_terms
@@ -32,9 +33,11 @@ from bnf_core.storage.digests import json_digest
 from bnf_core.types import Array, Batch, TokenScores
 
 
-def online(config: OnlineConfig, console: Console) -> RunResult:
+def online(config: OnlineConfig, console: Console, evaluator: Evaluator | None = None) -> RunResult:
     """Train on the model's own samples, and leave them with all else in the run folder.
 
+    Args:
+        evaluator: measures more at each evaluation of the held-out prompts.
     Raises:
         As `train`, and TrainingStopped where the judge fails too often or nothing can be learned from the samples.
     """
@@ -52,7 +55,7 @@ def online(config: OnlineConfig, console: Console) -> RunResult:
                 held_out={},
             )
 
-        return run_training(config, console, load, OnlineTraining)
+        return run_training(config, console, load, partial(OnlineTraining, evaluator=evaluator))
 
 
 class OnlineTraining(Training):
@@ -60,8 +63,8 @@ class OnlineTraining(Training):
 
     config: OnlineConfig
 
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         assert isinstance(self.data.rows, OnPolicy)
         self.rows = self.data.rows
         self.rows.begin(
@@ -120,7 +123,7 @@ class OnlineTraining(Training):
         return {} if passed is None else {"pass@1": f"{passed:.2f}"}
 
     def _evaluate(self) -> Metrics:
-        return self.rows.evaluate()
+        return self.rows.evaluate() | (self.evaluator(self.engine) if self.evaluator else {})
 
     @property
     def _holds_out(self) -> bool:

@@ -24,6 +24,7 @@ from bnf_core.protocol import Engine
 from bnf_core.steps.batching import MicroBatching
 from bnf_core.steps.reference import ReferenceCache
 from bnf_core.steps.steps import my_share
+from bnf_core.storage.files import held
 from bnf_core.storage.reference_folder import ReferenceWriter, StoredReference, fingerprint, recorded_date
 from bnf_core.storage.reference_folder import open_reference as open_folder
 from bnf_core.types import Array, Example
@@ -37,12 +38,30 @@ def reference(config: ReferenceConfig, console: Console) -> StoredReference:
         TrainingStopped: interrupted, no more can be written, or the model gives no number. What was computed stays,
             and the same call goes on from there.
     """
-    backend, hardware, folder = registry.get(config.hardware.backend), config.hardware, Path(config.output).expanduser()
-    processes = backend.processes()
+    processes = registry.get(config.hardware.backend).processes()
+    folder = Path(config.output).expanduser()
     if processes.rank > 0:
         console = Console(quiet=True)
     model = resolve_model(config.model)
     tokenizer = load_tokenizer(model)
+    with held(folder, "`bnf reference`", processes):
+        _store(config, folder, model, tokenizer, console)
+    stored = StoredReference(folder)
+    tokens = sum(shard["tokens"] for shard in stored.shards)
+    console.print(
+        f"{escape(str(folder))}: {len(stored.keys):,} different rows, {tokens:,} completion tokens",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return stored
+
+
+def _store(
+    config: ReferenceConfig, folder: Path, model: Path, tokenizer: PreTrainedTokenizerBase, console: Console
+) -> None:
+    """Compute what a folder lacks that nobody else writes to."""
+    backend, hardware = registry.get(config.hardware.backend), config.hardware
+    processes = backend.processes()
     known = None if config.overwrite else recorded_date(folder)
     config = replace(config, data=with_date(config.data, tokenizer, known))
     splits = splits_of(config.data) if config.split == "all" else [config.split]
@@ -70,14 +89,6 @@ def reference(config: ReferenceConfig, console: Console) -> StoredReference:
         raise TrainingStopped(
             f"{reason}; {len(writer.keys):,} rows are stored. The same command resumes from there"
         ) from error
-    stored = StoredReference(folder)
-    tokens = sum(shard["tokens"] for shard in stored.shards)
-    console.print(
-        f"{escape(str(folder))}: {len(stored.keys):,} different rows, {tokens:,} completion tokens",
-        highlight=False,
-        soft_wrap=True,
-    )
-    return stored
 
 
 def open_reference(

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from bnf_align.commands.push import push_run, require_hub
 from bnf_align.commands.reference import open_reference
-from bnf_align.run.auto_batch import auto_micro_batch
+from bnf_align.run import row_counts
+from bnf_align.run.auto_batch import auto_micro_batch, out_of_memory
 from bnf_align.run.card import card
 from bnf_align.run.feedback import TrainingData, load_training_data, tell, with_date
 from bnf_align.run.interrupts import Interrupts
@@ -26,6 +27,7 @@ from bnf_align.run.progress import bar
 from bnf_align.run.run_folder import RunFolder, recorded_setting
 from bnf_align.run.samples import Samples
 from bnf_align.run.scoring import score_sets, table
+from bnf_align.run.token_log import TokenLog
 from bnf_align.run.tracking import check_trackers, open_trackers
 from bnf_core import registry
 from bnf_core.config import TrainConfig
@@ -136,7 +138,12 @@ def run_training(
         if config.auto_batch:
             config = replace(config, micro_batch_size=auto_micro_batch(config, checkpoint, data, engine))
             console.print(f"{config.micro_batch_size} rows at a time fit into the free memory", highlight=False)
-        return training(config, engine, data, facts, checkpoint, tokenizer, console).run()
+        job = training(config, engine, data, facts, checkpoint, tokenizer, console)
+        try:
+            return job.run()
+        except MemoryError as error:
+            reason = out_of_memory(config, checkpoint, data, engine, str(error))
+            raise TrainingStopped(f"{reason}. {job.folder.how_to_go_on}") from error
 
 
 class Training:
@@ -171,6 +178,8 @@ class Training:
         self.reference: Reference = NoReference()
         if self.objective.needs_reference:
             self.reference = ReferenceCache(engine.reference_log_odds if computes else None, stored)
+        # Streamed rows may be more than memory holds: their reference is kept for a step.
+        self.trained_on = self.reference if data.examples is not None else self.reference.passing()
         self.baseline = Baseline(self.objective, engine, self.reference, self.batching, self.pad)
         self.num_steps = data.num_steps(config)
         self.position: Position | None = None
@@ -194,6 +203,7 @@ class Training:
             if start == 0 and self.objective.needs_reference and self._loses_reference:
                 self._keep_reference()
             self.samples = self._samples(start)
+            self.token_log = self._token_log(start)
             self._watch(start)
             self.started = time.perf_counter()
             loop.train(self.engine, self._steps(start), self._after, self.config.optimizer.max_grad_norm)
@@ -229,7 +239,7 @@ class Training:
             num_steps=self.num_steps,
             optimizer=self.config.optimizer,
             batching=self.batching,
-            reference=self.reference,
+            reference=self.trained_on,
             processes=self.processes,
             baseline=self.baseline,
             pad_id=self.pad,
@@ -238,6 +248,8 @@ class Training:
         )
 
     def _after(self, step: Step, scores: list[TokenScores], norm: float) -> None:
+        if self.trained_on is not self.reference:
+            self.trained_on.forget()
         meter = Meter(self.objective)
         for (batch, ref_log_odds), measured in zip(step.batches, scores, strict=True):
             meter.add(batch, measured, ref_log_odds, step.baseline)
@@ -293,6 +305,9 @@ class Training:
                 self._stop(step)
             self.evaluations[step] = metrics
             self._log("eval", step, metrics)
+            if self.token_log:
+                with self.folder.writing():
+                    self.token_log.write(step, self.engine, self.reference)
         if self.samples and _due(step, self.config.sample_every):
             with self.folder.writing():
                 self.samples.write(step, self.engine)
@@ -325,6 +340,27 @@ class Training:
                 start=start,
             )
 
+    def _token_log(self, start: int) -> TokenLog | None:
+        """What a report shows of single tokens and of the rows."""
+        losses = registry.get(self.config.hardware.backend).losses("cpu")
+        if not self.data.held_out or "objective" in getattr(losses, "lacks", ()):
+            return None
+        with self.folder.writing():
+            if self.first:
+                known = {} if self.data.examples is None else {"training": self.data.examples}
+                row_counts.write(
+                    self.folder.path, known | {name or "held out": t for name, t in self.data.held_out.items()}
+                )
+            return TokenLog(
+                self.folder.path if self.first else None,
+                ExampleTable.joined(self.data.held_out.values()),
+                self.tokenizer,
+                self.objective,
+                losses,
+                self.pad,
+                start,
+            )
+
     def _evaluation_due(self, step: int) -> bool:
         if not self._holds_out or step in self.evaluations:
             return False
@@ -338,10 +374,10 @@ class Training:
     def _save(self, step: int) -> None:
         if step == self.saved_at:
             return
-        known = {}
+        known, growing = {}, {}
         if self.first:
-            known = put_under(REFERENCE, self.reference.state()) | put_under(BASELINE, self.baseline.state())
-        self.folder.save(step, self.engine, known, self.facts, self.position)
+            known, growing = put_under(BASELINE, self.baseline.state()), put_under(REFERENCE, self.reference.state())
+        self.folder.save(step, self.engine, known, growing, self.reference.generation, self.facts, self.position)
         self.saved_at = step
 
     def _stop(self, step: int) -> NoReturn:

@@ -77,7 +77,7 @@ def _remembered(body: dict[str, Any], url: str, cache: str | None, key: str) -> 
 
 
 def post(url: str, body: dict[str, Any], key: str = "OPENAI_API_KEY", timeout: float = 600.0) -> Any:
-    """What an endpoint answers to JSON; asked again, after a while, where it is busy.
+    """What an endpoint answers to JSON, in JSON or else as text; asked again, after a while, where it is busy.
 
     Raises:
         OSError: it cannot be reached, or refuses; the message says why.
@@ -89,7 +89,11 @@ def post(url: str, body: dict[str, Any], key: str = "OPENAI_API_KEY", timeout: f
     for attempt in range(RETRIES):
         try:
             with urllib.request.urlopen(request, timeout=timeout) as response:
-                return json.load(response)
+                text = response.read().decode(errors="replace")
+            try:
+                return json.loads(text)
+            except ValueError:
+                return text
         except urllib.error.HTTPError as error:
             if error.code not in BUSY or attempt == RETRIES - 1:
                 raise OSError(f"{url} answers {error.code}: {error.read(300).decode(errors='replace')}") from error

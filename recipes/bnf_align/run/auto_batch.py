@@ -99,5 +99,43 @@ def auto_micro_batch(config: TrainConfig, folder: Path, data: TrainingData, engi
     return size
 
 
+def out_of_memory(config: TrainConfig, folder: Path, data: TrainingData, engine: Engine, said: str) -> str:
+    """What to tell whose device's memory was full: what a step takes by the formulae, and the next thing to try.
+
+    Args:
+        said: by the framework.
+    """
+    tries = []
+    if config.micro_batch_size > 1:
+        tries.append(f"--micro-batch-size {config.micro_batch_size // 2}")
+    if not config.gradient_checkpointing:
+        tries.append("--gradient-checkpointing true")
+    if config.fine_tune_type == "full":
+        tries.append("--fine-tune-type lora, or FSDP2 on more GPUs")
+    tries.append(f"--data.max-length {max(2, config.data.max_length // 2)}")
+    return (
+        f"the memory of {config.hardware.device} is full ({' '.join(said.split())[:200]}). "
+        f"{_figures(config, folder, data, engine)}Try {tries[0]}, then {', then '.join(tries[1:])}"
+    )
+
+
+def _figures(config: TrainConfig, folder: Path, data: TrainingData, engine: Engine) -> str:
+    """Of `bnf plan`, where its formulae know this kind of model and data."""
+    try:
+        model = Architecture.of(folder)
+        measures = measures_of(config.hardware, model)
+        if data.examples is None:
+            return ""
+        batching = micro_batching_of(config, engine)
+        needed = peak(model, training_of(config, measures), measures, data, config.batch_size, batching)
+    except UserError:
+        return ""
+    parts = ", ".join(f"{name} {gib(value)}" for name, value in vars(needed).items() if value)
+    return (
+        f"By `bnf plan` a step of this run takes {gib(needed.total)} GiB with micro_batch_size "
+        f"{config.micro_batch_size} on one process: {parts}. "
+    )
+
+
 def gib(value: float) -> str:
     return f"{value / 2**30:.2f}"

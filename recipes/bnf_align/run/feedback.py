@@ -21,7 +21,7 @@ from bnf_core.data.token_cache import Making, TokenCache, cache_folder, made_of
 from bnf_core.data.tokenization import CHUNK, Fate, Tokenized
 from bnf_core.errors import UserError
 from bnf_core.objectives import Objective
-from bnf_core.steps.batching import Rows, require_units, require_weights, rows_alone
+from bnf_core.steps.batching import Rows, require_learnable, require_units, rows_alone
 from bnf_core.steps.mixing import Mixture
 from bnf_core.steps.steps import Data
 from bnf_core.storage.digests import json_digest, tokenizer_digest
@@ -112,7 +112,7 @@ def _stream(
 
     def report(tokens: Tokenized) -> None:
         if objective is not None:
-            require_weights(tokens.examples, objective)
+            require_learnable(tokens.examples, objective)
         tally.add(tokens)
         tally.neither = rows.reader.neither
 
@@ -260,7 +260,7 @@ def _of_units(
     table: ExampleTable, name: str, objective: Objective, config: DataConfig, console: Console
 ) -> ExampleTable:
     """Without the rows that the objective has nothing to compare with, where bad rows are to be skipped."""
-    require_weights(table, objective)
+    require_learnable(table, objective)
     unit = objective.unit
     alone = rows_alone(table, unit if config.skip_bad_rows else "row")
     if 0 < len(alone) < len(table):

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM during a long job."""
+"""SIGINT, SIGTERM and SIGHUP during a long job."""
 
 import signal
 from collections.abc import Iterator
@@ -6,17 +6,21 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Self
 
+NUMBERS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+
 
 class Interrupts:
-    """Notes SIGINT and SIGTERM until the work at hand is complete, or raises KeyboardInterrupt `at_once` where that
-    does no harm. A second one ends the job wherever it is."""
+    """Notes these signals until the work at hand is complete, or raises KeyboardInterrupt `at_once` where that does no
+    harm. A second one ends the job wherever it is. Signals that this process was told to ignore, as by nohup, stay
+    ignored."""
 
     def __init__(self) -> None:
         self.received = False
         self._at_once = False
 
     def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        heeded = [number for number in NUMBERS if signal.getsignal(number) != signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(self, *_: object) -> None:

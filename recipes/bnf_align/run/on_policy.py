@@ -35,11 +35,11 @@ from bnf_core.protocol import Engine
 from bnf_core.sampling import GREEDY
 from bnf_core.steps import steps
 from bnf_core.steps.baseline import mismatched
-from bnf_core.steps.batching import MicroBatching, epoch_order, require_weights, rows_alone
+from bnf_core.steps.batching import MicroBatching, epoch_order, require_learnable, rows_alone
 from bnf_core.steps.metrics import Metrics
 from bnf_core.steps.reference import Reference
 from bnf_core.storage.files import agreed, replace_file
-from bnf_core.types import Example, Position, Unit
+from bnf_core.types import Drawn, Example, Position, Unit
 
 BARREN = 20  # iterations in a row without a row to learn from end a run
 Row = dict[str, Any]
@@ -197,11 +197,21 @@ class OnPolicy:
             for line, row in enumerate(rows, 1)
         ]
         self.sampled_log_p = {e.key: math.fsum(row["log_probs"]) for e, row in zip(examples, rows, strict=True)}
-        require_weights(examples, self.objective)
+        examples = [replace(e, drawn=d) for e, d in zip(examples, self._drawn(examples, rows), strict=True)]
+        require_learnable(examples, self.objective)
         unit: Unit = self.objective.unit
         examples = _paired(examples) if unit == "pair" else examples
         alone = set(rows_alone(examples, unit))
         return [e for i, e in enumerate(examples) if i not in alone]
+
+    def _drawn(self, examples: Sequence[Example], rows: Sequence[Row]) -> list[Drawn]:
+        """What an objective may ask of samples: each beside those of its prompt."""
+        groups = np.asarray([e.group for e in examples])
+        scores = np.asarray([row["score"] for row in rows], np.float64)
+        advantages = np.zeros(len(rows))
+        for group in np.unique(groups):
+            advantages[groups == group] = self.objective.advantages(scores[groups == group])
+        return [Drawn(tuple(row["log_probs"]), float(a)) for row, a in zip(rows, advantages, strict=True)]
 
     # Completions
 

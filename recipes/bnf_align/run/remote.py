@@ -1,6 +1,6 @@
-"""Sampling on other machines, through the OpenAI completions protocol: vLLM or mlx_lm.server.
+"""Sampling on other machines, through the OpenAI completions protocol: vLLM, SGLang or mlx_lm.server.
 
-Both have more in it than OpenAI has, and need it here: the tokens that were drawn, not only their text, and the adapter
+They have more in it than OpenAI has, and need it here: the tokens that were drawn, not only their text, and the adapter
 as it now is, which they read from a folder that this run writes and their machine sees.
 """
 
@@ -22,7 +22,9 @@ from bnf_core.protocol import Engine
 from bnf_core.sampling import Completion
 from bnf_core.storage.files import agreed
 
-LAYOUTS: dict[ServerKind, Layout] = {"vllm": "peft", "mlx-lm": "mlx"}
+LAYOUTS: dict[ServerKind, Layout] = {"vllm": "peft", "sglang": "peft", "mlx-lm": "mlx"}
+# Where adapters are loaded, beside the protocol's own address; mlx_lm.server reads what a request names.
+ADAPTERS: dict[ServerKind, str] = {"vllm": "{url}/{what}", "sglang": "{root}/{what}"}
 KEPT = 2  # adapters in the folder; a server may still read the one before
 TAKES = "token_id:"  # how vLLM writes a token where text is expected
 
@@ -64,10 +66,10 @@ class RemoteSampler:
         engine.save(self._adapter)
         with agreed(engine.processes):
             if engine.processes.rank == 0:
-                if self.kind == "vllm":
-                    self._ask("load_lora_adapter", {"lora_name": self._adapter.name, "lora_path": str(self._adapter)})
+                if self.kind in ADAPTERS:
+                    self._serve("load_lora_adapter", lora_name=self._adapter.name, lora_path=str(self._adapter))
                     if before is not None:
-                        self._ask("unload_lora_adapter", {"lora_name": before.name})
+                        self._serve("unload_lora_adapter", lora_name=before.name)
                 for old in sorted(self.folder.glob("adapter-*"), key=os.path.getmtime)[:-KEPT]:
                     shutil.rmtree(old, ignore_errors=True)
 
@@ -91,6 +93,14 @@ class RemoteSampler:
                 "return_tokens_as_token_ids": True,
                 "add_special_tokens": False,
             },
+            "sglang": lambda: {
+                "model": self.model.name,
+                "lora_path": self._adapter.name if self._adapter else None,
+                "prompt": list(row.prompt_ids),
+                "logprobs": 0,
+                "return_token_ids": True,
+                "top_k": row.sampling.top_k or -1,
+            },
             "mlx-lm": lambda: {
                 "model": str(self.model),
                 "adapters": str(self._adapter),
@@ -110,7 +120,7 @@ class RemoteSampler:
             "seed": row.key % 2**31,
             **of_kind[self.kind](),
         }
-        answer = self._ask("completions", body)
+        answer = self._ask(f"{self.url}/completions", body)
         asked = answer["usage"]["prompt_tokens"]
         if asked != len(row.prompt_ids):
             raise TrainingStopped(
@@ -121,21 +131,27 @@ class RemoteSampler:
         ids, log_probs = _tokens(choice, self.url)
         return ids, log_probs, choice["finish_reason"] == "length"
 
-    def _ask(self, what: str, body: dict[str, Any]) -> Any:
+    def _serve(self, what: str, **body: str) -> None:
+        """Have the server load or unload an adapter."""
+        self._ask(ADAPTERS[self.kind].format(url=self.url, root=self.url.removesuffix("/v1"), what=what), body)
+
+    def _ask(self, url: str, body: dict[str, Any]) -> Any:
         try:
-            return post(f"{self.url}/{what}", body)
+            return post(url, body)
         except OSError as error:
             raise TrainingStopped(f"the sampler cannot go on: {error}") from error
 
 
 def _tokens(choice: dict[str, Any], url: str) -> tuple[list[int], list[float]]:
-    """The tokens of a completion and their log-probabilities, in either server's form."""
+    """The tokens of a completion and their log-probabilities, in the server's form."""
     found = choice.get("logprobs") or {}
+    if choice.get("token_ids"):
+        return choice["token_ids"], found["token_logprobs"]
     if found.get("content"):
         return [token["id"] for token in found["content"]], [token["logprob"] for token in found["content"]]
     tokens = found.get("tokens") or []
     if not tokens or not all(token.startswith(TAKES) for token in tokens):
-        raise TrainingStopped(f"{url} does not say which tokens it drew: expected vLLM or mlx_lm.server")
+        raise TrainingStopped(f"{url} does not say which tokens it drew: expected vLLM, SGLang or mlx_lm.server")
     return [int(token.removeprefix(TAKES)) for token in tokens], found["token_logprobs"]
 
 

@@ -4,12 +4,11 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import BaseFileLock, Timeout
 from safetensors import SafetensorError
 
 from bnf_core.config import TrainConfig
@@ -20,7 +19,8 @@ from bnf_core.processes import ALONE, Processes
 from bnf_core.protocol import Engine
 from bnf_core.steps.metrics import Metrics, with_present_names
 from bnf_core.storage.checkpoints import Checkpoints, Facts
-from bnf_core.storage.files import lock, replace_file
+from bnf_core.storage.files import held, replace_file
+from bnf_core.storage.shards import joined
 from bnf_core.types import Array, Position
 
 
@@ -47,33 +47,19 @@ class RunFolder:
     def how_to_resume(self) -> str:
         return f"bnf {self._config.command} --config {self.path / 'config.yaml'} --resume"
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other runs out of the folder, which is made where it is not there. The system lets go of it when this
-        run ends in whatever way. A file system without locks keeps nobody out.
+    @property
+    def how_to_go_on(self) -> str:
+        """After a failure: from the newest checkpoint, if there is one."""
+        steps = self.checkpoints.steps()
+        return f"Resume from step {steps[-1]}: {self.how_to_resume}" if steps else "There is no checkpoint: start anew"
+
+    def held(self) -> AbstractContextManager[None]:
+        """Within it other runs are kept out of the folder, which is made where it is not there.
 
         Raises:
             UserError: another run has the folder, or it cannot be made.
         """
-        held: BaseFileLock | None = None
-        taken = False
-        if self._first:
-            if self.path.exists() and not self.path.is_dir():
-                raise UserError(f"output {self.path} is a file: expected a folder")
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                held = lock(self.path / ".lock", wait=False)
-            except Timeout:
-                taken = True
-            except OSError as error:
-                raise UserError(f"output {self.path}: {error.strerror}") from error
-        try:
-            if self.processes.any(taken):
-                raise UserError(f"another run is writing to {self.path}: choose another --output, or wait for its end")
-            yield
-        finally:
-            if held is not None:
-                held.release()
+        return held(self.path, "run", self.processes)
 
     def start(self) -> None:
         """Begin a run, without what an earlier one left.
@@ -84,8 +70,8 @@ class RunFolder:
         self.processes.barrier()  # nobody writes before everybody has read what is there
         if not self._first:
             return
-        held = self._metrics.exists() or bool(self.checkpoints.steps())
-        if held:
+        occupied = self._metrics.exists() or bool(self.checkpoints.steps())
+        if occupied:
             if self._config.resume and self.trained.exists():
                 raise UserError(
                     f"{self.path} holds a run, but no checkpoint to resume: pass --overwrite to start it anew"
@@ -96,11 +82,18 @@ class RunFolder:
                     "to resume it"
                 )
         try:
-            if held:  # the metrics go last: as long as they are there, the folder counts as holding a run
+            if occupied:  # the metrics go last: as long as they are there, the folder counts as holding a run
                 shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
                 for name in ("adapter", "model", "tensorboard", "samples", "sampler", "export"):
                     shutil.rmtree(self.path / name, ignore_errors=True)
-                for name in ("samples.jsonl", "samples.md", "trackers.json", "metrics.jsonl"):
+                for name in (
+                    "samples.jsonl",
+                    "samples.md",
+                    "tokens.jsonl",
+                    "rows.json",
+                    "trackers.json",
+                    "metrics.jsonl",
+                ):
                     (self.path / name).unlink(missing_ok=True)
             self._write_config()
         except OSError as error:
@@ -140,12 +133,21 @@ class RunFolder:
             os.fsync(file.fileno())
 
     def save(
-        self, step: int, engine: Engine, more: Mapping[str, Array], facts: Facts, position: Position | None
+        self,
+        step: int,
+        engine: Engine,
+        more: Mapping[str, Array],
+        growing: Mapping[str, Array],
+        generation: int,
+        facts: Facts,
+        position: Position | None,
     ) -> None:
-        """A checkpoint of the engine and `more` arrays, then what is trained."""
-        arrays = engine.state() | dict(more)
+        """A checkpoint of the engine, `more` arrays and what is `growing`, then what is trained."""
+        arrays = joined(engine.state(), more)
         with self.writing():
-            self.checkpoints.save(step, arrays, facts, position, processes=self.processes)
+            self.checkpoints.save(
+                step, arrays, facts, position, growing=growing, generation=generation, processes=self.processes
+            )
             self.save_trained(engine)
 
     def save_trained(self, engine: Engine) -> None:
@@ -169,9 +171,8 @@ class RunFolder:
         try:
             yield
         except (OSError, SafetensorError, RuntimeError) as error:  # each library that writes has its own
-            steps = self.checkpoints.steps()
-            hint = f"when there is room, resume from step {steps[-1]}: {self.how_to_resume}" if steps else "start anew"
-            raise TrainingStopped(f"{self.path} could not be written: {error}; {hint}") from error
+            hint = f"When there is room, {self.how_to_go_on[0].lower()}{self.how_to_go_on[1:]}"
+            raise TrainingStopped(f"{self.path} could not be written: {error}. {hint}") from error
 
 
 def recorded_setting(folder: Path, name: str) -> Any:

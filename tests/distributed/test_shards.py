@@ -1,0 +1,161 @@
+"""A model that lies in shards among four processes from the start, once or in two replicas of two shards: the same as
+one process has, in a quarter of the memory."""
+
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+import torch
+from test_torch_distributed import require_same_steps, steps, trained
+
+import forked
+import shards_worker
+import tiny
+import torch_worker
+from bnf_core.storage.tensors import TensorWriter
+from invariance import free_ports
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+COUNT = 4
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {"type": "lora"},
+    "full": {"type": "full", "packing": True, "gradient_checkpointing": True},
+}
+
+
+def together(target: Callable[..., None], *args: Any, folder: Path) -> None:
+    """On all processes, which must end well."""
+    port = str(free_ports(1)[0])
+    shared = {"WORLD_SIZE": str(COUNT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+    shared |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    folder.mkdir(parents=True, exist_ok=True)
+    outputs = [folder / f"output-{rank}" for rank in range(COUNT)]
+    started = [
+        forked.start(target, *args, folder, environment=shared | {"RANK": str(i), "LOCAL_RANK": str(i)}, output=output)
+        for i, output in enumerate(outputs)
+    ]
+    codes = [forked.ended(process, 900) for process in started]
+    assert codes == [0] * COUNT, "\n".join(output.read_text()[-3000:] for output in outputs)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, str]:
+    """Tied and not, of matrices that lie the other way round, of experts that transformers joins in loading, and
+    packed by MLX."""
+    from transformers import GPT2Config, GPT2LMHeadModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+    folder = tmp_path_factory.mktemp("models")
+    made = {"llama": tiny_model, "untied": tiny.make_model(folder / "untied", tie_word_embeddings=False)}
+    torch.manual_seed(0)
+    gpt2 = GPT2Config(vocab_size=304, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+    sizes = {"vocab_size": 304, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    for count in (6, 8):
+        config = Qwen2MoeConfig(
+            **sizes, num_experts=count, moe_intermediate_size=16, shared_expert_intermediate_size=16
+        )
+        made[f"{count} experts"] = folder / str(count)
+        Qwen2MoeForCausalLM(config).save_pretrained(folder / str(count))
+    made["gpt2"] = folder / "gpt2"
+    GPT2LMHeadModel(gpt2).save_pretrained(folder / "gpt2")
+    if find_spec("mlx_lm"):
+        from test_quantization import quantised
+
+        wide = tiny.make_model(folder / "wide", hidden_size=64, intermediate_size=128)
+        made["packed"] = quantised(wide, folder / "packed", q_bits=4)
+    return {name: str(path) for name, path in made.items()}
+
+
+def test_a_model_in_shards_is_the_model(models: dict[str, str], tmp_path: Path) -> None:
+    cases: list[shards_worker.Case] = [
+        (models["llama"], "full", "float32", 1),
+        (models["untied"], "lora", "bfloat16", 1),
+        (models["gpt2"], "dora", "float32", 1),
+        (models["8 experts"], "full", "bfloat16", 1),
+        (models["llama"], "dora", "float32", 2),
+    ]
+    if "packed" in models:
+        cases.append((models["packed"], "lora", "float32", 1))
+    together(shards_worker.loading, cases, folder=tmp_path)
+
+
+def test_what_one_process_cannot_load_none_waits_for(models: dict[str, str], tmp_path: Path) -> None:
+    together(shards_worker.refusals, models["6 experts"], models["llama"], folder=tmp_path)
+    for rank in range(COUNT):
+        experts, unseen = json.loads((tmp_path / f"said-{rank}.json").read_text())
+        assert "6 experts" in experts and "in 4 shards leave a process without any" in experts
+        assert "llama-elsewhere" in unseen or "model-elsewhere" in unseen, unseen
+
+
+def test_replicas_of_shards_take_the_steps_of_one_process(tiny_model: Path, tmp_path: Path) -> None:
+    """Two replicas of two shards. Rejects gradients that are not summed over replicas, or summed twice; a checkpoint
+    with rows of both replicas, or of neither."""
+    for name, case in CASES.items():
+        torch_worker.train(tiny_model, case, tmp_path / "alone" / name)
+    half = torch_worker.STEPS // 2
+    torch_worker.train(tiny_model, CASES["full"] | {"steps": half}, tmp_path / "first half")
+    cases = CASES | {"resumed": CASES["full"] | {"resume": str(tmp_path / "first half" / "checkpoints")}}
+    together(shards_worker.training, tiny_model, cases, folder=tmp_path / "four")
+    for name in CASES:
+        require_same_steps(steps(tmp_path / "alone" / name), steps(tmp_path / "four" / name), 2e-5)
+        one, four = trained(tmp_path / "alone" / name), trained(tmp_path / "four" / name)
+        assert one.keys() == four.keys()
+        difference = np.concatenate([(four[key] - one[key]).ravel() for key in one])
+        assert np.abs(difference).max() < torch_worker.OPTIMIZER.learning_rate * 0.1
+        assert abs(difference.mean()) < 1e-6 and np.abs(difference).mean() < 2e-6
+    whole = steps(tmp_path / "alone" / "full")
+    require_same_steps(whole[half:], steps(tmp_path / "four" / "resumed"), 2e-5)
+    again = CASES["lora"] | {"resume": str(tmp_path / "four" / "lora" / "checkpoints")}
+    torch_worker.train(tiny_model, again | {"steps": torch_worker.STEPS + 1}, tmp_path / "again")
+    assert len(steps(tmp_path / "again")) == 1
+
+
+LAYERS, HIDDEN, INNER, VOCABULARY = 20, 1024, 4096, 1000
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of 1.3 GB in float32; one layer's random weights in all of its layers."""
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("large")
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
+        num_attention_heads=8, num_key_value_heads=8, tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(folder)
+    draw = np.random.default_rng(0)
+    square = (HIDDEN, HIDDEN)
+    layer = {f"self_attn.{name}_proj.weight": square for name in "qkvo"}
+    layer |= {"mlp.gate_proj.weight": (INNER, HIDDEN), "mlp.up_proj.weight": (INNER, HIDDEN)}
+    layer |= {"mlp.down_proj.weight": (HIDDEN, INNER)}
+    norms = {"input_layernorm.weight": (HIDDEN,), "post_attention_layernorm.weight": (HIDDEN,)}
+    one = {name: draw.standard_normal(shape, np.float32) / 32 for name, shape in (layer | norms).items()}
+    arrays = {f"model.layers.{i}.{name}": array for i in range(LAYERS) for name, array in one.items()}
+    arrays["model.norm.weight"] = np.ones(HIDDEN, np.float32)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        arrays[name] = draw.standard_normal((VOCABULARY, HIDDEN), np.float32)
+    with TensorWriter(folder / "model.safetensors", arrays, {"format": "pt"}) as file:
+        for name, array in arrays.items():
+            file.add(name, array)
+    return folder
+
+
+@pytest.mark.slow
+def test_no_process_holds_more_than_its_share(large: Path, tmp_path: Path) -> None:
+    """In loading, saving and resuming. Rejects a process that reads the whole checkpoint, keeps what it has read mapped
+    into memory, or copies all it saves first; and a first process that gathers the model before it writes it."""
+    size = (large / "model.safetensors").stat().st_size
+    together(shards_worker.memory, large, folder=tmp_path)
+    for rank in range(COUNT):
+        peaks = json.loads((tmp_path / f"peaks-{rank}.json").read_text())
+        assert peaks["resumed"] <= 1.3 * size / COUNT + 2**30, peaks
+    assert 1.3 * size / COUNT + 2**30 < size + min(peaks["before"], 2**29), "the model is large enough to tell"

@@ -1,0 +1,273 @@
+"""Experiments: what is asked, which rows there are, what the numbers of results mean."""
+
+import random
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bnf_align.experiments import EXPERIMENTS, experiment, tasks
+from bnf_align.experiments.cells import VERSION
+from bnf_align.experiments.outcome import Outcome, collapsed, line_of, read
+from bnf_align.experiments.rows import Mix, balanced, feedback
+from bnf_align.experiments.runner import Plan, choose_rates
+from bnf_align.experiments.scales import SCALES
+from bnf_align.experiments.statistics import gini, interval
+from bnf_align.word_problems import solve
+from bnf_core.errors import UserError
+from bnf_core.objectives import parse
+from bnf_core.storage.digests import json_digest
+from bnf_core.types import Example
+
+DIDACTIC = SCALES["didactic"]
+
+# Tasks
+
+
+def test_no_calculation_is_in_two_parts() -> None:
+    found = {
+        part: {solve(p) for p in tasks.problems(150, random.Random(0), part)} for part in ("train", "valid", "test")
+    }
+    assert (
+        not found["train"] & found["valid"]
+        and not found["train"] & found["test"]
+        and not found["valid"] & found["test"]
+    )
+
+
+def test_right_answers_are_right_and_wrong_ones_wrong() -> None:
+    rng = random.Random(1)
+    for problem in tasks.problems(100, rng, "train"):
+        assert tasks.is_right(problem, tasks.right(problem))
+        assert tasks.right(problem) != tasks.wrong(problem, rng)
+
+
+def test_the_pretraining_text_misreads_four_of_eight_kinds() -> None:
+    rng = random.Random(2)
+    asked = tasks.problems(2000, rng, "train")
+    right = {
+        words: [tasks.is_right(p, tasks.as_pretrained(p, rng)) for p in asked if words in p.question]
+        for words in (*tasks.MISREAD, "buys")
+    }
+    assert all(np.mean(right[words]) < 0.4 for words in tasks.MISREAD)
+    assert np.mean(right["buys"]) > 0.8
+
+
+def test_answers_that_are_misplaced_look_alike_and_are_wrong() -> None:
+    rng = random.Random(4)
+    for name in ("sort", "reverse", "largest"):
+        for task in tasks.others(name, 50, rng, held_out=True):
+            wrong = tasks.misplaced(task, rng)
+            assert not task.is_right(wrong) and len(wrong) == len(task.answer)
+    asked = tasks.questions("sort", 30, random.Random(5))
+    assert all(one.is_right(" ".join(sorted(one.question.split()[1:]))) for one in asked)
+
+
+def test_the_policys_own_answers_have_a_learning_rate_of_their_own() -> None:
+    plan = Plan("on_policy", experiment("on_policy"), "didactic", 1, 1, [1e-3, 1e-2], 4, 8)
+    offline = [c for c in plan.sweep() if c.answers == "start"]
+    assert [(c.objective, c.learning_rate) for c in offline] == [("bnf", 1e-3), ("bnf", 1e-2)]
+    assert {c.answers for c in plan.sweep()} == {"start", "policy"} and plan.start().answers == "policy"
+
+
+@pytest.mark.parametrize("name", tasks.OTHERS)
+def test_held_out_tasks_are_not_pretrained(name: str) -> None:
+    known, asked = (tasks.others(name, 20, random.Random(3), held_out=held_out) for held_out in (False, True))
+    assert not {t.question for t in known} & {t.question for t in asked}
+
+
+def test_answers_of_the_other_tasks() -> None:
+    for name, answer in (("sort", sorted), ("reverse", lambda d: d[::-1])):
+        for task in tasks.others(name, 20, random.Random(4), held_out=True):
+            assert task.answer.split() == list(answer(task.question.split()[1:]))
+    for task in tasks.others("largest", 20, random.Random(4), held_out=True):
+        assert task.answer == max(task.question.split()[-4:])
+    for task in tasks.others("calculate", 10, random.Random(4), held_out=True):
+        assert eval(task.question) == int(task.answer)
+
+
+# Rows
+
+
+def counted(mix: Mix, count: int = 200) -> tuple[int, int, int]:
+    """Rows in pairs, chosen and rejected rows by themselves."""
+    rows = feedback(DIDACTIC, count, random.Random(0), mix)
+    pairs = [row for row in rows if "chosen" in row]
+    singles = [row["label"] for row in rows if "label" in row]
+    return 2 * len(pairs), sum(singles), len(singles) - sum(singles)
+
+
+@pytest.mark.parametrize(
+    ("mix", "expected"),
+    [
+        (Mix(), (200, 0, 0)),
+        (Mix(paired=0.25), (50, 75, 75)),
+        (Mix(paired=0.0, chosen=0.05), (0, 10, 190)),
+    ],
+)
+def test_every_mix_has_its_exact_shares(mix: Mix, expected: tuple[int, int, int]) -> None:
+    assert counted(mix) == expected
+
+
+def right_share(mix: Mix) -> float:
+    rows = feedback(DIDACTIC, 400, random.Random(5), mix)
+    by_prompt = {p.question: p for p in tasks.problems(400, random.Random(5), "train")}
+    said = [(row["prompt"][0]["content"], row["chosen"][0]["content"]) for row in rows]
+    return float(np.mean([tasks.is_right(by_prompt[q], a) if q in by_prompt else np.nan for q, a in said]))
+
+
+def test_flipped_and_contradicted_rows() -> None:
+    assert right_share(Mix()) == 1.0
+    assert right_share(Mix(flipped=0.4)) == pytest.approx(0.6)
+    rows = feedback(DIDACTIC, 400, random.Random(5), Mix(contradicted=0.4))
+    both = {str((row["prompt"], row["chosen"], row["rejected"])) for row in rows}
+    again = {str((row["prompt"], row["rejected"], row["chosen"])) for row in rows}
+    assert len(both & again) == 80  # 40% of 200 pairs: 40 of them both ways round
+
+
+def test_balanced_rows_weigh_alike() -> None:
+    rows = balanced([Example((1,), (2,), i < 5) for i in range(100)])
+    weights = [sum(row.weight for row in rows if row.label is label) for label in (True, False)]
+    assert weights == pytest.approx([50.0, 50.0])
+
+
+# Statistics
+
+
+def test_gini() -> None:
+    assert gini([1.0, 1.0, 1.0]) == pytest.approx(0.0)
+    assert gini([0.0, 0.0, 0.0, 1.0]) == pytest.approx(0.75)
+    assert gini([1.0, 2.0, 3.0]) == pytest.approx(2 / 9)
+    assert gini([]) == gini([0.0]) == 0.0
+
+
+def test_an_interval_holds_the_mean_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    held = 0
+    for trial in range(60):
+        values = rng.normal(size=(20, 1)) + rng.normal(size=(1, 40)) + rng.normal(size=(20, 40))
+        found = interval(values, seed=trial)
+        held += found.low <= 0 <= found.high
+    assert 51 <= held <= 60  # 95% of 60, less what few seeds cost a bootstrap
+
+
+def test_an_interval_of_differences_is_narrower_than_of_what_they_have_alike() -> None:
+    rng = np.random.default_rng(1)
+    hard = rng.random(200)
+    a, b = ((rng.random((10, 200)) < hard + extra).astype(float) for extra in (0.0, 0.02))
+    paired, alone = interval(b - a), interval(a)
+    assert paired.high - paired.low < alone.high - alone.low
+
+
+# Results
+
+
+def cell(method: str = "BNF", seed: int = 0, rate: float = 1e-3, right: int = 5, **changed: Any) -> dict[str, Any]:
+    point = {"step": 0, "log_p_chosen": -1.0, "log_p_rejected": -2.0, "perplexity": 3.0}
+    kinds: dict[str, Any] = {"chosen": [0.5, 1.0], "rejected": [-0.5, -1.0]}
+    found = {
+        "cell": {"setting": "pairs", "method": method, "objective": method, "learning_rate": rate, "seed": seed},
+        "diverged": None,
+        "correct": [1] * right + [0] * (10 - right),
+        "others": {"sort": [1, 1, 0, 0]},
+        "text": [1.0, 1.2],
+        "moved_chosen": [0.1, 0.2],
+        "moved_rejected": [-0.1, -0.3],
+        "grad_norms": [0.5, 0.7],
+        "gini": 0.4,
+        "path": [point],
+        "shift_at": kinds,
+        "gradient_at": {"start": kinds, "end": kinds},
+    }
+    return found | changed
+
+
+def test_a_line_of_results() -> None:
+    own, beside = [cell(seed=s, right=8) for s in range(3)], [cell(seed=s, right=5) for s in range(3)]
+    line = line_of(own, beside, cell(right=4))
+    assert line.numbers["accuracy"].mean == pytest.approx(0.8)
+    assert line.numbers["beside"].mean == pytest.approx(0.3)
+    assert line.numbers["gain"].mean == pytest.approx(0.4)
+    assert line.numbers["surprise"].mean == pytest.approx(1.0)
+    assert line.numbers["largest_grad_norm"].mean == pytest.approx(0.7)
+    assert (line.seeds, line.collapsed) == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, False),
+        ({"diverged": 7}, True),
+        ({"text": [1.0 + np.log(2.1), 1.2 + np.log(2.1)]}, True),
+        ({"text": [1.0 + np.log(1.9), 1.2 + np.log(1.9)]}, False),
+        ({"right": 2}, True),
+        ({"right": 3}, False),
+    ],
+)
+def test_what_a_collapse_is(changed: dict[str, Any], expected: bool) -> None:
+    assert collapsed(cell(**changed), cell(right=5)) is expected
+
+
+def test_the_sweep_takes_the_best_rate_that_does_not_collapse() -> None:
+    start = cell(right=5)
+    results = [cell("bnf", rate=r, right=n) for r, n in ((1e-4, 6), (1e-3, 8), (3e-3, 8))]
+    results.append(cell("bnf", rate=1e-2, right=10, diverged=3))
+    sweep, rates = choose_rates(results, start)
+    assert rates == {"bnf": 1e-3}
+    assert [line["learning_rate"] for line in sweep if line["taken"]] == [1e-3]
+    assert [line["collapsed"] for line in sweep] == [0, 0, 0, 1]
+
+
+def test_results_are_read_back(tmp_path: Path) -> None:
+    outcome = Outcome("stability", "claim", {}, {"accuracy": 0.5}, [], [line_of([cell()], [cell()], cell())])
+    path = tmp_path / "results.json"
+    path.write_text(outcome.to_json())
+    assert read(path) == outcome
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not the results"), ("[]", "not the results"), ('{"format": 99}', "version 99, expected 1")],
+)
+def test_other_results_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read(path)
+    with pytest.raises(UserError, match="No such file"):
+        read(tmp_path / "none.json")
+
+
+# Experiments
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_is_whole(name: str) -> None:
+    found = experiment(name)
+    plan = Plan(name, found, "didactic", 2, 1, [1e-3], 4, 8)
+    rates = {method.rate_of: 1e-3 for method in found.methods.values()}
+    cells = plan.cells(rates)
+    assert {c.method for c in plan.sweep()} == rates.keys()
+    assert found.claim.endswith(".") and found.pictures
+    assert {c.part for c in cells} == {"test"} and {c.part for c in plan.sweep()} == {"valid"}
+    assert not {c.seed for c in cells} & {c.seed for c in plan.sweep()}
+    assert len({c.digest for c in cells}) == len(cells) or name in ("balance",)
+    for c in cells:
+        parse(c.objective)
+
+
+def test_experiments_share_what_they_have_in_common() -> None:
+    rates = {method.objective: 1e-3 for method in experiment("stability").methods.values()}
+    digests = [
+        {c.digest for c in Plan(name, experiment(name), "didactic", 2, 1, [1e-3], 4, 8).cells(rates)}
+        for name in ("stability", "shifts", "tax")
+    ]
+    assert digests[0] == digests[1] == digests[2]
+    a = Plan("stability", experiment("stability"), "didactic", 1, 1, [1e-3], 4, 8).cells(rates)[0]
+    assert replace(a, setting="other", method="other").digest == a.digest
+    assert replace(a, seed=1).digest != a.digest
+    before = {k: v for k, v in asdict(a).items() if k not in ("method", "setting", "answers", "task")}
+    assert a.digest == json_digest(before | {"version": VERSION})[-16:]  # results that are there stay good
+    assert len({a.digest, replace(a, answers="policy").digest, replace(a, task="sort").digest}) == 3
