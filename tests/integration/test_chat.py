@@ -26,7 +26,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, feedback: P
             folder = tmp_path_factory.mktemp("chat") / "run"
             words: list[object] = ["train", "--model", tiny_model, "--data", feedback, "--output", folder]
             words += ["--backend", backend, "--device", "cpu", "--dtype", "float32", "--fine-tune-type", kind]
-            words += ["--max-steps", 2, "--lr", 0.01, "--warmup-steps", 0]
+            words += ["--max-steps", 2, "--lr", 0.1 if kind == "lora" else 0.01, "--warmup-steps", 0]
             assert cli.run([str(word) for word in words]) == 0
             made[backend, kind] = folder
         return made[backend, kind]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 INSTEAD = (
-    "export gguf, and write the Modelfile's TEMPLATE yourself (Ollama's docs/template.md), or train with "
+    "export gguf, and write the Modelfile's TEMPLATE yourself, as Ollama's documentation says, or train with "
     "--data.chat-template and one that it can say"
 )
 
