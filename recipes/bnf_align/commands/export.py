@@ -285,11 +285,15 @@ class _Export:
         return self._compared(backend, self.source, folder, stored="float32")
 
     def check_gguf(self, folder: Path) -> str:
+        return self._said_of_gguf
+
+    @cached_property
+    def _said_of_gguf(self) -> str:
         """Read by transformers, with its own tokenizer, and where it is installed by llama.cpp."""
         if absent := [name for name in ("torch", "gguf") if find_spec(name) is None]:
             return f"not opened again: that needs {' and '.join(absent)} (pip install 'bnf-align[torch,gguf]')"
         read, said = self._temporary() / "read", io.StringIO()
-        import_gguf(str(folder / self._gguf_name), read, console=Console(file=said, width=10_000))
+        import_gguf(str(self._gguf / self._gguf_name), read, console=Console(file=said, width=10_000))
         tokenizer = load_tokenizer(read)
         for text in SAMPLES:
             theirs, ours = tokenizer(text).input_ids, self.tokenizer(text).input_ids
