@@ -55,8 +55,7 @@ from bnf_core.types import Array, Example
 RECORD = "bnf_export.json"  # of which run a folder is, and how it compares with it
 PROMPT, TOKENS = "What is the capital of France?", 32
 SAMPLES = ("Hello, world!", "  two spaces\n\n12 + 345 = 357\t\tétude 日本 🙂", "def f(x):\n    return x**2\n")
-# Mean difference in the log-odds of the run's own tokens, in nats, by what weights are stored as. One row of weights in
-# another's place is off by several.
+# Mean difference in the log-odds of the run's own tokens, in nats, by what weights are stored as.
 BOUNDS = {"float32": 1e-3, "f32": 1e-3, "float16": 0.1, "f16": 0.1, "bfloat16": 0.5, "bf16": 0.5, "q8_0": 0.5}
 
 
