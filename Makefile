@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help install demo test test-unit test-slow test-oldest coverage lint docs docs-serve docs-check release-check
-.PHONY: bench gpu mac openblas clean
+.PHONY: bench evidence gpu mac openblas clean
 help:
 	@echo "make demo [BACKEND=torch|mlx]  align a small model on its own answers (some minutes)"
 	@echo "make test                      linters and type checker, then unit, integration and distributed tests"
@@ -19,6 +19,7 @@ help:
 	@echo "make docs-check                every page of it in a headless Chromium, at two widths, light and dark"
 	@echo "make release-check             what a release does, short of publishing"
 	@echo "make bench                     what there is to measure, and how"
+	@echo "make evidence                  every experiment of the paper's claims (CPU hours), and its pages"
 	@echo "make gpu, make mac             first contact with a GPU or a Mac: everything measured, a folder to send back"
 	@echo "make clean                     remove .venv and caches; runs and models stay"
 
@@ -118,6 +119,13 @@ docs-check: docs
 
 release-check: $(INSTALLED)
 	PYTHON=$(BIN)/python bash .ci/release_check.sh
+
+# CPU hours on two cores; what is done is kept, so it may be stopped at any time.
+evidence: $(INSTALLED)
+	for name in $$($(BIN)/python -c 'from bnf_align.experiments import EXPERIMENTS; print(*EXPERIMENTS)'); do \
+	  $(BIN)/bnf experiment $$name --backend torch --jobs 2 --resume || exit 1; \
+	done
+	$(BIN)/python docs/evidence_pages.py runs/experiments
 
 # Measurements take minutes and a model, so each is started by hand.
 bench:

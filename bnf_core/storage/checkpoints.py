@@ -201,7 +201,7 @@ class Checkpoints:
         stay = [path for at, path in found if at <= step][-self.keep :]
         for path in [path for _, path in found if path not in stay]:
             shutil.rmtree(path, ignore_errors=True)
-        needed = {file["file"] for path in stay for file in _about(path).get("grown", [])}
+        needed = {name for path in stay for name in _grown_files(path)}
         for path in self.folder.glob("grown-*.safetensors"):
             if path.name not in needed:
                 path.unlink(missing_ok=True)
@@ -235,6 +235,14 @@ def _verify(folder: Path) -> None:
         raise ValueError(f"it has format {about['format']}, and this version of bnf-align reads format {FORMAT}")
     for name in [*_state_files(about["processes"]), *(f"../{file['file']}" for file in about.get("grown", []))]:
         verify(name)
+
+
+def _grown_files(folder: Path) -> list[str]:
+    """What a checkpoint needs beside it; a damaged one needs nothing."""
+    try:
+        return [file["file"] for file in _about(folder).get("grown", [])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _about(folder: Path) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def _spell_out(
             value = words.popleft() if name in TEXTS or not _FLAG.fullmatch(words[0]) else None
         found.append(f"--{name}" if value is None else f"--{name}={_bracketed(value, types.get(name))}")
     names = [_full_name(name.removeprefix("--").replace("-", "_"), keys) for name in positional]
-    if names and len(loose) > len(names) and types.get(names[-1]) in LISTS:  # which takes all the others
+    if names and len(loose) >= len(names) and types.get(names[-1]) in LISTS:  # which takes all the others
         loose[len(names) - 1 :] = [json.dumps(loose[len(names) - 1 :])]
     if len(loose) > len(names):
         raise ValueError(f"unexpected {loose[len(names)]!r}: expected a setting, such as --{keys[0]} VALUE")

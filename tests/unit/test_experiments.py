@@ -1,6 +1,8 @@
 """Experiments: what is asked, which rows there are, what the numbers of results mean."""
 
+import importlib.util
 import random
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from bnf_core.objectives import parse
 from bnf_core.storage.digests import json_digest
 from bnf_core.types import Example
 
+ROOT = Path(__file__).parents[2]
 DIDACTIC = SCALES["didactic"]
 
 # Tasks
@@ -238,6 +241,26 @@ def test_other_results_are_refused(text: str, message: str, tmp_path: Path) -> N
         read(path)
     with pytest.raises(UserError, match="No such file"):
         read(tmp_path / "none.json")
+
+
+def test_pages_of_what_was_seen(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("evidence_pages", ROOT / "docs" / "evidence_pages.py")
+    assert spec is not None and spec.loader is not None
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    facts = {"seeds": 2, "sweep_seeds": 1, "cpu_hours": 0.1, "backend": "torch", "versions": {"numpy": "2.4"}}
+    start = {"accuracy": 0.5, "others": 0.9, "perplexity": 3.0}
+    sweep = [{"objective": "BNF", "learning_rate": 1e-3, "accuracy": 0.6, "collapsed": 0, "seeds": 1, "taken": True}]
+    made = Outcome("tax", "It costs little.", facts, start, sweep, [line_of([cell()], [cell()], cell())], "", "It did.")
+    (tmp_path / "tax").mkdir()
+    (tmp_path / "tax" / "results.json").write_text(made.to_json())
+    (tmp_path / "tax" / "result.png").write_bytes(b"")
+    shutil.copy(ROOT / "docs" / "evidence" / "index.md", tmp_path)
+    for _ in range(2):  # the second time over the first
+        assert pages.write(tmp_path, tmp_path) == [made]
+    index, page = (tmp_path / "index.md").read_text(), (tmp_path / "tax.md").read_text()
+    assert index.count("| [Tax](tax.md) | It costs little. | It did. |") == 1 and "Nothing has been run" not in index
+    assert "![tax: result](tax_result.png)" in page and "**60%**" in page and (tmp_path / "tax.json").exists()
 
 
 # Experiments

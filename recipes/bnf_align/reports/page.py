@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from bnf_align.experiments import experiment, tables
 from bnf_align.experiments.outcome import Outcome
@@ -32,7 +31,7 @@ def of_experiments(outcomes: Sequence[Outcome]) -> str:
     return _render("experiment.html.j2", outcomes=outcomes, pictures=drawn, tables=tables)
 
 
-def _pictures(outcome: Outcome) -> list[Markup]:
+def _pictures(outcome: Outcome) -> list[str]:
     """Each panel by itself, so that a phone's screen is wide enough."""
     draw = [one for of in experiment(outcome.experiment).pictures.values() for one in of]
     return [svg(panels(outcome, one), f"{outcome.experiment}, picture {i}") for i, one in enumerate(draw, 1)]

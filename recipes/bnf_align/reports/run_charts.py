@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bnf_align.experiments.pictures import COLOURS, PANEL
 from bnf_align.reports.runs import Run
-from bnf_align.run.pictures import CHOSEN, PLAIN, REJECTED, label_axes, points
+from bnf_align.run.pictures import CHOSEN, PLAIN, REJECTED, points
 from bnf_core.steps.metrics import SHIFT_CHOSEN, SHIFT_REJECTED
 
 
@@ -67,7 +68,7 @@ def _over_steps(
             drawn = drawn or bool(line or dots)
     if log:
         axes.set_yscale("log")
-    _label(axes, title, "optimizer step")
+    _label(axes, "optimizer step")
     return Chart(title, says, figure) if drawn else None
 
 
@@ -80,16 +81,14 @@ def _histogram(run: Run, of: int) -> Chart | None:
     counts = np.array([np.add(line["target_weight"]["chosen"], line["target_weight"]["rejected"]) for line in lines])
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     below = np.zeros(len(lines))
-    shades = [f"{0.15 + 0.75 * i / (shares.shape[1] - 1):.2f}" for i in range(shares.shape[1])]
-    for i, shade in enumerate(shades):
-        label = {0: "t below 0.1", len(shades) - 1: "t above 0.9"}.get(i)
-        axes.bar(range(len(lines)), shares[:, i], 0.8, below, color=CHOSEN, alpha=float(shade), label=label)
+    for i in range(shares.shape[1]):
+        strength = 0.15 + 0.75 * i / (shares.shape[1] - 1)
+        axes.bar(range(len(lines)), shares[:, i], 0.8, below, color=CHOSEN, alpha=strength)
         below += shares[:, i]
+    _label(axes, "optimizer step")
     axes.set_xticks(range(len(lines)), [str(line["step"]) for line in lines])
-    title = _of("Target weights over time", run, of)
-    _label(axes, title, "optimizer step")
-    says = "Shares of held-out tokens by their t, in tenths: the darkest are above 0.9."
-    return Chart(title, says, figure)
+    says = "Shares of held-out tokens by their t, in tenths: the strongest are above 0.9."
+    return Chart(_of("Target weights over time", run, of), says, figure)
 
 
 def _along(run: Run, of: int) -> Chart | None:
@@ -103,10 +102,9 @@ def _along(run: Run, of: int) -> Chart | None:
             values = lines[line]["gradient_at"][kind]
             label = f"{kind}, step {lines[line]['step']}"
             axes.plot(range(1, len(values) + 1), values, linestyle=style, color=colour, linewidth=1.2, label=label)
-    title = _of("Gradient along the sequence", run, of)
-    _label(axes, title, "token of the completion")
+    _label(axes, "token of the completion")
     says = "Share of the objective's gradient that each place of held-out completions has."
-    return Chart(title, says, figure)
+    return Chart(_of("Gradient along the sequence", run, of), says, figure)
 
 
 def _panel() -> tuple[Figure, Axes]:
@@ -114,10 +112,13 @@ def _panel() -> tuple[Figure, Axes]:
     return figure, figure.subplots()
 
 
-def _label(axes: Axes, title: str, x: str) -> None:
-    label_axes(axes, title, "")
-    axes.set_title("")  # the page says it
+def _label(axes: Axes, x: str) -> None:
+    """The title is the page's."""
     axes.set_xlabel(x)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8, frameon=False)
     if axes.get_ylim()[0] < 0 < axes.get_ylim()[1]:
         axes.axhline(0, color=PLAIN, linewidth=0.8)
 
