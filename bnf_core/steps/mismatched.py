@@ -35,6 +35,6 @@ def once(examples: Iterable[Example]) -> list[Example]:
 def unknown_before(objective: str) -> str:
     """Why nothing can compute their reference where all weights are trained and the rows are streamed."""
     return (
-        f"{objective} with all weights trained compares with mismatched rows, whose reference has to be computed before "
-        "the first step, and of streamed data they are not known by then: train an adapter, or without streaming"
+        f"{objective} with all weights trained compares with mismatched rows, whose reference has to be computed "
+        "before the first step, and of streamed data they are not known by then: train an adapter, or without streaming"
     )
