@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
+from bnf_align.commands.push import push_run, require_hub
 from bnf_align.commands.reference import open_reference
 from bnf_align.run import row_counts
 from bnf_align.run.auto_batch import auto_micro_batch, out_of_memory
@@ -480,8 +481,11 @@ POSITIONAL = ("--data",)
 
 
 def run(config: TrainConfig, console: Console) -> int:
+    require_hub(config)
     result = train(config, console)
     tell_result(result, console, "held-out rows", {"trained": result.trained, "picture": result.picture})
+    if result.first:
+        push_run(config, console)
     return 0
 
 

@@ -192,7 +192,7 @@ class OnPolicy:
                 row["label"] > 0,
                 group=prompt_group(row["prompt"], row.get("tools"), row.get("chat_template_kwargs")),
                 source=f"{_file(iteration)}:{line}",
-                weight=abs(float(row["label"])),
+                weight=1.0 if isinstance(row["label"], bool) else abs(row["label"]),
             )
             for line, row in enumerate(rows, 1)
         ]
