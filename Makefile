@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help install demo test test-unit test-slow test-oldest coverage lint docs docs-serve docs-check release-check
-.PHONY: bench evidence openblas clean
+.PHONY: bench evidence gpu mac openblas clean
 help:
 	@echo "make demo [BACKEND=torch|mlx]  align a small model on its own answers (some minutes)"
 	@echo "make test                      linters and type checker, then unit, integration and distributed tests"
@@ -20,6 +20,7 @@ help:
 	@echo "make release-check             what a release does, short of publishing"
 	@echo "make bench                     what there is to measure, and how"
 	@echo "make evidence                  every experiment of the paper's claims (CPU hours), and its pages"
+	@echo "make gpu, make mac             first contact with a GPU or a Mac: everything measured, a folder to send back"
 	@echo "make clean                     remove .venv and caches; runs and models stay"
 
 install: $(INSTALLED)
@@ -134,6 +135,15 @@ bench:
 	@echo "$(BIN)/python -m benchmarks.tokens --model MODEL --data FILE                        making tokens"
 	@echo "$(BIN)/python -m benchmarks.sampling --backend torch|mlx --model MODEL           drawing completions"
 	@echo "docs/performance.md says what is measured, and what to install to measure others beside it"
+
+# First contact: stage by stage, a report after each; what is done is not done again. FLAGS=--device=cpu tries it here.
+gpu: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,mlx,gguf,dev,bench]' bitsandbytes
+	$(BIN)/python -m benchmarks.first_contact --machine gpu $(FLAGS)
+
+mac: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,mlx,gguf,dev,bench]'
+	$(BIN)/python -m benchmarks.first_contact --machine mac $(FLAGS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -60,8 +60,9 @@ def formulae(markdown: str) -> str:
     def shown(match: re.Match[str]) -> str:
         block, inline = match[1], match[2]
         if block is not None:
-            return f'<div class="formula">{convert(block.strip(), display="block")}</div>\n'
-        return match[0] if inline is None else convert(inline)
+            block = block.strip().replace("{aligned}", "{align*}")  # the one that latex2mathml knows
+            return f'<div class="formula">{convert(block, display="block")}</div>\n'
+        return match[0] if inline is None else f"<span>{convert(inline)}</span>"  # a line may begin with it
 
     return re.sub(
         r"^```math\n(.*?)^```$|^```.*?^```$|`[^`\n]+`|\$([^$`\n]+)\$", shown, markdown, flags=re.DOTALL | re.MULTILINE
@@ -102,7 +103,7 @@ def _settings(parser: ArgumentParser) -> Iterator[tuple[str, str, str, str]]:
         kind = getattr(action, "_typehint", None)
         if kind is None or action.dest in ("help", "config", "print_config"):  # a group is a file of settings as well
             continue
-        default = "" if action.default is None else f"`{_shown(action.default)}`"
+        default = "none" if action.default is None else f"`{_shown(action.default)}`"
         yield action.dest, _type(kind), "required" if action.required else default, str(action.help or "")
 
 
@@ -115,7 +116,7 @@ def _type(kind: Any) -> str:
     name = name.replace("typing.", "").replace("NoneType", "null").replace("None", "null")
     if found := re.search(r"Literal\[([^\]]+)\]", name):
         name = name.replace(found[0], " | ".join(word.strip().strip("'") for word in found[1].split(",")))
-    return " or ".join(f"`{part}`" for part in name.split(" | "))
+    return " or ".join(f"`{part}`" for part in name.split(" | ") if part != "null")  # the default is `none` then
 
 
 def _row(*cells: str) -> str:

@@ -16,7 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LD_PRELOAD", "")  # or `bnf` on MLX would replace the process that runs the tests by its own
 
 # MLX compiles a kernel with the system's C++ compiler, a second each, for every sum of small operations that it meets
-# first, hundreds in all these tests. Those that are about compiled code ask for it: `compiled`.
+# first, hundreds in all these tests. Those that are about compiled code ask for it: `mlx_compiles`.
 os.environ.setdefault("MLX_DISABLE_COMPILE", "1")
 
 os.environ["BNF_CACHE"] = tempfile.mkdtemp(prefix="bnf-cache-")  # of this process and those that it starts
@@ -48,9 +48,13 @@ def pytest_unconfigure() -> None:
 
 
 @pytest.fixture
-def compiled() -> Iterator[None]:
+def mlx_compiles() -> Iterator[None]:
     """MLX compiles what it is told to, as it does for users."""
-    mx = pytest.importorskip("mlx.core")
+    if importlib.util.find_spec("mlx") is None:
+        yield
+        return
+    import mlx.core as mx
+
     mx.enable_compile()
     yield
     mx.disable_compile()

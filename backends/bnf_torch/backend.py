@@ -79,7 +79,7 @@ class TorchBackend(Backend):
         if group.count > 1 and where.type == "cuda":
             where = torch.device("cuda", local_rank())
         computed_in = resolve_dtype(dtype, where)
-        sharded = isinstance(group, TorchProcesses) and group.sharded
+        sharded = group if isinstance(group, TorchProcesses) and group.sharded else None
         full = fine_tune_type == "full"
         if deterministic:
             require_cpu(where.type)
@@ -88,9 +88,9 @@ class TorchBackend(Backend):
                     "deterministic is true, and FSDP2 sums gradients in an order of its own: use DDP, or one process"
                 )
             torch.set_num_threads(1)  # how many there are decides how products and sums are cut
-        _check(fine_tune_type, adapter, load_in_4bit, sharded, computed_in)
+        _check(fine_tune_type, adapter, load_in_4bit, sharded is not None, computed_in)
         weights_in = torch.float32 if full else computed_in
-        unfilled = Unfilled(model, where, weights_in, group) if sharded else None
+        unfilled = Unfilled(model, where, weights_in, sharded) if sharded else None
         loaded = unfilled.model if unfilled else load_model(model, where, weights_in, load_in_4bit=load_in_4bit)
         trained: PreTrainedModel | PeftModel = loaded.requires_grad_(full)
         if adapter is not None:

@@ -70,7 +70,8 @@ def collate(
                 label = examples[i].weight if examples[i].label else -examples[i].weight
                 weight = label / (len(trained) * num_sequences)
                 coefficients.append(np.full(len(trained), weight, np.float32))
-                log_probs = examples[i].drawn.log_probs if examples[i].drawn else (0.0,) * count
+                by = examples[i].drawn
+                log_probs = by.log_probs if by else (0.0,) * count
                 drawn.append(np.asarray(log_probs, np.float32)[trained])
                 at += count
             segment += 1

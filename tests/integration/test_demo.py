@@ -1,5 +1,6 @@
 """The demo on a tiny model, which learns nothing: that the road is whole, and that the pages say what it prints."""
 
+import io
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.mark.usefixtures("at_hand")
 def test_the_road_is_whole(tiny_model: Path, tmp_path: Path, backend_name: str) -> None:
-    console = Console(record=True, width=200, quiet=False, file=(tmp_path / "said").open("w"))
+    console = Console(record=True, width=200, file=io.StringIO())
     config = DemoConfig(
         str(tiny_model),
         output=str(tmp_path / "demo"),

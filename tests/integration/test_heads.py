@@ -15,7 +15,7 @@ from bnf_core.objectives import parse
 from bnf_core.steps.batching import collate
 from bnf_core.types import Array, Batch, Example
 
-VOCABULARY = 6000
+VOCABULARY = 12_000
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 16,
@@ -115,7 +115,7 @@ def test_the_fused_head_computes_what_the_models_own_logits_give(
 def test_no_array_has_all_tokens_and_the_whole_vocabulary(
     folders: dict[str, Path], backend_name: str, family: str, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = rows(100)
+    batch = rows(60)
     logits = 4 * len(batch.targets) * VOCABULARY  # bytes
     monkeypatch.setattr(f"bnf_{backend_name}.linear.CHUNK_BYTES", 2**18)
     found = engine(backend_name, folders[family], objective)

@@ -239,7 +239,7 @@ def test_memory_does_not_grow_with_the_number_of_tokens(mode, dtype):
     assert large is not None, f"{small / chunk:.1f} chunks always grew by one or more"
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("mlx_compiles")
 def test_the_head_gradient_is_right_announced_or_not_and_under_compile():
     inputs = fused_inputs(37)
 

@@ -297,6 +297,7 @@ def test_checkpointing_takes_less_memory_and_leaves_the_model_as_it_was():
     assert all(a is b for a, b in zip(layers, engines[1].model.layers, strict=True))
 
 
+@pytest.mark.usefixtures("mlx_compiles")
 @pytest.mark.parametrize(
     ("kind", "compiled", "part"), [("lora", False, 0.8), ("dora", False, 0.95), ("lora", True, 0.9)]
 )
@@ -632,6 +633,7 @@ def test_what_cannot_be_loaded_says_what_to_do(checkpoint, quantised):
 # Compiled
 
 
+@pytest.mark.usefixtures("mlx_compiles")
 @pytest.mark.parametrize(
     ("kind", "bits", "batching"),
     [("lora", 4, MicroBatching(8)), ("full", None, MicroBatching(8, pack_to=24))],

@@ -310,6 +310,7 @@ def test_either_attention_of_torch_takes_shared_prompts() -> None:
     assert_close(eager.gradients(batches), sdpa.gradients(micro_batches(MIXED, APART)), 1e-5)
 
 
+@pytest.mark.usefixtures("mlx_compiles")
 def test_a_compiled_step_of_mlx_takes_shared_prompts() -> None:
     """Whose grids are padded, so that there are few shapes."""
     apart = MLX("llama").gradients(micro_batches(MIXED, APART))

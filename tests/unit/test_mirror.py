@@ -210,6 +210,7 @@ def test_a_head_that_is_announced_as_constant_gets_no_gradient(backend: str) -> 
         assert np.array(grad_hidden).any() and not np.array(grad_head).any()
 
 
+@pytest.mark.usefixtures("mlx_compiles")
 def test_compiled_functions_do_not_look_at_values() -> None:
     import mlx.core as mx
     import torch

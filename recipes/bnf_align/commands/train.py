@@ -178,7 +178,7 @@ class Training:
         if self.objective.needs_reference:
             self.reference = ReferenceCache(engine.reference_log_odds if computes else None, stored)
         # Streamed rows may be more than memory holds: their reference is kept for a step.
-        self.trained_on = self.reference if data.examples is not None else self.reference.passing()
+        self.trained_on = self.reference.passing() if config.data.streaming else self.reference
         self.baseline = Baseline(self.objective, engine, self.reference, self.batching, self.pad)
         self.num_steps = data.num_steps(config)
         self.position: Position | None = None
