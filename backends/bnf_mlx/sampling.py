@@ -1,6 +1,7 @@
 """Completions of many prompts at a time, each prompt computed once: mlx-lm's BatchGenerator, which asks every row of
 its batch for its next token."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,18 +44,19 @@ def sample(model: nn.Module, rows: Sequence[Completion], device: mx.Device) -> N
 
 
 def _caches(model: nn.Module, prompts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], list[Any]]:
-    """Keys and values of each prompt but its last token, which the generator begins with; all of them computed at a
-    time, padded on the right."""
+    """Keys and values of each prompt but its last token, which the generator begins with; those of one length are
+    computed at a time, so that none is padded."""
     from mlx_lm.generate import PromptProcessingBatch
     from mlx_lm.models.cache import make_prompt_cache
 
-    empty = {prompt: make_prompt_cache(model) for prompt in prompts}
-    some = [prompt for prompt in prompts if len(prompt) > 1]
-    if not some:
-        return empty
-    batch = PromptProcessingBatch(model, list(range(len(some))), [empty[prompt] for prompt in some])
-    batch.prompt([list(prompt[:-1]) for prompt in some])
-    return empty | {prompt: batch.extract_cache(i) for i, prompt in enumerate(some)}
+    caches = {prompt: make_prompt_cache(model) for prompt in prompts}
+    for length, of_length in itertools.groupby(sorted(prompts, key=len), len):
+        some = list(of_length)
+        if length > 1:
+            batch = PromptProcessingBatch(model, list(range(len(some))), [caches[prompt] for prompt in some])
+            batch.prompt([list(prompt[:-1]) for prompt in some])
+            caches |= {prompt: batch.extract_cache(i) for i, prompt in enumerate(some)}
+    return caches
 
 
 def _next_token(row: Completion) -> Callable[[mx.array, mx.array], mx.array]:

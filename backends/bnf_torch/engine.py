@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -161,6 +161,9 @@ class TorchEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
         return greedy(self, prompts, max_tokens, stop_ids)
+
+    def adapter_off(self) -> AbstractContextManager[None]:
+        return adapter.adapter_off(self.model)
 
     def _inputs(self, batch: Batch, ref_log_odds: Array, baseline: float = 0.0) -> dict[str, Any]:
         """What ScoredModel's forward takes, on its device."""

@@ -66,8 +66,8 @@ class Unfilled:
 
     def _require_experts(self, folder: Path, shards: int) -> None:
         """Raises UserError where a process would have none of a layer's experts: transformers cannot join them then."""
-        conversions: Any = self.model._weight_conversions or ()
-        if not any(isinstance(conversion, WeightConverter) for conversion in conversions):
+        conversions: Any = self.model._weight_conversions
+        if not any(isinstance(conversion, WeightConverter) for conversion in conversions or ()):
             return
         for name, p in self.model.named_parameters():
             if p.ndim > 2 and -(-p.shape[0] // shards) * (shards - 1) >= p.shape[0]:

@@ -158,7 +158,7 @@ def _kernels() -> Stage:
 
 def _loss(place: Place) -> Stage:
     tokens, hidden, vocab = map(str, place.sizes.loss)
-    words: tuple[str, ...] = ("--tokens", tokens, "--hidden", hidden, "--vocab", vocab)
+    words: Command = ("--tokens", tokens, "--hidden", hidden, "--vocab", vocab)
     words += _where(place.backend, place.device, "float32" if place.device == "cpu" else "bfloat16")
     output = _measure(place, str(place.folder / "loss" / "loss.json"))
     return Stage("loss", "the fused loss beside others", (_python("benchmarks.loss", *words, *output),))

@@ -46,7 +46,7 @@ NAMED = ("objective",)
 # What jsonargparse adds, the last of them when a parser is used.
 NO_SETTINGS = ("help", "config", "print_config", "print_shtab")
 # Settings whose value is anybody's text: it may begin with a dash, and a tilde in it is no home folder.
-TEXTS = ("prompt", "judge")
+TEXTS = ("prompt", "judge", "system")
 
 
 def make_parser(settings: type, command: str) -> ArgumentParser:

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
+from bnf_align.commands.push import push_run, require_hub
 from bnf_align.commands.reference import open_reference
 from bnf_align.run import row_counts
 from bnf_align.run.auto_batch import auto_micro_batch, out_of_memory
@@ -37,9 +38,10 @@ from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.models.model_folder import resolve_model
 from bnf_core.protocol import Engine
 from bnf_core.steps import loop, steps
-from bnf_core.steps.baseline import Baseline, mismatched
+from bnf_core.steps.baseline import Baseline
 from bnf_core.steps.batching import collate
 from bnf_core.steps.metrics import SHIFT_CHOSEN, SHIFT_REJECTED, Meter, Metrics
+from bnf_core.steps.mismatched import mismatched, once, unknown_before
 from bnf_core.steps.reference import NoReference, Reference, ReferenceCache
 from bnf_core.steps.steps import Step
 from bnf_core.storage.checkpoints import MODEL_WEIGHTS, Change, Facts, changes, run_facts
@@ -404,6 +406,8 @@ class Training:
         """The reference is computed beforehand."""
         examples = self.data.examples
         if examples is None:
+            if self.objective.baseline_from == "mismatched":
+                raise UserError(unknown_before(self.objective.name))
             if self.config.reference is None:
                 raise UserError(
                     "full fine-tuning on streamed data needs the reference beforehand: make it with `bnf reference`, "
@@ -412,9 +416,8 @@ class Training:
             return
         rows = list(examples)
         if self.objective.baseline_from == "mismatched":
-            batches = self.data.rows.batches(self.config.batch_size)
-            rows += {e.key: e for _ in range(self.num_steps) for e in mismatched(next(batches)[0])}.values()
-            rows += [row for table in self.data.held_out.values() for row in mismatched(list(table))]
+            rows += once(mismatched(examples))
+            rows += [row for table in self.data.held_out.values() for row in once(mismatched(table))]
         mine = steps.my_share(rows, replace(self.batching, unit="row"), self.processes, self.pad)
         with bar("reference", len(mine), self.console) as progress:
             for batch in mine:
@@ -478,8 +481,11 @@ POSITIONAL = ("--data",)
 
 
 def run(config: TrainConfig, console: Console) -> int:
+    require_hub(config)
     result = train(config, console)
     tell_result(result, console, "held-out rows", {"trained": result.trained, "picture": result.picture})
+    if result.first:
+        push_run(config, console)
     return 0
 
 

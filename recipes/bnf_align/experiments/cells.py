@@ -137,8 +137,10 @@ class Alignment:
             return ()
         share = self.engine.shares_prompts
         batching = MicroBatching(self.cell.batch_size, share_prompts=share, unit=self.objective.unit)
+        mismatched = self.objective.baseline_from == "mismatched"
+        rows = Rows(self.examples, self.cell.seed, self.objective.unit, mismatched=mismatched)
         return steps.steps(
-            self.answers if self.cell.answers == "policy" else Rows(self.examples, self.cell.seed, self.objective.unit),
+            self.answers if self.cell.answers == "policy" else rows,
             batch_size=self.cell.batch_size,
             num_steps=count,
             optimizer=self.optimizer,
