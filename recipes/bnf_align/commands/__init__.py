@@ -15,7 +15,7 @@ COMMANDS = {
     "generate": "complete a prompt",
     "chat": "talk to the base model and the aligned one, side by side",
     "push": "push what a run has trained to the Hub",
-    "export": "what a run has trained, as other programs read it: GGUF, Ollama, MLX, PEFT, transformers",
+    "export": "write what a run has trained as others read it: GGUF, Ollama, MLX, PEFT, transformers",
     "objectives": "list what training can minimise, and what each objective needs",
     "data-check": "check every row of feedback before it is trained on",
     "data-convert": "write feedback of any shape as .jsonl",

@@ -55,8 +55,7 @@ from bnf_core.types import Array, Example
 RECORD = "bnf_export.json"  # of which run a folder is, and how it compares with it
 PROMPT, TOKENS = "What is the capital of France?", 32
 SAMPLES = ("Hello, world!", "  two spaces\n\n12 + 345 = 357\t\tétude 日本 🙂", "def f(x):\n    return x**2\n")
-# Mean difference in the log-odds of the run's own tokens, in nats, by what weights are stored as. One row of weights in
-# another's place is off by several.
+# Mean difference in the log-odds of the run's own tokens, in nats, by what weights are stored as.
 BOUNDS = {"float32": 1e-3, "f32": 1e-3, "float16": 0.1, "f16": 0.1, "bfloat16": 0.5, "bf16": 0.5, "q8_0": 0.5}
 
 
@@ -285,11 +284,15 @@ class _Export:
         return self._compared(backend, self.source, folder, stored="float32")
 
     def check_gguf(self, folder: Path) -> str:
+        return self._said_of_gguf
+
+    @cached_property
+    def _said_of_gguf(self) -> str:
         """Read by transformers, with its own tokenizer, and where it is installed by llama.cpp."""
         if absent := [name for name in ("torch", "gguf") if find_spec(name) is None]:
             return f"not opened again: that needs {' and '.join(absent)} (pip install 'bnf-align[torch,gguf]')"
         read, said = self._temporary() / "read", io.StringIO()
-        import_gguf(str(folder / self._gguf_name), read, console=Console(file=said, width=10_000))
+        import_gguf(str(self._gguf / self._gguf_name), read, console=Console(file=said, width=10_000))
         tokenizer = load_tokenizer(read)
         for text in SAMPLES:
             theirs, ours = tokenizer(text).input_ids, self.tokenizer(text).input_ids
