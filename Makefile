@@ -6,9 +6,9 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .PHONY: help install demo test test-unit test-slow test-oldest coverage lint docs docs-serve docs-check release-check
-.PHONY: bench openblas clean
+.PHONY: bench evidence gpu mac openblas clean
 help:
-	@echo "make demo [BACKEND=torch|mlx]  align a small model, show before and after (some minutes)"
+	@echo "make demo [BACKEND=torch|mlx]  align a small model on its own answers (some minutes)"
 	@echo "make test                      linters and type checker, then unit, integration and distributed tests"
 	@echo "make test-unit                 the tests that take seconds"
 	@echo "make test-slow                 the tests on two real models, and every arrangement of a run"
@@ -19,6 +19,8 @@ help:
 	@echo "make docs-check                every page of it in a headless Chromium, at two widths, light and dark"
 	@echo "make release-check             what a release does, short of publishing"
 	@echo "make bench                     what there is to measure, and how"
+	@echo "make evidence                  every experiment of the paper's claims (CPU hours), and its pages"
+	@echo "make gpu, make mac             first contact with a GPU or a Mac: everything measured, a folder to send back"
 	@echo "make clean                     remove .venv and caches; runs and models stay"
 
 install: $(INSTALLED)
@@ -118,13 +120,30 @@ docs-check: docs
 release-check: $(INSTALLED)
 	PYTHON=$(BIN)/python bash .ci/release_check.sh
 
+# CPU hours on two cores; what is done is kept, so it may be stopped at any time.
+evidence: $(INSTALLED)
+	for name in $$($(BIN)/python -c 'from bnf_align.experiments import EXPERIMENTS; print(*EXPERIMENTS)'); do \
+	  $(BIN)/bnf experiment $$name --backend torch --jobs 2 --resume || exit 1; \
+	done
+	$(BIN)/python docs/evidence_pages.py runs/experiments
+
 # Measurements take minutes and a model, so each is started by hand.
 bench:
 	@echo "$(BIN)/python -m benchmarks.loss --backend torch|mlx                             the loss alone"
 	@echo "$(BIN)/python -m benchmarks.step --backend torch|mlx --model MODEL --data FILE   a whole step"
 	@echo "$(BIN)/python -m benchmarks.growth --backend torch|mlx --model MODEL             how both grow"
 	@echo "$(BIN)/python -m benchmarks.tokens --model MODEL --data FILE                        making tokens"
+	@echo "$(BIN)/python -m benchmarks.sampling --backend torch|mlx --model MODEL           drawing completions"
 	@echo "docs/performance.md says what is measured, and what to install to measure others beside it"
+
+# First contact: stage by stage, a report after each; what is done is not done again. FLAGS=--device=cpu tries it here.
+gpu: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,mlx,gguf,dev,bench]' bitsandbytes
+	$(BIN)/python -m benchmarks.first_contact --machine gpu $(FLAGS)
+
+mac: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,mlx,gguf,dev,bench]'
+	$(BIN)/python -m benchmarks.first_contact --machine mac $(FLAGS)
 
 clean:
 	rm -rf $(VENV) $(OLDEST) .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@ prompt beside those of as many different ones."""
 
 import itertools
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -38,8 +39,10 @@ class BenchSamplingConfig:
     """Completions of one prompt, beside as many different prompts."""
     prompt_tokens: int = 256
     """Of that prompt."""
-    rounds: int = 5
-    """How often each is timed, after it has been warmed up."""
+    rounds: int = 9
+    """How often each is timed at most, after it has been warmed up."""
+    minutes: float = 9.0
+    """Begin no further round after so many, the two comparisons together."""
     cpu: bool = False
     """Count processor seconds, for a machine that does other work as well."""
 
@@ -78,17 +81,22 @@ def bench_sampling(config: BenchSamplingConfig, console: Console) -> None:
         },
     }
     console.print(f"{here()}, {hardware.backend}, {config.model}, {config.tokens} tokens each", highlight=False)
-    table = Table("", "contender", "seconds", "tokens/s", "first ÷ second")
+    table = Table("", "contender", "seconds", "tokens/s", "first ÷ second", "rounds")
     for title, contenders in cases.items():
         works = {name: repeated(job) for name, job in contenders.items()}
-        taken = list(itertools.islice(rounds(works, cpu=config.cpu), config.rounds))
+        taken, until = [], time.monotonic() + 60 * config.minutes / len(cases)
+        for seconds_of in rounds(works, cpu=config.cpu):
+            taken.append(seconds_of)
+            if len(taken) == config.rounds or time.monotonic() > until:
+                break
         first, second = contenders
         ratios = [t[first] / t[second] for t in taken]
         for name in contenders:
             seconds = statistics.median(t[name] for t in taken)
             count = config.tokens * (config.prompts if OURS in contenders else config.samples)
             ratio = f"{statistics.median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})" if name == first else ""
-            table.add_row(title if name == first else "", name, f"{seconds:.2f}", f"{count / seconds:,.0f}", ratio)
+            about = (title, str(len(taken))) if name == first else ("", "")
+            table.add_row(about[0], name, f"{seconds:.2f}", f"{count / seconds:,.0f}", ratio, about[1])
     console.print(table)
 
 

@@ -183,7 +183,7 @@ def ours(config: TrainConfig, rows: Sequence[Example], steps: int, *, forget: bo
             pause()
 
         taken = plan.steps(
-            Rows(rows, config.seed, objective.unit),
+            Rows(rows, config.seed, objective.unit, mismatched=objective.baseline_from == "mismatched"),
             batch_size=config.batch_size,
             num_steps=steps,
             optimizer=config.optimizer,

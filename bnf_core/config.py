@@ -341,6 +341,10 @@ class TrainConfig:
     sample: SamplingConfig = field(default_factory=SamplingConfig)
     report_to: list[str] = field(default_factory=list)
     """Where metrics go besides metrics.jsonl: tensorboard, wandb, trackio."""
+    push_to_hub: str | None = None
+    """At the end push what was trained to this repository of the Hub, OWNER/NAME, as `bnf push` does."""
+    hub_private_repo: bool = False
+    """Where it is made: for you and your organisation alone."""
     seed: int = 0
     """Of the order of rows and the adapter's initial weights; the same run on every backend."""
 

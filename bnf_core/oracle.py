@@ -65,7 +65,8 @@ def _logsumexp(z: Float) -> Float:
     top = z.max(axis=1)
     top = np.where(np.isneginf(top), 0.0, top)
     with np.errstate(divide="ignore"):
-        return top + np.log(np.exp(z - top[:, None]).sum(axis=1))
+        total: Float = top + np.log(np.exp(z - top[:, None]).sum(axis=1))
+    return total
 
 
 def _target_weight(log_p: Float, ref_log_odds: ArrayLike) -> tuple[Float, Float, Float, Float]:

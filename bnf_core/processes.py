@@ -25,7 +25,8 @@ class Processes:
 
     def sum(self, values: Array) -> Array:
         """Element by element, in order of rank: the same bits everywhere."""
-        return np.sum(self.gather(values), axis=0)
+        total: Array = np.sum(self.gather(values), axis=0)
+        return total
 
     def any(self, flag: bool) -> bool:
         """Whether it holds on any process."""

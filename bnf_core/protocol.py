@@ -5,6 +5,7 @@ N counts completion tokens, V the vocabulary, D the hidden size, B rows, T posit
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -202,6 +203,10 @@ class Engine(Protocol):
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
         """Greedy completions of token prompts, without the stop token."""
+        ...
+
+    def adapter_off(self) -> AbstractContextManager[None]:
+        """Within it `sample`, `generate` and `evaluate` are of the model without its adapter, where it has one."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -85,6 +85,13 @@ class Completion:
             default=0,
         )
 
+    @property
+    def settled(self) -> str:
+        """What it says so far, without what may yet become part of something else: half a character, or the beginning
+        of a stop string."""
+        text = self.text
+        return text if self.done else text.rstrip("\ufffd")[: len(text) - self.withheld]
+
     def fill(self, ids: Sequence[int], log_probs: Sequence[float], cut: bool) -> None:
         """Take what somebody else has drawn, up to a token that ends it here.
 

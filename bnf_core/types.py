@@ -33,6 +33,9 @@ class Example:
     trained: tuple[bool, ...] | None = None  # which tokens of the completion are trained, one at least; None: all
     weight: float = 1.0  # how much the row counts: the size of a graded label times the row's own weight
     drawn: Drawn | None = None  # None: nobody knows who wrote it
+    mismatched: "Example | None" = (
+        None  # its prompt with a completion of another, where the run's rows have given it one
+    )
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)

@@ -60,8 +60,9 @@ def formulae(markdown: str) -> str:
     def shown(match: re.Match[str]) -> str:
         block, inline = match[1], match[2]
         if block is not None:
-            return f'<div class="formula">{convert(block.strip(), display="block")}</div>\n'
-        return match[0] if inline is None else convert(inline)
+            block = block.strip().replace("{aligned}", "{align*}")  # the one that latex2mathml knows
+            return f'<div class="formula">{convert(block, display="block")}</div>\n'
+        return match[0] if inline is None else f"<span>{convert(inline)}</span>"  # a line may begin with it
 
     return re.sub(
         r"^```math\n(.*?)^```$|^```.*?^```$|`[^`\n]+`|\$([^$`\n]+)\$", shown, markdown, flags=re.DOTALL | re.MULTILINE
@@ -85,25 +86,23 @@ def spoken(name: str) -> str:
 
 def command(name: str) -> str:
     module = import_module(f"bnf_align.commands.{name.replace('-', '_')}")
-    positional = " ".join(f"[{flag.removeprefix('--').upper()}]" for flag in getattr(module, "POSITIONAL", ()))
-    parser = make_parser(module.Config, f"bnf {name}")
-    lines = [
-        f"# bnf {spoken(name)}\n\n{_sentence(COMMANDS[name])}\n",
-        f"```\nbnf {spoken(name)} {positional} [settings]\n```\n",
-        " ".join((module.Config.__doc__ or "").split()) + "\n",
-        "| setting | type | default | meaning |\n|---|---|---|---|",
-        *(_row(*setting) for setting in _settings(parser)),
-    ]
-    return "\n".join(lines) + "\n"
+    words = [f"[{flag.removeprefix('--').upper()}]" for flag in getattr(module, "POSITIONAL", ())]
+    rows = [_row(*setting) for setting in _settings(make_parser(module.Config, f"bnf {name}"))]
+    usage = " ".join(["bnf", spoken(name), *words, *(["[settings]"] if rows else [])])
+    about = " ".join((module.Config.__doc__ or "").split())
+    table = "\n".join(["| setting | meaning |\n|---|---|", *rows]) if rows else "It has no settings."
+    return f"# bnf {spoken(name)}\n\n{about}\n\n```text\n{usage}\n```\n\n{table}\n"
 
 
-def _settings(parser: ArgumentParser) -> Iterator[tuple[str, str, str, str]]:
+def _settings(parser: ArgumentParser) -> Iterator[tuple[str, str]]:
+    """Name, type and default in one cell, which a phone has room for; the meaning in the other."""
     for action in parser._actions:
         kind = getattr(action, "_typehint", None)
         if kind is None or action.dest in ("help", "config", "print_config"):  # a group is a file of settings as well
             continue
-        default = "" if action.default is None else f"`{_shown(action.default)}`"
-        yield action.dest, _type(kind), "required" if action.required else default, str(action.help or "")
+        default = "none" if action.default is None else f"`{_shown(action.default)}`"
+        about = f"{_type(kind)}, {'required' if action.required else f'default {default}'}"
+        yield f"`{action.dest}`<br><small>{about}</small>", str(action.help or "")
 
 
 def _shown(value: Any) -> str:
@@ -115,16 +114,11 @@ def _type(kind: Any) -> str:
     name = name.replace("typing.", "").replace("NoneType", "null").replace("None", "null")
     if found := re.search(r"Literal\[([^\]]+)\]", name):
         name = name.replace(found[0], " | ".join(word.strip().strip("'") for word in found[1].split(",")))
-    return " or ".join(f"`{part}`" for part in name.split(" | "))
+    return " or ".join(f"`{part}`" for part in name.split(" | ") if part != "null")  # the default is `none` then
 
 
 def _row(*cells: str) -> str:
-    first, *rest = (" ".join(cell.split()).replace("|", "\\|") for cell in cells)
-    return f"| `{first}` | {' | '.join(rest)} |"
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:] + "."
+    return f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def objectives() -> str:
@@ -136,6 +130,6 @@ def objectives() -> str:
         if meanings := settings_of(objective):
             defaults = {f.name: f.default for f in dataclasses.fields(objective)}
             parts.append("| setting | default | meaning |\n|---|---|---|")
-            parts += [_row(key, f"`{defaults[key]}`", meaning) for key, meaning in meanings.items()]
+            parts += [_row(f"`{key}`", f"`{defaults[key]}`", meaning) for key, meaning in meanings.items()]
             parts.append("")
     return "\n".join(parts) + "\n"

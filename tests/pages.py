@@ -7,6 +7,7 @@ the programs that they call. A title, as in ```python title="my_judges.py", make
 """
 
 import importlib
+import importlib.util
 import json
 import re
 import shlex
@@ -29,6 +30,7 @@ REASONS = ("needs the network", "needs a GPU", "needs a cluster", "takes minutes
 NEVER = {"pip": "changes the environment under test", "make": "runs these tests, or takes minutes"}
 # Programs of others, whose flags nobody but they can read.
 OTHERS = ("sudo", "vllm", "wandb", "tensorboard", "trackio", "sha256sum", "ollama", "git", "pytest", "pre-commit")
+OTHER_MODULES = ("sglang",)  # of `python -m`, not installed here
 RUN, DATA, SHOWN = ("bash", "python"), ("yaml", "json", "jsonl", "toml"), ("console", "text", "math", "markdown")
 _FENCE = re.compile(
     r'(?:<!-- not run: ([^>]*?) -->\n)?^```(\w*)(?: title="([^"]+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE
@@ -157,7 +159,7 @@ def _check_python(words: list[str]) -> None:
         found = vars(importlib.import_module(module))
         (settings,) = (v for k, v in found.items() if k.startswith("Bench") and k.endswith("Config"))
         _parse_as(settings, f"python -m {module}", rest)
-    elif importlib.util.find_spec(module) is None:
+    elif not module.startswith(OTHER_MODULES) and importlib.util.find_spec(module) is None:
         raise ValueError(f"python -m {module}: no such module")
 
 

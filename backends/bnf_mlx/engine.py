@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -180,6 +181,9 @@ class MLXEngine:
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
         return greedy(self, prompts, max_tokens, stop_ids)
+
+    def adapter_off(self) -> AbstractContextManager[None]:
+        return adapter.adapter_off(self.model)
 
     def save(self, folder: Path) -> None:
         with agreed(self.processes):

@@ -1,6 +1,7 @@
 """Completions of many prompts at a time, each prompt computed once: mlx-lm's BatchGenerator, which asks every row of
 its batch for its next token."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,8 +10,6 @@ import mlx.nn as nn
 import numpy as np
 
 from bnf_core.sampling import Completion
-
-PREFILL = 2048  # tokens of a prompt at a time, as mlx-lm has it
 
 
 def sample(model: nn.Module, rows: Sequence[Completion], device: mx.Device) -> None:
@@ -22,14 +21,8 @@ def sample(model: nn.Module, rows: Sequence[Completion], device: mx.Device) -> N
         device: the model's.
     """
     from mlx_lm.generate import BatchGenerator
-    from mlx_lm.models.cache import make_prompt_cache
 
-    caches: dict[tuple[int, ...], list[Any]] = {}
-    for prompt in dict.fromkeys(row.prompt_ids for row in rows):
-        caches[prompt] = make_prompt_cache(model)
-        for at in range(0, len(prompt) - 1, PREFILL):  # all but the last token, which the generator begins with
-            model(mx.array([prompt[at : min(at + PREFILL, len(prompt) - 1)]]), cache=caches[prompt])
-            mx.eval([cache.state for cache in caches[prompt]])
+    caches = _caches(model, list(dict.fromkeys(row.prompt_ids for row in rows)))
     generator = BatchGenerator(model, prefill_batch_size=len(rows), stream=mx.default_stream(device))
     try:
         numbers = generator.insert(
@@ -48,6 +41,22 @@ def sample(model: nn.Module, rows: Sequence[Completion], device: mx.Device) -> N
                 del going[number]
     finally:
         generator.close()
+
+
+def _caches(model: nn.Module, prompts: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], list[Any]]:
+    """Keys and values of each prompt but its last token, which the generator begins with; those of one length are
+    computed at a time, so that none is padded."""
+    from mlx_lm.generate import PromptProcessingBatch
+    from mlx_lm.models.cache import make_prompt_cache
+
+    caches = {prompt: make_prompt_cache(model) for prompt in prompts}
+    for length, of_length in itertools.groupby(sorted(prompts, key=len), len):
+        some = list(of_length)
+        if length > 1:
+            batch = PromptProcessingBatch(model, list(range(len(some))), [caches[prompt] for prompt in some])
+            batch.prompt([list(prompt[:-1]) for prompt in some])
+            caches |= {prompt: batch.extract_cache(i) for i, prompt in enumerate(some)}
+    return caches
 
 
 def _next_token(row: Completion) -> Callable[[mx.array, mx.array], mx.array]:

@@ -238,7 +238,7 @@ def load_adapter(
 NOT_PLAIN = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "megatron_config")
 
 
-def _attached(model: PreTrainedModel, folder: Path, config: Mapping[str, Any], *, trainable: bool) -> PeftModel:
+def _attached(model: PreTrainedModel, folder: Path, config: dict[str, Any], *, trainable: bool) -> PeftModel:
     """A saved adapter's layers on a model that is on no device; `fill` fills them.
 
     Raises:

@@ -71,7 +71,6 @@ class TorchBackend(Backend):
         from bnf_torch.engine import TorchEngine
         from bnf_torch.model import load_model, resolve_device, resolve_dtype
         from bnf_torch.processes import TorchProcesses, local_rank
-        from bnf_torch.sharding import Unfilled
 
         group = self.processes()
         torch.manual_seed(seed + group.rank)  # dropout, where there is any
@@ -79,18 +78,22 @@ class TorchBackend(Backend):
         if group.count > 1 and where.type == "cuda":
             where = torch.device("cuda", local_rank())
         computed_in = resolve_dtype(dtype, where)
-        sharded = isinstance(group, TorchProcesses) and group.sharded
+        shards = group if isinstance(group, TorchProcesses) and group.sharded else None
         full = fine_tune_type == "full"
         if deterministic:
             require_cpu(where.type)
-            if sharded:
+            if shards:
                 raise UserError(
                     "deterministic is true, and FSDP2 sums gradients in an order of its own: use DDP, or one process"
                 )
             torch.set_num_threads(1)  # how many there are decides how products and sums are cut
-        _check(fine_tune_type, adapter, load_in_4bit, sharded, computed_in)
+        _check(fine_tune_type, adapter, load_in_4bit, shards is not None, computed_in)
         weights_in = torch.float32 if full else computed_in
-        unfilled = Unfilled(model, where, weights_in, group) if sharded else None
+        unfilled = None
+        if shards:
+            from bnf_torch.sharding import Unfilled
+
+            unfilled = Unfilled(model, where, weights_in, shards)
         loaded = unfilled.model if unfilled else load_model(model, where, weights_in, load_in_4bit=load_in_4bit)
         trained: PreTrainedModel | PeftModel = loaded.requires_grad_(full)
         if adapter is not None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -162,6 +162,9 @@ class TorchEngine:
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int, stop_ids: Sequence[int]) -> list[list[int]]:
         return greedy(self, prompts, max_tokens, stop_ids)
 
+    def adapter_off(self) -> AbstractContextManager[None]:
+        return adapter.adapter_off(self.model)
+
     def _inputs(self, batch: Batch, ref_log_odds: Array, baseline: float = 0.0) -> dict[str, Any]:
         """What ScoredModel's forward takes, on its device."""
         self.limits.require(batch)
@@ -225,24 +228,27 @@ class TorchEngine:
         adapter.drop_inputs(self.model)
         averaged = 1 if self.deterministic else self.processes.count  # DDP and FSDP take the mean
         for scale in loss_scales(self.dtype, batches, self.processes):
-            stats, loss, gradients = [], 0.0, OrderedSum(self.trainable.values(), self.processes)
+            losses: list[Tensor] = []
+            scores: list[TokenScores] = []
+            gradients = OrderedSum(self.trainable.values(), self.processes)
             with lost_processes():
                 for i, (batch, ref_log_odds) in enumerate(batches):
                     with nullcontext() if self._syncs(i, len(batches)) else gradients_wait(self.to_train):
-                        micro_loss, micro_stats = self.to_train(**self._inputs(batch, ref_log_odds, baseline))
+                        micro_loss, micro_scores = self.to_train(**self._inputs(batch, ref_log_odds, baseline))
                         (micro_loss * (scale * averaged)).backward()
                     if self.deterministic:
                         gradients.add()
-                    loss += float(micro_loss.detach())
-                    stats.append(_to_numpy(micro_stats))
+                    losses.append(micro_loss.detach())
+                    scores.append(micro_scores)
                 if self.deterministic:
                     gradients.put_back()
-                loss = float(self.processes.sum(np.array([loss]))[0])
-                norm = self.optimizer.clip(max_grad_norm, scale)
+                mine, norm, stats = _fetched(losses, self.optimizer.clip(max_grad_norm, scale), scores)
+                loss = float(self.processes.sum(np.array([mine]))[0])
+            if not (math.isfinite(norm) and math.isfinite(loss)):
+                self.optimizer.drop()
             if math.isfinite(norm) or not math.isfinite(loss):
                 break
         if not math.isfinite(loss):
-            self.optimizer.torch.zero_grad(set_to_none=True)
             norm = math.nan
         self.steps_taken = self.steps_taken or math.isfinite(norm)
         return loss, stats, norm
@@ -354,6 +360,19 @@ def _checkpoint_quietly(layer: nn.Module, function: Callable[..., Any], *args: A
             layer.training = True
 
     return checkpoint(run, *args, use_reentrant=False)
+
+
+def _fetched(
+    losses: Sequence[Tensor], norm: Tensor, scores: Sequence[TokenScores]
+) -> tuple[float, float, list[TokenScores]]:
+    """A step's loss, norm and scores from the device, all at once: the one time in a step that it is waited for."""
+    parts = [*losses, norm.to(torch.float32), *(part for micro in scores for part in micro)]
+    flat = torch.cat([part.detach().reshape(-1) for part in parts]).cpu()
+    numbers = [part.numpy() for part in flat.split([part.numel() for part in parts])]
+    count = len(losses)
+    loss = sum(float(number[0]) for number in numbers[:count])
+    per_token = iter(numbers[count + 1 :])
+    return loss, float(numbers[count][0]), [TokenScores(next(per_token), next(per_token)) for _ in scores]
 
 
 def _to_numpy(scores: TokenScores) -> TokenScores:

@@ -123,7 +123,9 @@ def stored_tensors(folder: Path, dtype: torch.dtype) -> dict[str, Stored]:
         file = safe_open(path, framework="pt", backend="pread")
         stored |= {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, for it is no mapping
     quantization = quantization_of(folder)
-    for layer in [name.removesuffix(".scales") for name in stored if name.endswith(".scales")] if quantization else []:
+    if quantization is None:
+        return stored
+    for layer in [name.removesuffix(".scales") for name in stored if name.endswith(".scales")]:
         scales, biases = (stored.pop(f"{layer}.{part}") for part in ("scales", "biases"))
         stored[f"{layer}.weight"] = _Packed(quantization, layer, stored[f"{layer}.weight"], scales, biases, dtype)
     return stored

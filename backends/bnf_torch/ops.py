@@ -46,6 +46,9 @@ def tensors(tree: Any, device: torch.device) -> Any:
 
     def one(array: Any) -> Tensor:
         tensor = torch.from_numpy(np.asarray(array))
-        return (tensor.long() if tensor.dtype == torch.int32 else tensor).to(device)
+        tensor = tensor.long() if tensor.dtype == torch.int32 else tensor
+        if device.type == "cuda":  # out of pinned memory it is copied while the device works
+            return tensor.pin_memory().to(device, non_blocking=True)
+        return tensor.to(device)
 
     return mapped(one, tree)

@@ -19,6 +19,7 @@ def adamw(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> to
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
         weight_decay=config.weight_decay,
+        fused=True if parameters and all(p.is_cuda for p in parameters.values()) else None,  # one kernel for all
     )
 
 
@@ -34,19 +35,19 @@ class Optimizer:
     def _parameters(self) -> list[nn.Parameter]:
         return [p for group in self.torch.param_groups for p in group["params"]]
 
-    def clip(self, max_grad_norm: float | None, scale: float = 1.0) -> float:
-        """Clip the gradients, which are `scale` times as large as they should be; returns their norm before. Where it
-        is not finite there are no gradients then, and a step changes neither the parameters nor the optimizer's
-        state."""
+    def clip(self, max_grad_norm: float | None, scale: float = 1.0) -> Tensor:
+        """Clip the gradients, which are `scale` times as large as they should be; returns their norm before, () on
+        their device. Where it is not finite they are to be dropped."""
         if scale != 1:
             for p in self._parameters:
                 if p.grad is not None:
                     p.grad.mul_(1 / scale)
         limit = math.inf if max_grad_norm is None else max_grad_norm
-        norm = float(whole(nn.utils.clip_grad_norm_(self._parameters, limit)))
-        if not math.isfinite(norm):
-            self.torch.zero_grad(set_to_none=True)
-        return norm
+        return whole(nn.utils.clip_grad_norm_(self._parameters, limit))
+
+    def drop(self) -> None:
+        """Let go of the gradients: a step then changes neither the parameters nor the optimizer's state."""
+        self.torch.zero_grad(set_to_none=True)
 
     def step(self, learning_rate: float) -> None:
         """Apply the gradients, and let go of them."""

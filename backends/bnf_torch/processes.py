@@ -35,11 +35,12 @@ class TorchProcesses(Processes):
         self.sharded = sharded  # FSDP2 instead of DDP
         self.replicas = replicas  # how many times the model is there, each in shards over as many processes
 
-    def mesh(self, kind: str) -> DeviceMesh:
-        """Of the devices of this kind: a row is one replica."""
-        if self.replicas == 1:
+    @cache  # noqa: B019  # there is one of these a process, and each new mesh brings groups with threads of their own
+    def mesh(self, kind: str, replicas: int) -> DeviceMesh:
+        """Of the devices of this kind: a row is one replica of the model."""
+        if replicas == 1:
             return init_device_mesh(kind, (self.count,))
-        shape = (self.replicas, self.count // self.replicas)
+        shape = (replicas, self.count // replicas)
         return init_device_mesh(kind, shape, mesh_dim_names=("replicas", "shards"))
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
@@ -162,7 +163,7 @@ def spread(scored: ScoredModel, group: Processes, device: torch.device, dtype: t
             return scored
         here = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(scored, device_ids=here, gradient_as_bucket_view=True)
-    mesh = group.mesh(device.type)
+    mesh = group.mesh(device.type, group.replicas)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
     blocks = set(getattr(scored.model, "_no_split_modules", None) or ())
     for module in list(scored.modules()):

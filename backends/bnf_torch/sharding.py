@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
 from transformers.distributed import DistributedConfig
@@ -37,7 +38,6 @@ class Unfilled:
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, group: TorchProcesses):
         self.model: PreTrainedModel
-        layout = DistributedConfig(fsdp_size=group.count // group.replicas, dp_replicate_size=group.replicas)
         with _together(group), readable(folder):
             stored = stored_tensors(folder, dtype)
             empty = {name: torch.empty(tensor.get_shape(), dtype=dtype, device=META) for name, tensor in stored.items()}
@@ -47,7 +47,9 @@ class Unfilled:
             require_every_tensor(folder, info)
         self._require_experts(folder, group.count // group.replicas)
         with _together(group), readable(folder):
-            read, _ = load(state_dict=stored, distributed_config=layout)
+            load = _sharding(family, group.mesh(device.type, group.replicas)).from_pretrained
+            read = load(None, config=config, dtype=dtype, state_dict=stored, distributed_config=DistributedConfig(),
+                        device_map={"": device})  # fmt: skip
         for name, buffer in read.named_buffers():
             owner, _, attribute = name.rpartition(".")
             self.model.get_submodule(owner)._buffers[attribute] = buffer.to(device)
@@ -64,7 +66,8 @@ class Unfilled:
 
     def _require_experts(self, folder: Path, shards: int) -> None:
         """Raises UserError where a process would have none of a layer's experts: transformers cannot join them then."""
-        if not any(isinstance(conversion, WeightConverter) for conversion in self.model._weight_conversions or ()):
+        conversions: Any = self.model._weight_conversions
+        if not any(isinstance(conversion, WeightConverter) for conversion in conversions or ()):
             return
         for name, p in self.model.named_parameters():
             if p.ndim > 2 and -(-p.shape[0] // shards) * (shards - 1) >= p.shape[0]:
@@ -83,6 +86,24 @@ class Unfilled:
                 filled[id(rows)] = nn.Parameter(_sharded(rows, sharded, self.device), sharded.requires_grad)
             module._parameters[attribute] = filled[id(rows)]
         self._places = []
+
+
+def _sharding(family: Any, mesh: DeviceMesh) -> Any:
+    """A family of models whose weights are to be loaded in shards: of a parameter that is a DTensor transformers reads
+    no other rows. It would make such parameters itself, on meshes and with wrappers of its own."""
+    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
+
+    def sharded(cls: Any, model: PreTrainedModel, *_: Any) -> PreTrainedModel:
+        made: dict[int, nn.Parameter] = {}  # a tied head is its embedding
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                if p is not None:
+                    if id(p) not in made:
+                        made[id(p)] = nn.Parameter(distribute_tensor(p, mesh, placements, src_data_rank=None), False)
+                    module._parameters[name] = made[id(p)]
+        return model
+
+    return type(family.__name__, (family,), {"maybe_distribute_model": classmethod(sharded)})
 
 
 @contextmanager

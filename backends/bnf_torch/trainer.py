@@ -35,6 +35,7 @@ from bnf_core.steps import steps as plan
 from bnf_core.steps.baseline import Baseline
 from bnf_core.steps.batching import MicroBatching, Rows, require_learnable, require_units
 from bnf_core.steps.metrics import Meter
+from bnf_core.steps.mismatched import mismatched, once, unknown_before
 from bnf_core.steps.reference import NoReference, Reference, ReferenceCache
 from bnf_core.steps.steps import Step
 from bnf_core.storage.checkpoints import Checkpoint, Checkpoints, Facts
@@ -213,11 +214,11 @@ class BNFTrainer(Trainer):
         streamed = isinstance(self.rows, FeedbackStream)
         self.reference: Reference = NoReference()
         if self.objective.needs_reference:
+            if self.engine.full and streamed and self.objective.baseline_from == "mismatched":
+                raise UserError(unknown_before(self.objective.name))
             if self.engine.full and streamed and stored is None:
                 raise UserError("training all weights on streamed rows needs `reference`: make it with `bnf reference`")
             self.reference = ReferenceCache(self.engine.reference_log_odds, stored)
-        if self.engine.full and self.objective.baseline_from == "mismatched":
-            raise UserError(f"{self.objective.name} with all weights trained: use `bnf train`, or give a peft_config")
         self.baseline = Baseline(self.objective, self.engine, self.reference, self.batching, self.tokens.pad)
         self.meter = Meter(self.objective)
         self.position: Position | None = None
@@ -236,9 +237,11 @@ class BNFTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         if self.engine.full and not resume_from_checkpoint and isinstance(self.rows, Rows):
-            self._with_reference(self.rows.examples)  # while the weights are the reference's still
-            for data in self._held_out_sets():
-                self._with_reference(self._held_out_rows(data))
+            # While the weights are the reference's still.
+            for rows in (self.rows.examples, *map(self._held_out_rows, self._held_out_sets())):
+                self._with_reference(rows)
+                if self.objective.baseline_from == "mismatched":
+                    self._with_reference(once(mismatched(rows)))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -470,7 +473,8 @@ class _Tokens:
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
         if isinstance(data, str) or hasattr(data, "__len__"):
-            return Rows(self.examples(data, "train"), seed, self.objective.unit)
+            mismatched = self.objective.baseline_from == "mismatched"
+            return Rows(self.examples(data, "train"), seed, self.objective.unit, mismatched=mismatched)
         report, unit = partial(self._report, whole=False), self.objective.unit
         return self.feedback.stream(
             data, "train", shuffle_buffer=args.shuffle_buffer, seed=seed, unit=unit, report=report

@@ -56,12 +56,13 @@ def _open_webui_message(message: Mapping[str, Any], *, rated: bool) -> Message:
     return found | {"reasoning_content": thoughts} if thoughts and rated else found
 
 
-def _inner(row: Any, path: Sequence[str], source: str, within: str = "") -> Mapping[str, Any]:
+def _inner(row: Mapping[str, Any], path: Sequence[str], source: str, within: str = "") -> Mapping[str, Any]:
     for i, name in enumerate(path):
-        row = row.get(name)
-        if not isinstance(row, Mapping):
+        found = row.get(name)
+        if not isinstance(found, Mapping):
             where = within + ".".join(path[: i + 1])
-            raise RowError(source, where, f"is {named(row)}, expected an object", "Export it again, or drop the row")
+            raise RowError(source, where, f"is {named(found)}, expected an object", "Export it again, or drop the row")
+        row = found
     return row
 
 

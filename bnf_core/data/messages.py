@@ -100,12 +100,12 @@ def for_template(text: Text) -> Text:
     return text if isinstance(text, str) else [{k: v for k, v in m.items() if k != "train"} for m in text]
 
 
-def _message(message: Any, field: str, source: str) -> Message:
-    if not isinstance(message, Mapping):
+def _message(given: Any, field: str, source: str) -> Message:
+    if not isinstance(given, Mapping):
         raise RowError(
-            source, field, f"is {named(message)}, expected a message", 'Write {"role": "user", "content": "..."}'
+            source, field, f"is {named(given)}, expected a message", 'Write {"role": "user", "content": "..."}'
         )
-    message = dict(message)
+    message: Message = dict(given)
     calls = _tool_calls(message.pop("tool_calls", None), f"{field}.tool_calls", source)
     trained = _trained(message, field, source)
     for key in ("role", "content"):

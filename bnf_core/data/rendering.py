@@ -115,6 +115,17 @@ class Renderer:
         text, _ = self._first_whole(lambda form: self._opened(form, messages, tools, kwargs, source), messages)
         return text, True
 
+    def text(self, messages: list[Message], *, opened: bool) -> str:
+        """Messages as the template writes them, whatever it leaves out.
+
+        Args:
+            opened: with the beginning of the assistant's next turn.
+        Raises:
+            RowError: the template refuses them.
+            UserError: there is none.
+        """
+        return self._apply(_Form(False, False, False), messages, None, None, "messages", opened=opened)
+
     def row(self, row: Feedback) -> Rendered:
         """Prompt and completion.
 

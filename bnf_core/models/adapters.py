@@ -192,6 +192,13 @@ def require_adapter(
     return config
 
 
+def with_base(config: str, model: str) -> str:
+    """adapter_config.json as text, with the model that it is for by another name; mlx-lm's need not name any."""
+    settings = json.loads(config)
+    key = "base_model_name_or_path" if "peft_type" in settings else "model"
+    return json.dumps(settings | {key: model}, indent=2) + "\n"
+
+
 def stays_on(config: Config) -> str | None:
     """What of a PEFT adapter stays in the model when it is switched off, by its config and in words; None: nothing."""
     for key, (does, meaning) in STAYS_ON.items():

@@ -122,7 +122,7 @@ def unpack(packed: Array, bits: int) -> Array:
     octets = np.ascontiguousarray(packed, "<u4").view(np.uint8).reshape(*packed.shape[:-1], -1, bits)
     words = np.zeros((*octets.shape[:-1], 8), np.uint8)
     words[..., :bits] = octets
-    values = words.view("<u8") >> (np.arange(8, dtype=np.uint64) * np.uint64(bits))
+    values: Array = words.view("<u8") >> (np.arange(8, dtype=np.uint64) * np.uint64(bits))
     return (values & np.uint64(2**bits - 1)).astype(np.uint8).reshape(*packed.shape[:-1], -1)
 
 

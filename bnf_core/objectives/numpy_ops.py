@@ -34,7 +34,8 @@ class NumPyOps:
         return x[index]
 
     def row_sum(self, x: Array, grid: Array) -> Array:
-        return np.append(x, 0.0)[grid].sum(axis=1)
+        total: Array = np.append(x, 0.0)[grid].sum(axis=1)
+        return total
 
     def stop_gradient(self, x: Array) -> Array:
         return x

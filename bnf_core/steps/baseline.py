@@ -1,8 +1,8 @@
 """What an objective's rewards are compared with at each step: one number of the whole step, without gradient, the same
 on every process and however the step is cut.
 
-KTO's z₀ is the mean reward of prompts with completions of other prompts, and takes a forward pass of its own; BCO's δ
-lies between the mean rewards of chosen and of rejected rows, over all steps so far.
+KTO's z₀ is the mean reward of mismatched rows, and takes a forward pass of its own; BCO's δ lies between the mean
+rewards of chosen and of rejected rows, over all steps so far.
 """
 
 from collections import Counter
@@ -16,15 +16,16 @@ from bnf_core.objectives.base import log_ratio
 from bnf_core.objectives.numpy_ops import NumPyOps
 from bnf_core.protocol import Engine
 from bnf_core.steps.batching import MicroBatching, micro_batches
-from bnf_core.steps.reference import Reference, ReferenceCache, with_reference
+from bnf_core.steps.mismatched import mismatched, once
+from bnf_core.steps.reference import Reference, with_reference
 from bnf_core.types import Array, Batch, Example, TokenScores
 
 
 class Baseline:
     """
     Args:
-        reference: that of the run; mismatched rows, of which each is met once, are not kept in it where the engine can
-            compute them.
+        reference: that of the run. Mismatched rows are kept in it where they come again: not those of a stream, which
+            are made of the rows that happen to share a step.
         batching: how mismatched rows are cut into micro-batches.
     """
 
@@ -54,8 +55,8 @@ class Baseline:
             if not rows:
                 return 0.0
             # The rows of a pair have one mismatched completion: scored once, and counted as often as it is there.
-            once = {row.key: row for row in rows}
-            ratios, _ = self._log_ratios(self._with_reference(list(once.values())))
+            met_again = scores is not None or examples[0].mismatched is not None
+            ratios, _ = self._log_ratios(self._with_reference(once(rows), met_again))
             counts = Counter(row.key for row in rows)
             return max(0.0, float(np.average(ratios, weights=[counts[key] for key in sorted(counts)])))
         if self.kind == "running":
@@ -74,12 +75,10 @@ class Baseline:
         if self.kind == "running":
             self._sums = np.array(state["sums"], np.float64)
 
-    def _with_reference(self, rows: Sequence[Example]) -> list[tuple[Batch, Array]]:
+    def _with_reference(self, rows: Sequence[Example], met_again: bool) -> list[tuple[Batch, Array]]:
         processes = self.engine.processes
         batches = micro_batches(rows, self.batching, self.pad_id)
-        reference = self.reference
-        if isinstance(reference, ReferenceCache):
-            reference = reference.passing()
+        reference = self.reference if met_again else self.reference.passing()
         return with_reference(batches[processes.share(batches)], reference, processes)
 
     def _log_ratios(
@@ -100,17 +99,3 @@ class Baseline:
         ratios, labels, keys = (np.concatenate(self.engine.processes.gather(part)) for part in mine)
         order = np.argsort(keys, kind="stable")
         return ratios[order], labels[order]
-
-
-def mismatched(examples: Sequence[Example]) -> list[Example]:
-    """Each prompt with the completion of the next row that has another prompt, the first row following the last; none
-    where all rows have one prompt. Where that is longer than every row of the step, the prompt loses its beginning."""
-    longest = max(map(len, examples), default=0)
-    rows = []
-    for i, example in enumerate(examples):
-        after = (examples[(i + k) % len(examples)] for k in range(1, len(examples)))
-        other = next((e for e in after if e.prompt_ids != example.prompt_ids), None)
-        if other is not None:
-            room = longest - len(other.completion_ids)
-            rows.append(Example(example.prompt_ids[-room:], other.completion_ids, True, trained=other.trained))
-    return rows

@@ -7,7 +7,7 @@ into micro-batches, packed, or dealt to processes.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from bnf_core.data.table import column
 from bnf_core.errors import UserError
 from bnf_core.objectives import Objective
+from bnf_core.steps.mismatched import mismatched_row
 from bnf_core.steps.mixing import Mixture, epoch_order, first_of_unit
 from bnf_core.types import Array, Batch, Counts, Example, Position, Unit
 
@@ -70,7 +71,8 @@ def collate(
                 label = examples[i].weight if examples[i].label else -examples[i].weight
                 weight = label / (len(trained) * num_sequences)
                 coefficients.append(np.full(len(trained), weight, np.float32))
-                log_probs = examples[i].drawn.log_probs if examples[i].drawn else (0.0,) * count
+                by = examples[i].drawn
+                log_probs = by.log_probs if by else (0.0,) * count
                 drawn.append(np.asarray(log_probs, np.float32)[trained])
                 at += count
             segment += 1
@@ -272,11 +274,20 @@ class Rows:
     Args:
         unit: what the loss compares: never parted, so that a batch may have some more rows than asked for.
         mixture: of the sources that the examples are of.
+        mismatched: whether the loss compares rewards with those of mismatched rows: then each row is given its own,
+            made with the next row of the data, the same in every epoch.
     Raises:
         UserError: rows that make no pair, or a prompt without a chosen or a rejected row, where the loss compares them.
     """
 
-    def __init__(self, examples: Sequence[Example], seed: int, unit: Unit = "row", mixture: Mixture | None = None):
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        seed: int,
+        unit: Unit = "row",
+        mixture: Mixture | None = None,
+        mismatched: bool = False,
+    ):
         require_units(examples, unit)
         self.examples = examples
         self.seed = seed
@@ -284,6 +295,13 @@ class Rows:
         self.mixture = mixture
         counts = np.unique(_keys(examples, unit), return_counts=True)[1]
         self._largest = 1 if unit == "row" else int(counts.max(initial=1))
+        self._longest = max(map(len, examples), default=0) if mismatched else None
+
+    def __getitem__(self, i: int) -> Example:
+        row = self.examples[i]
+        return (
+            row if self._longest is None else replace(row, mismatched=mismatched_row(self.examples, i, self._longest))
+        )
 
     @property
     def epoch_rows(self) -> int:
@@ -305,7 +323,7 @@ class Rows:
             order, edges = self.epoch(epoch, batch_size)
             for edge in edges:
                 if edge > at:
-                    yield [self.examples[i] for i in order[at:edge].tolist()], {"epoch": epoch, "rows": edge}
+                    yield [self[i] for i in order[at:edge].tolist()], {"epoch": epoch, "rows": edge}
                     at = edge
             epoch, at = epoch + 1, 0
 

@@ -45,7 +45,7 @@ ABOUT, SUMS = "state.json", "SHA256SUMS"
 
 # Settings that may differ after a resume: the weights a run ends with do not depend on them.
 FREE = {"output", "overwrite", "resume", "resume_anyway", "eval_every", "save_every", "keep_checkpoints"}
-FREE |= {"report_to", "sample_every", "sample_count", "sample_tokens"}
+FREE |= {"report_to", "sample_every", "sample_count", "sample_tokens", "push_to_hub", "hub_private_repo"}
 FREE |= {"reference", "data.cache"}  # the same values, wherever they come from
 FREE |= {f"sample.{f.name}" for f in fields(SamplingConfig)}
 # Of the last bits only.
@@ -201,7 +201,7 @@ class Checkpoints:
         stay = [path for at, path in found if at <= step][-self.keep :]
         for path in [path for _, path in found if path not in stay]:
             shutil.rmtree(path, ignore_errors=True)
-        needed = {file["file"] for path in stay for file in _about(path).get("grown", [])}
+        needed = {name for path in stay for name in _grown_files(path)}
         for path in self.folder.glob("grown-*.safetensors"):
             if path.name not in needed:
                 path.unlink(missing_ok=True)
@@ -235,6 +235,14 @@ def _verify(folder: Path) -> None:
         raise ValueError(f"it has format {about['format']}, and this version of bnf-align reads format {FORMAT}")
     for name in [*_state_files(about["processes"]), *(f"../{file['file']}" for file in about.get("grown", []))]:
         verify(name)
+
+
+def _grown_files(folder: Path) -> list[str]:
+    """What a checkpoint needs beside it; a damaged one needs nothing."""
+    try:
+        return [file["file"] for file in _about(folder).get("grown", [])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _about(folder: Path) -> dict[str, Any]:

@@ -140,7 +140,8 @@ class StoredArrays(Mapping[str, Array]):
         parts = self._parts[name]
         if len(parts) == 1:
             with safe_open(parts[0].file, "np") as file:
-                return file.get_tensor(parts[0].name)
+                whole: Array = file.get_tensor(parts[0].name)
+                return whole
         return self.rows(name, 0, _rows(parts[0].shape))
 
     def rows(self, name: str, start: int, stop: int) -> Array:

@@ -5,6 +5,7 @@ or underscores, as long as only one setting ends so; `--sample-top-p` is `--samp
 """
 
 import difflib
+import json
 import re
 from argparse import ArgumentError
 from collections import deque
@@ -45,7 +46,7 @@ NAMED = ("objective",)
 # What jsonargparse adds, the last of them when a parser is used.
 NO_SETTINGS = ("help", "config", "print_config", "print_shtab")
 # Settings whose value is anybody's text: it may begin with a dash, and a tilde in it is no home folder.
-TEXTS = ("prompt", "judge")
+TEXTS = ("prompt", "judge", "system")
 
 
 def make_parser(settings: type, command: str) -> ArgumentParser:
@@ -109,6 +110,8 @@ def _spell_out(
             value = words.popleft() if name in TEXTS or not _FLAG.fullmatch(words[0]) else None
         found.append(f"--{name}" if value is None else f"--{name}={_bracketed(value, types.get(name))}")
     names = [_full_name(name.removeprefix("--").replace("-", "_"), keys) for name in positional]
+    if names and len(loose) >= len(names) and types.get(names[-1]) in LISTS:  # which takes all the others
+        loose[len(names) - 1 :] = [json.dumps(loose[len(names) - 1 :])]
     if len(loose) > len(names):
         raise ValueError(f"unexpected {loose[len(names)]!r}: expected a setting, such as --{keys[0]} VALUE")
     for name, word in zip(names, loose, strict=False):

@@ -11,7 +11,7 @@ from rich.console import Console
 from bnf_align.arguments import parse
 from bnf_align.commands import COMMANDS
 from bnf_core import registry
-from bnf_core.errors import TrainingStopped, UserError
+from bnf_core.errors import Failed, UserError
 
 console = Console()
 errors = Console(stderr=True)
@@ -41,7 +41,7 @@ def guarded(command: Callable[[], int]) -> int:
     except UserError as error:
         errors.print(f"bnf: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 2
-    except TrainingStopped as error:
+    except Failed as error:
         errors.print(f"bnf: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:

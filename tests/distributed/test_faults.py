@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,10 +38,10 @@ Refuses = Callable[..., None]
 def refuses(capsys: pytest.CaptureFixture[str]) -> Refuses:
     """That a command is refused as bad input, in one message with these words, and a folder is left as it is."""
 
-    def refuses(words: list[str], folder: Path, *expected: str) -> None:
+    def refuses(words: list[str], folder: Path, *expected: str, code: int = 2) -> None:
         before = contents(folder)
         capsys.readouterr()
-        assert command(words) == 2
+        assert command(words) == code
         error = " ".join(capsys.readouterr().err.split())
         assert error.startswith("bnf: ") and error.count("bnf: ") == 1 and "Traceback" not in error
         assert all(re.search(word, error) for word in expected), error
@@ -122,6 +123,43 @@ def test_a_folder_that_another_run_writes_to(runs: Runs, tmp_path: Path, refuses
         process.kill()
         process.join()
     assert command(changed(words, overwrite="true", max_steps=1)) == 0, "a killed run holds nothing"
+
+
+def out_of_memory(backend: str, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Have the device's memory be full, in the framework's own words, once so many micro-batches have been trained."""
+    calls = iter(range(1000))
+    if backend == "torch":
+        import torch
+
+        from bnf_torch.scored import ScoredModel as place
+
+        error: RuntimeError = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        name = "forward"
+    else:
+        from bnf_mlx.scored import MicroStep as place  # type: ignore[assignment]
+
+        error, name = RuntimeError("[metal::malloc] Attempting to allocate 99 bytes"), "__call__"
+    right = getattr(place, name)
+
+    def wrong(self: Any, *args: Any, **inputs: Any) -> Any:
+        if (backend == "mlx" or self.training or torch.is_grad_enabled()) and next(calls) >= after:
+            raise error
+        return right(self, *args, **inputs)
+
+    monkeypatch.setattr(place, name, wrong)
+
+
+def test_a_full_device(runs: Runs, backend_name: str, monkeypatch: pytest.MonkeyPatch, refuses: Refuses) -> None:
+    """Is named with the plan's figures and what to try; the last checkpoint stays good."""
+    words, run = runs.words(backend_name, "full", f"{BASE} --save-every 1")
+    with monkeypatch.context() as patch:
+        out_of_memory(backend_name, patch, 3)
+        refuses(
+            words, run.parent / "nothing", "memory of cpu is full", "allocate", r"takes 0\.\d\d GiB", "weights 0",
+            "--micro-batch-size 4, then --gradient-checkpointing true", "--resume", code=1,
+        )  # fmt: skip
+    checkpoint, refused = Checkpoints(run / "checkpoints", 9).newest()
+    assert checkpoint is not None and checkpoint.step == 3 and refused == []
 
 
 # Two processes

@@ -15,7 +15,7 @@ from bnf_core.sampling import Completion, noise_key
 from bnf_core.steps.batching import collate
 from bnf_core.types import Example
 
-PROMPTS = [[5, 6, 7, 8], [9, 10], [11], [12, 13, 14, 15, 16, 17]]
+PROMPTS = [[5, 6, 7, 8], [9, 10], [11], [18, 19], [12, 13, 14, 15, 16, 17]]
 SAMPLES = 3
 
 

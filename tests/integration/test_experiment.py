@@ -101,6 +101,22 @@ def test_every_method_trains(method: Any, made: Path) -> None:
         assert (sum(shares[kind]) > 0) == (only in (None, kind))
 
 
+@pytest.mark.parametrize("answers", ["policy", "start"])
+@pytest.mark.parametrize("task", ["problems", "sort"])
+def test_the_models_own_answers(made: Path, monkeypatch: pytest.MonkeyPatch, answers: Any, task: str) -> None:
+    from bnf_align.experiments import tasks
+
+    odd = tasks.Question("sort 3 1 2 2", lambda text: len(text) % 2 == 1)  # about half of what it says at first
+    monkeypatch.setattr(tasks, "questions", lambda task, count, rng: [odd] * count)
+    for objective in ("bnf", "grpo"):
+        asked = cell(objective=objective, answers=answers, task=task, batch_size=8, learning_rate=1e-2)
+        found = run(asked, made, "torch")
+        assert len(found["right"]) == 2 and all(0 < share < 1 for share in found["right"])
+        assert found["rows"] == (16 if answers == "start" else 0) and len(found["grad_norms"]) == 2
+        assert all(norm > 0 for norm in found["grad_norms"])
+        assert found["path"][-1]["step"] == 2
+
+
 def test_without_steps_nothing_moves(made: Path) -> None:
     found = run(cell(steps=0), made, "torch")
     assert found["gini"] == 0.0 and not any(found["moved_chosen"] + found["moved_rejected"])

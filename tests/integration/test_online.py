@@ -136,7 +136,7 @@ def test_every_sample_is_kept_and_learned_from(settings: Callable[..., OnlineCon
     assert train[0]["logps/chosen"] == pytest.approx(np.mean(by_label), abs=2e-4)
     assert result.before is not None and result.after is not None and result.before["pass_at_1"] is not None
     card = (result.trained / "README.md").read_text()
-    assert f"judged by `{JUDGE}`" in card and "`bnf online` with these" in card and "| `pass_at_1` |" in card
+    assert f"judged by `{JUDGE}`" in card and "bnf online --config run.yaml" in card and "| `pass_at_1` |" in card
 
 
 def test_training_raises_what_the_judge_likes(settings: Callable[..., OnlineConfig]) -> None:
@@ -171,9 +171,9 @@ def test_samples_are_feedback_of_the_tokens_that_were_drawn(settings: Callable[.
     tokenizer = load_tokenizer(Path(made.model))
     rows = load_feedback(str(result.folder / "samples")).rows
     examples = FeedbackTokenizer.of(tokenizer, made.data)(rows).examples
-    assert [(e.prompt_ids, e.completion_ids, e.label, e.group) for e in examples] == [
-        (e.prompt_ids, e.completion_ids, e.label, e.group) for e in learned[0]
-    ]
+    # A rejected row counts as much as a chosen one.
+    assert {(e.label, e.weight) for e in learned[0]} == {(True, 1.0), (False, 1.0)}
+    assert [replace(e, source="") for e in examples] == [replace(e, source="", drawn=None) for e in learned[0]]
     by_text = FeedbackTokenizer.of(tokenizer, replace(made.data, chat_template=CHAT_OF_ANOTHER))(
         [row for row in rows if row.completion[0]["content"].strip()]  # type: ignore[index]
     )

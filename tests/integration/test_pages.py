@@ -30,7 +30,7 @@ from pages import (
 
 # How many blocks nothing runs but a reader, by reason: whoever adds one raises a number here.
 NOT_RUN = {
-    "has a test of its own": 2,  # test_streaming.py, test_conformance.py
+    "has a test of its own": 4,  # test_streaming.py, test_conformance.py, test_push.py, test_export.py
     "needs a GPU": 3,
     "needs a cluster": 4,
     "needs the network": 1,

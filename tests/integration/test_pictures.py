@@ -48,6 +48,18 @@ def texts(axes: Axes) -> str:
     return " ".join(text.get_text() for text in axes.texts)
 
 
+def test_a_run_on_samples_shows_how_many_are_right_in_place_of_its_loss() -> None:
+    lines = [
+        evaluation(0, 0.5, None) | {"pass_at_1": 0.25},
+        train(1, pass_at_1=0.5),
+        train(2),
+        train(3, pass_at_1=0.75),
+    ]
+    samples = run_figure(lines).axes[0]
+    assert curve(samples, "samples of each iteration") == [(1, 0.5), (3, 0.75)]
+    assert curve(samples, "held-out prompts") == [(0, 0.25)]
+
+
 def test_draws_each_metric_where_it_belongs() -> None:
     lines = [
         evaluation(0, 0.5, 0.25),

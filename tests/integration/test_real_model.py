@@ -257,3 +257,24 @@ def test_it_knows_the_capital_of_france_on_both_backends() -> None:
         settings = GenerateConfig(str(model), "What is the capital of France?", max_tokens=16, hardware=hardware)
         ((_, completion),) = generate(settings, Console(quiet=True))
         assert completion.text == "The capital of France is Paris."
+
+
+# Exports
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+def test_an_aligned_real_model_says_the_same_as_a_gguf(kind: str, tmp_path: Path) -> None:
+    from bnf_align.commands.export import ExportConfig, export
+
+    rows = [
+        {"prompt": "Say hello.", "completion": text, "label": text == "Hello!"} for text in ("Hello!", "I will not.")
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model", str(smollm2()), "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "run")]
+    words += ["--backend", "torch", "--max-steps", "2", "--lr", "1e-3", "--warmup-steps", "0"]
+    subprocess.run([sys.executable, "-m", "bnf_align", "train", *words], check=True)
+    config = ExportConfig(str(tmp_path / "run"), ["gguf", "ollama"], gguf_type=kind)  # type: ignore[arg-type]
+    for done in export(config, Console()):
+        assert "32 of 32 tokens the same" in done.check or kind in ("bf16", "q8_0"), done.check
+    modelfile = (tmp_path / "run" / "export" / "ollama" / "Modelfile").read_text()
+    assert "You are a helpful AI assistant named SmolLM" in modelfile and 'PARAMETER stop "<|im_end|>"' in modelfile

@@ -26,6 +26,7 @@ from bnf_core.processes import ALONE, Processes
 from bnf_core.steps.batching import MicroBatching, collate, micro_batches
 from bnf_core.steps.reference import ReferenceCache
 from bnf_core.storage import reference_folder as module
+from bnf_core.storage.files import held
 from bnf_core.storage.reference_folder import ReferenceWriter, StoredReference, fingerprint, open_reference
 from bnf_core.types import Array, Batch, Example
 from invariance import launch
@@ -507,6 +508,16 @@ def made(tiny_model: Path, feedback: Path, tmp_path_factory: pytest.TempPathFact
         return folders[backend]
 
     return make
+
+
+def test_a_folder_that_another_one_writes_to_is_left_alone(tiny_model: Path, feedback: Path, tmp_path: Path) -> None:
+    run = settings(tiny_model, feedback, tmp_path / "reference", "torch")
+    with (
+        held(tmp_path / "reference", "run"),
+        pytest.raises(UserError, match=r"another `bnf reference` is writing to .*reference: choose another --output"),
+    ):
+        reference(run, QUIET)
+    assert [path.name for path in (tmp_path / "reference").iterdir()] == [".lock"]
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@
 
 import json
 import math
+import traceback
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ pytest.importorskip("peft")
 
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 
 import tiny
@@ -87,6 +89,30 @@ def fit(engine: TorchEngine, count: int = 4) -> list[float]:
     )
     loop.train(engine, taken, lambda step, stats, norm: norms.append(norm), 1.0)
     return norms
+
+
+def test_no_number_of_a_step_is_waited_for_by_itself(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All leave the device together, once. Rejects a loss, a norm or a check that is asked for as soon as it is
+    there: a GPU would have nothing to do meanwhile. transformers itself asks once a forward pass, in making a mask,
+    whether its rows are packed."""
+    asked = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function is torch.ops.aten._local_scalar_dense.default:
+                asked.append([line for line in traceback.format_stack() if "/torch/" not in line][-2])
+            return function(*args, **(kwargs or {}))
+
+    engine = load(tiny_model)
+    step = step_of(engine, rows(), MicroBatching(2))
+    monkeypatch.setattr("bnf_torch.linear.check_targets", lambda *_: None)  # which CUDA is not waited for with
+    with Watch():
+        loss, scores, norm = engine.accumulate(step.batches, 1.0)
+    assert [place for place in asked if "masking_utils.py" not in place] == []
+    assert len(scores) == len(step.batches) > 2
+    assert [len(score.log_odds) for score in scores] == [len(batch.targets) for batch, _ in step.batches]
+    expected = math.sqrt(sum(float((p.grad**2).sum()) for p in engine.trainable.values()))
+    assert expected == pytest.approx(min(norm, 1.0), rel=1e-5) and math.isfinite(loss)
 
 
 # Packing

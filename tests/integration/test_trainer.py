@@ -155,6 +155,42 @@ def test_it_takes_the_steps_that_bnf_train_takes(tiny_model, feedback, tmp_path)
         np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-3, atol=1e-5)
 
 
+def test_kto_trains_all_weights_as_bnf_train_does(tiny_model, feedback, tmp_path):
+    """The reference of mismatched rows, too, is computed before the first step: afterwards the engine refuses to."""
+    config = TrainConfig(
+        str(tiny_model),
+        DataConfig(str(feedback), max_length=64),
+        output=str(tmp_path / "bnf"),
+        hardware=HardwareConfig("torch", "cpu"),
+        fine_tune_type="full",
+        objective="kto(beta=1)",
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0),
+        batch_size=5,
+        micro_batch_size=5,
+        epochs=2,
+        seed=3,
+    )
+    lines = [json.loads(line) for line in (train(config, QUIET).folder / "metrics.jsonl").read_text().splitlines()]
+    expected = [line["loss"] for line in lines if line["kind"] == "train"]
+    args = settings(
+        tmp_path / "hf",
+        per_device_train_batch_size=5,
+        gradient_accumulation_steps=1,
+        num_train_epochs=2,
+        learning_rate=1e-3,
+        seed=3,
+        objective="kto(beta=1)",
+    )
+    trainer = BNFTrainer(str(tiny_model), args, str(feedback), eval_dataset=str(feedback))
+    trainer.train()
+    np.testing.assert_allclose(losses(trainer), expected, rtol=1e-4, atol=1e-5)
+    assert np.isfinite(trainer.evaluate()["eval_loss"])
+    streamed = datasets.Dataset.from_list(chat()).to_iterable_dataset()
+    args = settings(tmp_path / "streamed", objective="kto", max_steps=2)
+    with pytest.raises(UserError, match="whose reference has to be computed before the first step"):
+        BNFTrainer(str(tiny_model), args, streamed)
+
+
 @pytest.mark.parametrize("kind", ["name", "model", "adapted"])
 def test_a_model_by_name_or_as_it_is(tiny_model, tmp_path, kind):
     model: Any = str(tiny_model)

@@ -1,5 +1,6 @@
 """From words to settings."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,17 @@ def test_booleans_may_be_bare_and_lists_have_commas() -> None:
     config = parse(TrainConfig, "bnf train", [*words, "--max-grad-norm", "null"], ("--data",))
     assert config.packing and not config.overwrite and config.data.path == "d.jsonl"
     assert config.lora.targets == ["q_proj", "k_proj"] and config.optimizer.max_grad_norm is None
+
+
+@dataclass
+class Several:
+    names: list[str] = field(default_factory=list)
+    other: str = ""
+
+
+def test_a_positional_list_takes_all_the_words() -> None:
+    assert parse(Several, "bnf", ["a, b", "c"], ["--names"]).names == ["a, b", "c"]
+    assert parse(Several, "bnf", ["a"], ["--names"]).names == ["a"]
+    assert parse(Several, "bnf", ["--names", "a,b"], ["--names"]).names == ["a", "b"]
+    found = parse(Several, "bnf", ["x", "a", "b"], ["--other", "--names"])
+    assert (found.other, found.names) == ("x", ["a", "b"])

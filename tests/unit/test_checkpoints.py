@@ -275,6 +275,14 @@ def test_a_run_that_goes_back_grows_from_there(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("grown-*"))) == 2
 
 
+def test_a_damaged_checkpoint_does_not_keep_a_run_from_growing(tmp_path: Path) -> None:
+    run = Checkpoints(tmp_path, 3)
+    for step, rows in (1, 10), (2, 30), (3, 40):
+        run.save(step, {}, {}, growing=grown(rows))
+        (tmp_path / "step-000001" / "state.json").write_text("damaged")
+    assert_same(newest(tmp_path).arrays, grown(40))
+
+
 def test_what_began_anew_is_written_anew(tmp_path: Path) -> None:
     run = Checkpoints(tmp_path, 1)
     run.save(1, {}, {}, growing=grown(10))

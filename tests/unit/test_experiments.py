@@ -1,7 +1,9 @@
 """Experiments: what is asked, which rows there are, what the numbers of results mean."""
 
+import importlib.util
 import random
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 from bnf_align.experiments import EXPERIMENTS, experiment, tasks
+from bnf_align.experiments.cells import VERSION
 from bnf_align.experiments.outcome import Outcome, collapsed, line_of, read
 from bnf_align.experiments.rows import Mix, balanced, feedback
 from bnf_align.experiments.runner import Plan, choose_rates
@@ -17,8 +20,10 @@ from bnf_align.experiments.statistics import gini, interval
 from bnf_align.word_problems import solve
 from bnf_core.errors import UserError
 from bnf_core.objectives import parse
+from bnf_core.storage.digests import json_digest
 from bnf_core.types import Example
 
+ROOT = Path(__file__).parents[2]
 DIDACTIC = SCALES["didactic"]
 
 # Tasks
@@ -51,6 +56,23 @@ def test_the_pretraining_text_misreads_four_of_eight_kinds() -> None:
     }
     assert all(np.mean(right[words]) < 0.4 for words in tasks.MISREAD)
     assert np.mean(right["buys"]) > 0.8
+
+
+def test_answers_that_are_misplaced_look_alike_and_are_wrong() -> None:
+    rng = random.Random(4)
+    for name in ("sort", "reverse", "largest"):
+        for task in tasks.others(name, 50, rng, held_out=True):
+            wrong = tasks.misplaced(task, rng)
+            assert not task.is_right(wrong) and len(wrong) == len(task.answer)
+    asked = tasks.questions("sort", 30, random.Random(5))
+    assert all(one.is_right(" ".join(sorted(one.question.split()[1:]))) for one in asked)
+
+
+def test_the_policys_own_answers_have_a_learning_rate_of_their_own() -> None:
+    plan = Plan("on_policy", experiment("on_policy"), "didactic", 1, 1, [1e-3, 1e-2], 4, 8)
+    offline = [c for c in plan.sweep() if c.answers == "start"]
+    assert [(c.objective, c.learning_rate) for c in offline] == [("bnf", 1e-3), ("bnf", 1e-2)]
+    assert {c.answers for c in plan.sweep()} == {"start", "policy"} and plan.start().answers == "policy"
 
 
 @pytest.mark.parametrize("name", tasks.OTHERS)
@@ -221,6 +243,26 @@ def test_other_results_are_refused(text: str, message: str, tmp_path: Path) -> N
         read(tmp_path / "none.json")
 
 
+def test_pages_of_what_was_seen(tmp_path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("evidence_pages", ROOT / "docs" / "evidence_pages.py")
+    assert spec is not None and spec.loader is not None
+    pages = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pages)
+    facts = {"seeds": 2, "sweep_seeds": 1, "cpu_hours": 0.1, "backend": "torch", "versions": {"numpy": "2.4"}}
+    start = {"accuracy": 0.5, "others": 0.9, "perplexity": 3.0}
+    sweep = [{"objective": "BNF", "learning_rate": 1e-3, "accuracy": 0.6, "collapsed": 0, "seeds": 1, "taken": True}]
+    made = Outcome("tax", "It costs little.", facts, start, sweep, [line_of([cell()], [cell()], cell())], "", "It did.")
+    (tmp_path / "tax").mkdir()
+    (tmp_path / "tax" / "results.json").write_text(made.to_json())
+    (tmp_path / "tax" / "result.png").write_bytes(b"")
+    shutil.copy(ROOT / "docs" / "evidence" / "index.md", tmp_path)
+    for _ in range(2):  # the second time over the first
+        assert pages.write(tmp_path, tmp_path) == [made]
+    index, page = (tmp_path / "index.md").read_text(), (tmp_path / "tax.md").read_text()
+    assert index.count("| [Tax](tax.md) | It costs little. | It did. |") == 1 and "Nothing has been run" not in index
+    assert "![tax: result](tax_result.png)" in page and "**60%**" in page and (tmp_path / "tax.json").exists()
+
+
 # Experiments
 
 
@@ -228,8 +270,9 @@ def test_other_results_are_refused(text: str, message: str, tmp_path: Path) -> N
 def test_every_experiment_is_whole(name: str) -> None:
     found = experiment(name)
     plan = Plan(name, found, "didactic", 2, 1, [1e-3], 4, 8)
-    rates = {method.objective: 1e-3 for method in found.methods.values()}
+    rates = {method.rate_of: 1e-3 for method in found.methods.values()}
     cells = plan.cells(rates)
+    assert {c.method for c in plan.sweep()} == rates.keys()
     assert found.claim.endswith(".") and found.pictures
     assert {c.part for c in cells} == {"test"} and {c.part for c in plan.sweep()} == {"valid"}
     assert not {c.seed for c in cells} & {c.seed for c in plan.sweep()}
@@ -248,3 +291,6 @@ def test_experiments_share_what_they_have_in_common() -> None:
     a = Plan("stability", experiment("stability"), "didactic", 1, 1, [1e-3], 4, 8).cells(rates)[0]
     assert replace(a, setting="other", method="other").digest == a.digest
     assert replace(a, seed=1).digest != a.digest
+    before = {k: v for k, v in asdict(a).items() if k not in ("method", "setting", "answers", "task")}
+    assert a.digest == json_digest(before | {"version": VERSION})[-16:]  # results that are there stay good
+    assert len({a.digest, replace(a, answers="policy").digest, replace(a, task="sort").digest}) == 3

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 MAY_NAME_A_BACKEND = {
     "bnf_core/models/adapters.py": "mlx is the name of a layout of adapters; a message says whose it is",
     "recipes/bnf_align/commands/convert_adapter.py": "the same layout",
+    "recipes/bnf_align/commands/export.py": "the same layout; transformers reads GGUF with PyTorch",
     "recipes/bnf_align/commands/import_gguf.py": "transformers reads GGUF with PyTorch, whatever the backend",
     "recipes/bnf_align/run/remote.py": "the same layout, which one kind of server reads",
     "recipes/bnf_align/judges/reward_model.py": "reward models are transformers' own, which need PyTorch",

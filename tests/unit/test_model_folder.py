@@ -115,6 +115,13 @@ def test_which_files_are_the_model(
             read(folder)
 
 
+def test_a_tensor_in_two_files_is_refused(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    for name in SHARDS:
+        save_file({"weight": np.ones(2, np.float32)}, folder / name)
+    assert f"weight is in {SHARDS[0]} and in {SHARDS[1]}" in refused(folder)
+
+
 def test_an_index_that_is_none_is_refused(folder: Path) -> None:
     (folder / INDEX).write_text('["model.safetensors"]')
     assert "is no index of weights" in refused(folder)

@@ -13,9 +13,10 @@ from bnf_core.objectives import OBJECTIVES, Seen, batch_loss, parse, structure
 from bnf_core.objectives.base import log_ratio
 from bnf_core.objectives.numpy_ops import NumPyOps, float64
 from bnf_core.processes import ALONE
-from bnf_core.steps.baseline import Baseline, mismatched
+from bnf_core.steps.baseline import Baseline
 from bnf_core.steps.batching import MicroBatching, Rows, collate, micro_batches, require_learnable, require_units
 from bnf_core.steps.metrics import Meter
+from bnf_core.steps.mismatched import mismatched
 from bnf_core.steps.reference import NoReference
 from bnf_core.types import Batch, Drawn, Example, TokenScores
 
@@ -274,6 +275,20 @@ def test_rows_are_matched_with_completions_of_other_prompts() -> None:
         ((8,), (2,)),
     ]
     assert mismatched(rows[:2]) == []
+
+
+def test_rows_in_memory_have_one_mismatched_row_in_every_epoch() -> None:
+    data = [Example((i // 2 + 1,), (10 + i, 10 + i), i % 2 == 0, group=i // 2) for i in range(8)]
+    batches = Rows(data, seed=0, mismatched=True).batches(4)
+    met: dict[int, set[Example]] = {}
+    for rows, _ in itertools.islice(batches, 6):  # three epochs
+        for row, other in zip(rows, mismatched(rows), strict=True):
+            met.setdefault(row.completion_ids[0] - 10, set()).add(other)
+    # The next row of another prompt, whichever rows share the step.
+    expected = {i: (data[i].prompt_ids, data[(i // 2 * 2 + 2) % 8].completion_ids) for i in range(8)}
+    assert {i: [(e.prompt_ids, e.completion_ids) for e in rows] for i, rows in met.items()} == {
+        i: [row] for i, row in expected.items()
+    }
 
 
 def test_baselines_by_hand() -> None:

@@ -51,11 +51,11 @@ class DemoConfig:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     warm_up: int = 80
     """Right answers that the model is fine-tuned on first, so that some of its own are right."""
-    prompts: int = 160
+    prompts: int = 80
     """Word problems to sample answers to."""
-    held_out: int = 48
+    held_out: int = 32
     """Word problems to measure with, each with a right and a wrong answer."""
-    iterations: int = 16
+    iterations: int = 10
     """How often to sample and learn."""
     seed: int = 0
     """Of the problems, the adapter and the samples."""
@@ -129,7 +129,8 @@ class HeldOut:
     ):
         rows = load_feedback(str(problems.held_out)).rows
         self.examples = FeedbackTokenizer.of(tokenizer, DataConfig(str(problems.held_out)))(rows).examples
-        self.prompts = [json.loads(line) for line in (problems.prompts / "valid.jsonl").open(encoding="utf-8")]
+        asked = (problems.prompts / "valid.jsonl").read_text(encoding="utf-8")
+        self.prompts = [json.loads(line) for line in asked.splitlines()]
         self.tokenizer, self.stops, self.console = tokenizer, stop_ids(tokenizer, model), console
         self.said: list[list[str]] = []  # at each evaluation
         self._reference: ReferenceCache | None = None

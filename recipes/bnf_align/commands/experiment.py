@@ -13,6 +13,7 @@ from rich.table import Table
 from bnf_align.experiments import EXPERIMENTS, experiment
 from bnf_align.experiments.base import Experiment
 from bnf_align.experiments.outcome import NAME, Outcome, line_of, start_of
+from bnf_align.experiments.pictures import panels
 from bnf_align.experiments.runner import Plan, Runner, choose_rates
 from bnf_align.experiments.scales import SCALES, Scale
 from bnf_align.experiments.tables import markdown, table
@@ -162,7 +163,7 @@ def _write(folder: Path, outcome: Outcome, found: Experiment) -> None:
     replace_file(folder / NAME, outcome.to_json())
     replace_file(folder / "table.md", markdown(outcome))
     for name, draw in found.pictures.items():
-        save(draw(outcome), folder / f"{name}.png")
+        save(panels(outcome, *draw), folder / f"{name}.png")
 
 
 def overview() -> Table:

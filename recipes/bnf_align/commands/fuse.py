@@ -56,21 +56,30 @@ def fuse(
     """
     source = resolve_model(model)
     layout = adapter_layout(adapter)
-    backend = registry.for_layout(layout)
     for read in (source, adapter):
         require_free(output, "config.json", force, keep=read)
-    dtype_name = _own_dtype(source) if dtype == "auto" else dtype
     try:
         with replacing(output) as partial:
-            backend.fuse(source, adapter, partial, dtype=dtype_name, dequantize=dequantize)
-            if stops := listed_stops(adapter):
-                save_stops(partial, stops)
+            write_fused(source, adapter, partial, dequantize=dequantize, dtype=dtype)
     except OSError as error:
         raise UserError(f"{output} could not be written: {error}") from error
     return layout
 
 
-def _own_dtype(model: Path) -> str:
+def write_fused(model: Path, adapter: Path, folder: Path, *, dequantize: bool, dtype: DType) -> None:
+    """The same of a checkpoint folder, into a folder that is there.
+
+    Raises:
+        UserError: the adapter does not fit the model, or its backend is not installed.
+        OSError: the folder cannot be written.
+    """
+    backend = registry.for_layout(adapter_layout(adapter))
+    backend.fuse(model, adapter, folder, dtype=stored_dtype(model) if dtype == "auto" else dtype, dequantize=dequantize)
+    if stops := listed_stops(adapter):
+        save_stops(folder, stops)
+
+
+def stored_dtype(model: Path) -> str:
     """Of most tensors of a checkpoint that are in floating point."""
     counts = Counter(tensor.dtype for tensor in model_tensors(model).values())
     return FLOATS[max(FLOATS, key=lambda name: counts[name])]

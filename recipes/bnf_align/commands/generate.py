@@ -69,18 +69,15 @@ def _prompts(config: GenerateConfig) -> list[Prompt]:
 
 
 class _Typist:
-    """Writes a completion to the terminal as it grows, but nothing that may yet become part of something else: half
-    a character, or the beginning of a stop string."""
+    """Writes a completion to the terminal as it grows."""
 
     def __init__(self) -> None:
         self._written = 0
 
     def __call__(self, row: Completion) -> None:
-        text = row.text
-        end = len(text) if row.done else len(text.rstrip("\ufffd")) - row.withheld
-        if end > self._written:
-            print(text[self._written : end], end="", flush=True)
-            self._written = end
+        text = row.settled
+        print(text[self._written :], end="", flush=True)
+        self._written = max(len(text), self._written)
         if row.done:
             print()
 

@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from bnf_align.commands.push import push_run, require_hub
 from bnf_align.commands.train import Evaluator, RunResult, Training, run_training, tell_result
 from bnf_align.judges.gym import PREFIX, gym_prompts
 from bnf_align.judges.pool import Judges
@@ -188,7 +189,10 @@ Config = OnlineConfig
 
 
 def run(config: OnlineConfig, console: Console) -> int:
+    require_hub(config)
     result = online(config, console)
     places = {"trained": result.trained, "samples": result.folder / "samples", "picture": result.picture}
     tell_result(result, console, "held-out prompts", places)
+    if result.first:
+        push_run(config, console)
     return 0

@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
+from bnf_align.commands.push import push_run, require_hub
 from bnf_align.commands.reference import open_reference
+from bnf_align.run import row_counts
 from bnf_align.run.auto_batch import auto_micro_batch, out_of_memory
 from bnf_align.run.card import card
 from bnf_align.run.feedback import TrainingData, load_training_data, tell, with_date
@@ -25,6 +27,7 @@ from bnf_align.run.progress import bar
 from bnf_align.run.run_folder import RunFolder, recorded_setting
 from bnf_align.run.samples import Samples
 from bnf_align.run.scoring import score_sets, table
+from bnf_align.run.token_log import TokenLog
 from bnf_align.run.tracking import check_trackers, open_trackers
 from bnf_core import registry
 from bnf_core.config import TrainConfig
@@ -35,9 +38,10 @@ from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.models.model_folder import resolve_model
 from bnf_core.protocol import Engine
 from bnf_core.steps import loop, steps
-from bnf_core.steps.baseline import Baseline, mismatched
+from bnf_core.steps.baseline import Baseline
 from bnf_core.steps.batching import collate
 from bnf_core.steps.metrics import SHIFT_CHOSEN, SHIFT_REJECTED, Meter, Metrics
+from bnf_core.steps.mismatched import mismatched, once, unknown_before
 from bnf_core.steps.reference import NoReference, Reference, ReferenceCache
 from bnf_core.steps.steps import Step
 from bnf_core.storage.checkpoints import MODEL_WEIGHTS, Change, Facts, changes, run_facts
@@ -176,7 +180,7 @@ class Training:
         if self.objective.needs_reference:
             self.reference = ReferenceCache(engine.reference_log_odds if computes else None, stored)
         # Streamed rows may be more than memory holds: their reference is kept for a step.
-        self.trained_on = self.reference if data.examples is not None else self.reference.passing()
+        self.trained_on = self.reference.passing() if config.data.streaming else self.reference
         self.baseline = Baseline(self.objective, engine, self.reference, self.batching, self.pad)
         self.num_steps = data.num_steps(config)
         self.position: Position | None = None
@@ -200,6 +204,7 @@ class Training:
             if start == 0 and self.objective.needs_reference and self._loses_reference:
                 self._keep_reference()
             self.samples = self._samples(start)
+            self.token_log = self._token_log(start)
             self._watch(start)
             self.started = time.perf_counter()
             loop.train(self.engine, self._steps(start), self._after, self.config.optimizer.max_grad_norm)
@@ -301,6 +306,9 @@ class Training:
                 self._stop(step)
             self.evaluations[step] = metrics
             self._log("eval", step, metrics)
+            if self.token_log:
+                with self.folder.writing():
+                    self.token_log.write(step, self.engine, self.reference)
         if self.samples and _due(step, self.config.sample_every):
             with self.folder.writing():
                 self.samples.write(step, self.engine)
@@ -331,6 +339,27 @@ class Training:
                 sampling=self.config.sample,
                 seed=self.config.seed,
                 start=start,
+            )
+
+    def _token_log(self, start: int) -> TokenLog | None:
+        """What a report shows of single tokens and of the rows."""
+        losses = registry.get(self.config.hardware.backend).losses("cpu")
+        if not self.data.held_out or "objective" in getattr(losses, "lacks", ()):
+            return None
+        with self.folder.writing():
+            if self.first:
+                known = {} if self.data.examples is None else {"training": self.data.examples}
+                row_counts.write(
+                    self.folder.path, known | {name or "held out": t for name, t in self.data.held_out.items()}
+                )
+            return TokenLog(
+                self.folder.path if self.first else None,
+                ExampleTable.joined(self.data.held_out.values()),
+                self.tokenizer,
+                self.objective,
+                losses,
+                self.pad,
+                start,
             )
 
     def _evaluation_due(self, step: int) -> bool:
@@ -377,6 +406,8 @@ class Training:
         """The reference is computed beforehand."""
         examples = self.data.examples
         if examples is None:
+            if self.objective.baseline_from == "mismatched":
+                raise UserError(unknown_before(self.objective.name))
             if self.config.reference is None:
                 raise UserError(
                     "full fine-tuning on streamed data needs the reference beforehand: make it with `bnf reference`, "
@@ -385,9 +416,8 @@ class Training:
             return
         rows = list(examples)
         if self.objective.baseline_from == "mismatched":
-            batches = self.data.rows.batches(self.config.batch_size)
-            rows += {e.key: e for _ in range(self.num_steps) for e in mismatched(next(batches)[0])}.values()
-            rows += [row for table in self.data.held_out.values() for row in mismatched(list(table))]
+            rows += once(mismatched(examples))
+            rows += [row for table in self.data.held_out.values() for row in once(mismatched(table))]
         mine = steps.my_share(rows, replace(self.batching, unit="row"), self.processes, self.pad)
         with bar("reference", len(mine), self.console) as progress:
             for batch in mine:
@@ -451,8 +481,11 @@ POSITIONAL = ("--data",)
 
 
 def run(config: TrainConfig, console: Console) -> int:
+    require_hub(config)
     result = train(config, console)
     tell_result(result, console, "held-out rows", {"trained": result.trained, "picture": result.picture})
+    if result.first:
+        push_run(config, console)
     return 0
 
 

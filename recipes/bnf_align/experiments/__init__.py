@@ -16,6 +16,8 @@ EXPERIMENTS = {
     "shifts": "which tokens move, how evenly, and where the gradient goes",
     "reference": "smaller, tempered, stale and further trained references",
     "tax": "what is lost on tasks that were not trained on",
+    "on_policy": "the model's own answers to word problems, drawn as it learns",
+    "on_policy_sorting": "the same where it sorts digits",
 }
 
 

@@ -1,7 +1,5 @@
 """Feedback of which 5 to 95% is chosen, no row with a partner."""
 
-from matplotlib.figure import Figure
-
 from bnf_align.experiments import pictures
 from bnf_align.experiments.base import Experiment, Method, methods
 from bnf_align.experiments.outcome import Outcome
@@ -23,18 +21,8 @@ def seen(outcome: Outcome) -> str:
     return f"From {share(outcome.start['accuracy'])} right answers: {'; '.join(parts)}."
 
 
-def result(outcome: Outcome) -> Figure:
-    return pictures.panels(
-        outcome,
-        pictures.accuracy_by_setting,
-        pictures.chosen_by_setting,
-        pictures.rejected_by_setting,
-        pictures.surprise_by_setting,
-    )
-
-
 EXPERIMENT = Experiment(
-    claim="BNF needs no pairs, and so no balance of chosen and rejected rows.",
+    claim="BNF needs neither pairs nor extra hyper-parameters, and so no weighing of chosen against rejected rows.",
     methods={
         "BNF": Method("bnf"),
         "BNF, balanced": Method("bnf", {"balanced": True}),
@@ -42,7 +30,14 @@ EXPERIMENT = Experiment(
     },
     settings={f"{share:.0%}": {"mix": Mix(paired=0.0, chosen=share)} for share in SHARES},
     seen=seen,
-    pictures={"result": result},
+    pictures={
+        "result": (
+            pictures.accuracy_by_setting,
+            pictures.chosen_by_setting,
+            pictures.rejected_by_setting,
+            pictures.surprise_by_setting,
+        )
+    },
     axis="share of chosen rows",
     seeds=5,
 )

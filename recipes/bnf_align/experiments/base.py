@@ -2,24 +2,29 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from matplotlib.figure import Figure
-
-if TYPE_CHECKING:
-    from bnf_align.experiments.outcome import Outcome
+from bnf_align.experiments.outcome import Outcome
+from bnf_align.experiments.pictures import Draw
 
 
 @dataclass(frozen=True)
 class Method:
     """
     Args:
-        objective: as `bnf_core.objectives.parse` reads it. Methods of one objective share its learning rate.
+        objective: as `bnf_core.objectives.parse` reads it.
         changes: fields of `Cell` that it has otherwise.
+        swept: by which name its learning rate is found, with these changes; default: methods of one objective share
+            that of the objective, without any.
     """
 
     objective: str
     changes: Mapping[str, Any] = field(default_factory=dict)
+    swept: str = ""
+
+    @property
+    def rate_of(self) -> str:
+        return self.swept or self.objective
 
 
 @dataclass(frozen=True)
@@ -29,8 +34,9 @@ class Experiment:
         claim: one sentence: what the paper claims.
         methods: by name; the first one is what the others are compared with.
         settings: by name, the fields of `Cell` that each changes. Learning rates are swept without any change.
+        common: fields of `Cell` that all have otherwise, those of the sweep as well.
         seen: one sentence: what was seen.
-        pictures: by name.
+        pictures: by name, the panels of each.
         axis: what the settings are, for pictures that have them side by side.
         seeds: how many, where the scale's number is more than is needed.
         applies: whether a method can be trained in a setting.
@@ -38,9 +44,10 @@ class Experiment:
 
     claim: str
     methods: Mapping[str, Method]
-    seen: Callable[["Outcome"], str]
-    pictures: Mapping[str, Callable[["Outcome"], Figure]]
+    seen: Callable[[Outcome], str]
+    pictures: Mapping[str, tuple[Draw, ...]]
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"pairs": {}})
+    common: Mapping[str, Any] = field(default_factory=dict)
     axis: str = ""
     seeds: int | None = None
     applies: Callable[[str, str], bool] = lambda method, setting: True

@@ -5,7 +5,6 @@ Nothing is measured for one experiment alone, so that experiments which ask for 
 
 import contextlib
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,11 +12,13 @@ from typing import Any, Literal
 import numpy as np
 from rich.console import Console
 
+from bnf_align.experiments.answers import Answers
 from bnf_align.experiments.held_out import HeldOut, held_out
 from bnf_align.experiments.references import reference_model
 from bnf_align.experiments.rows import Mix, balanced, training_rows
 from bnf_align.experiments.scales import SCALES, Scale
 from bnf_align.experiments.statistics import gini
+from bnf_align.run.token_log import ByPlace, gradient_at
 from bnf_core import registry
 from bnf_core.config import OptimizerConfig
 from bnf_core.objectives import Objective, parse
@@ -31,7 +32,8 @@ from bnf_core.storage.digests import json_digest
 from bnf_core.types import Array, Batch, Example, TokenScores
 
 VERSION = 1  # of what is measured and how: cells of another are not used
-CHECKS = 6  # how often held-out rows are scored on the way
+LATER = {"answers": "given", "task": "problems"}  # fields that came later: results without them stay good
+CHECKS = 4  # how often held-out rows are scored on the way
 
 Result = dict[str, Any]  # JSON: what was measured, by name
 
@@ -51,13 +53,16 @@ class Cell:
     mix: Mix = field(default_factory=Mix)
     balanced: bool = False  # rows weigh so that both labels count alike
     reference: str = "start"  # or a kind of `bnf_align.experiments.references`
+    answers: Literal["given", "start", "policy"] = "given"  # or the model's own, drawn at the start or at each step
+    task: str = "problems"  # or one of `tasks.OTHERS`, for answers of its own
     part: Literal["valid", "test"] = "test"  # which problems are asked
 
     @property
     def digest(self) -> str:
         """What its results are known by, whatever it is called."""
         facts = asdict(self) | {"version": VERSION}
-        return json_digest({k: v for k, v in facts.items() if k not in ("method", "setting")})[-16:]
+        named = {k: v for k, v in facts.items() if k not in ("method", "setting") and LATER.get(k) != v}
+        return json_digest(named)[-16:]
 
 
 def run(cell: Cell, model: Path, backend_name: str) -> Result:
@@ -77,7 +82,7 @@ class Alignment:
     def __init__(self, cell: Cell, model: Path, backend: Backend):
         self.cell, self.model, self.backend = cell, model, backend
         self.scale: Scale = SCALES[cell.scale]
-        self.held_out: HeldOut = held_out(model, cell.scale, cell.part)
+        self.held_out: HeldOut = held_out(model, cell.scale, cell.part, cell.task)
         self.objective: Objective = parse(cell.objective)
         self.optimizer = OptimizerConfig(learning_rate=cell.learning_rate, warmup_steps=max(1, cell.steps // 20))
         self.engine: Engine = backend.load(
@@ -92,19 +97,22 @@ class Alignment:
         )
         if self.scale.fine_tune_type == "full":
             self.engine.refresh_reference()  # a copy, so that it can be asked at any time
+        self.answers = self._answers()
         self.examples = self._examples()
         self.reference = self._reference()
-        self.start = [scores.log_odds for scores in self._score(self.held_out.pairs)]
         self.norms: list[float] = []
         self.path: list[Result] = []
+        self._look(0)
+        self.start = [scores.log_odds for scores in self.scored]
         self.diverged: int | None = None  # the step whose gradient was not finite
 
     def run(self) -> Result:
         """Train, and say what came of it."""
-        count = min(self.cell.steps, -(-len(self.examples) // self.cell.batch_size))
+        count = self.cell.steps
+        if self.cell.answers != "policy":
+            count = min(count, -(-len(self.examples) // self.cell.batch_size))
         every = max(1, count // CHECKS)
         baseline = 0.0
-        self._check(0)
         gradient = {"start": self._gradient(baseline)}
 
         def after(step: Step, scores: list[TokenScores], norm: float) -> None:
@@ -115,10 +123,12 @@ class Alignment:
                 raise _Diverged
             self.norms.append(norm)
             if (step.number + 1) % every == 0 or step.number + 1 == count:
-                self._check(step.number + 1)
+                self._look(step.number + 1)
 
         with contextlib.suppress(_Diverged):
             loop.train(self.engine, self._steps(count), after, self.optimizer.max_grad_norm)
+        if self.diverged is not None:
+            self._look(self.diverged - 1)
         gradient["end"] = self._gradient(baseline)
         return self._measured() | {"gradient_at": gradient}
 
@@ -127,8 +137,10 @@ class Alignment:
             return ()
         share = self.engine.shares_prompts
         batching = MicroBatching(self.cell.batch_size, share_prompts=share, unit=self.objective.unit)
+        mismatched = self.objective.baseline_from == "mismatched"
+        rows = Rows(self.examples, self.cell.seed, self.objective.unit, mismatched=mismatched)
         return steps.steps(
-            Rows(self.examples, self.cell.seed, self.objective.unit),
+            self.answers if self.cell.answers == "policy" else rows,
             batch_size=self.cell.batch_size,
             num_steps=count,
             optimizer=self.optimizer,
@@ -139,9 +151,16 @@ class Alignment:
             pad_id=self.held_out.pad,
         )
 
-    def _examples(self) -> list[Example]:
-        """An objective of pairs has the pairs alone."""
+    def _answers(self) -> Answers:
         cell = self.cell
+        return Answers(self.engine, self.objective, self.held_out, cell.task, cell.steps, cell.batch_size, cell.seed)
+
+    def _examples(self) -> list[Example]:
+        """Those that are there before the first step. An objective of pairs has the pairs alone."""
+        cell = self.cell
+        if cell.answers != "given":
+            steps_before = cell.steps if cell.answers == "start" else 0
+            return [row for step in range(steps_before) for row in self.answers.draw(step)]
         rows = list(training_rows(self.model, self.scale, cell.steps * cell.batch_size, cell.seed, cell.mix))
         alone = set(rows_alone(rows, self.objective.unit).tolist())
         rows = [row for i, row in enumerate(rows) if i not in alone]
@@ -158,50 +177,42 @@ class Alignment:
 
     # What is measured
 
-    def _score(self, batches: Sequence[Batch]) -> list[TokenScores]:
-        return [_scores(self.engine, batch) for batch in batches]
-
-    def _check(self, step: int) -> None:
-        """What held-out rows are to the model as it now is."""
-        sums, labels = [], []
-        for batch, scores in zip(self.held_out.pairs, self._score(self.held_out.pairs), strict=True):
-            sums.append(_row_sums(batch, _log_p(scores.log_odds)))
-            labels.append(batch.labels)
-        rows, label = np.concatenate(sums), np.concatenate(labels)
+    def _look(self, step: int) -> None:
+        """What held-out rows and text are to the model as it now is."""
+        self.scored = [_scores(self.engine, batch) for batch in self.held_out.pairs]
+        self.nats = np.concatenate(
+            [
+                -_row_sums(batch, _log_p(_scores(self.engine, batch).log_odds)) / np.bincount(batch.sequence_ids)
+                for batch in self.held_out.text
+            ]
+        )  # a token, of each sentence
+        rows = [_row_sums(batch, _log_p(said.log_odds)) for batch, said in self._pairs()]
+        log_p, labels = np.concatenate(rows), np.concatenate([batch.labels for batch in self.held_out.pairs])
         self.path.append(
             {
                 "step": step,
-                "log_p_chosen": float(rows[label > 0].mean()),
-                "log_p_rejected": float(rows[label < 0].mean()),
-                "perplexity": perplexity(self._text()),
+                "log_p_chosen": float(log_p[labels > 0].mean()),
+                "log_p_rejected": float(log_p[labels < 0].mean()),
+                "perplexity": perplexity(self.nats),
             }
         )
 
-    def _text(self) -> Array:
-        """Nats a token of each sentence that the model never trained on."""
-        found = []
-        for batch, scores in zip(self.held_out.text, self._score(self.held_out.text), strict=True):
-            found.append(-_row_sums(batch, _log_p(scores.log_odds)) / np.bincount(batch.sequence_ids))
-        return np.concatenate(found)
+    def _pairs(self) -> list[tuple[Batch, TokenScores]]:
+        return list(zip(self.held_out.pairs, self.scored, strict=True))
 
     def _gradient(self, baseline: float) -> dict[str, list[float]]:
-        """Where in held-out completions the gradient of the objective is: |∂L/∂o| by place, as shares of its sum."""
-        losses, found = self.backend.losses("cpu"), _ByPlace()
-        for batch, scores in zip(self.held_out.pairs, self._score(self.held_out.pairs), strict=True):
-            _, slope = losses.objective(self.objective, *scores, self.reference(batch), batch, baseline)
-            found.add(batch, np.abs(slope))
-        return found.shares()
+        """Where in held-out completions the gradient of the objective is."""
+        scored = [(batch, said, self.reference(batch)) for batch, said in self._pairs()]
+        return gradient_at(self.backend.losses("cpu"), self.objective, scored, baseline)
 
     def _measured(self) -> Result:
-        shift_at, tokens = _ByPlace(), []
+        shift_at, tokens = ByPlace(), []
         rows: dict[str, list[float]] = {"chosen": [], "rejected": []}
-        for batch, before, scores in zip(
-            self.held_out.pairs, self.start, self._score(self.held_out.pairs), strict=True
-        ):
-            shift = scores.log_odds - before
+        for (batch, said), before in zip(self._pairs(), self.start, strict=True):
+            shift = said.log_odds - before
             tokens.append(np.abs(shift))
             shift_at.add(batch, shift)
-            moved = _row_sums(batch, _log_p(scores.log_odds) - _log_p(before))
+            moved = _row_sums(batch, _log_p(said.log_odds) - _log_p(before))
             for label, value in zip(batch.labels, moved, strict=True):
                 rows["chosen" if label > 0 else "rejected"].append(round(float(value), 4))
         others = {name: self.held_out.others_answered(self.engine, name) for name in self.held_out.others}
@@ -212,11 +223,12 @@ class Alignment:
             "diverged": self.diverged,
             "correct": self.held_out.answered(self.engine),
             "others": others,
-            "text": [round(float(x), 5) for x in self._text()],
+            "text": [round(float(x), 5) for x in self.nats],
             "moved_chosen": rows["chosen"],
             "moved_rejected": rows["rejected"],
             "grad_norms": [round(x, 5) for x in self.norms],
             "path": self.path,
+            "right": self.answers.right,
             "gini": gini(np.concatenate(tokens)),
             "shift_at": shift_at.means(),
         }
@@ -243,29 +255,3 @@ def _log_p(log_odds: Array) -> Array:
 def _row_sums(batch: Batch, tokens: Array) -> Array:
     """Sums of (N,) over the tokens of each row, (S,)."""
     return np.bincount(batch.sequence_ids, weights=tokens, minlength=len(batch.labels))
-
-
-class _ByPlace:
-    """Numbers of tokens by their place in the completion, of chosen and of rejected rows."""
-
-    def __init__(self) -> None:
-        self._found: dict[str, dict[int, list[float]]] = {"chosen": {}, "rejected": {}}
-
-    def add(self, batch: Batch, tokens: Array) -> None:
-        counts = np.bincount(batch.sequence_ids, minlength=len(batch.labels))
-        places = np.arange(len(tokens)) - np.repeat(np.cumsum(counts) - counts, counts)
-        for place, row, value in zip(places.tolist(), batch.sequence_ids.tolist(), tokens.tolist(), strict=True):
-            self._found["chosen" if batch.labels[row] > 0 else "rejected"].setdefault(place, []).append(value)
-
-    def means(self) -> dict[str, list[float]]:
-        return self._each(lambda values: sum(values) / len(values))
-
-    def shares(self) -> dict[str, list[float]]:
-        """Of the sum over all."""
-        whole = sum(sum(values) for places in self._found.values() for values in places.values()) or 1.0
-        return self._each(lambda values: sum(values) / whole)
-
-    def _each(self, value: Any) -> dict[str, list[float]]:
-        return {
-            name: [round(value(places[place]), 5) for place in sorted(places)] for name, places in self._found.items()
-        }

@@ -6,7 +6,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 
 from bnf_align.experiments import tasks
-from bnf_align.experiments.rows import pair, tokenized
+from bnf_align.experiments.rows import pair, tokenized, two_answers
 from bnf_align.experiments.scales import SCALES, Scale
 from bnf_core.data.tokenization import load_tokenizer, pad_id, prompt_ids, stop_ids
 from bnf_core.protocol import Engine
@@ -17,8 +17,8 @@ SCORED_AT_ONCE = 64
 
 
 @lru_cache(2)
-def held_out(model: Path, scale: str, part: tasks.Part) -> "HeldOut":
-    return HeldOut(model, SCALES[scale], part)
+def held_out(model: Path, scale: str, part: tasks.Part, task: str = "problems") -> "HeldOut":
+    return HeldOut(model, SCALES[scale], part) if task == "problems" else HeldOutTask(model, SCALES[scale], part, task)
 
 
 class HeldOut:
@@ -50,7 +50,7 @@ class HeldOut:
     def others_answered(self, engine: Engine, name: str) -> list[int]:
         """The same of one of the other tasks."""
         texts = self._answers(engine, [task.question for task in self.others[name]])
-        return [int(text.strip() == task.answer) for task, text in zip(self.others[name], texts, strict=True)]
+        return [int(task.is_right(text)) for task, text in zip(self.others[name], texts, strict=True)]
 
     def _answers(self, engine: Engine, questions: Sequence[str]) -> list[str]:
         drawn = engine.generate([self._prompts[question] for question in questions], self.scale.max_tokens, self.stops)
@@ -61,3 +61,24 @@ class HeldOut:
         asked = [problem.question for problem in self.problems]
         asked += [task.question for of in self.others.values() for task in of]
         return {question: prompt_ids(self.scale.prompt(question), self.tokenizer) for question in asked}
+
+
+class HeldOutTask(HeldOut):
+    """Another task in place of the word problems."""
+
+    def __init__(self, model: Path, scale: Scale, part: tasks.Part, task: str):
+        super().__init__(model, scale, part)
+        rng = random.Random(f"held out {task}")
+        self.asked = tasks.others(task, 2 * scale.items, rng, held_out=True)[part == "test" :: 2]
+        scored = self.asked[: scale.scored_pairs]
+        rows = [two_answers(scale, one.question, one.answer, tasks.misplaced(one, rng)) for one in scored]
+        self.pairs = self._batches(tokenized(rows, model))
+
+    def answered(self, engine: Engine) -> list[int]:
+        texts = self._answers(engine, [task.question for task in self.asked])
+        return [int(task.is_right(text)) for task, text in zip(self.asked, texts, strict=True)]
+
+    @cached_property
+    def _prompts(self) -> dict[str, list[int]]:
+        asked = {task.question: prompt_ids(self.scale.prompt(task.question), self.tokenizer) for task in self.asked}
+        return super()._prompts | asked

@@ -37,7 +37,8 @@ class Line:
     seeds: int
     collapsed: int  # seeds
     numbers: Numbers
-    curves: dict[str, Any]  # means over seeds: `path`, `grad_norms`, `shift_at`, `gradient_at`, `others`
+    # Means over seeds: `path`, `grad_norms`, `shift_at`, `gradient_at`, `others`, `right`.
+    curves: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -153,6 +154,7 @@ def line_of(cells: Sequence[Result], beside: Sequence[Result], start: Result) ->
             for when in ("start", "end")
         },
         "others": {name: float(np.mean([c["others"][name] for c in cells])) for name in names},
+        "right": _mean_of([c.get("right", []) for c in cells]),
     }
     count = sum(collapsed(c, start) for c in cells)
     return Line(cell["setting"], cell["method"], cell["learning_rate"], len(cells), count, numbers, curves)

@@ -1,7 +1,5 @@
 """All, half, a quarter or none of the rows with a partner; as many rows each time."""
 
-from matplotlib.figure import Figure
-
 from bnf_align.experiments import pictures
 from bnf_align.experiments.base import Experiment, methods
 from bnf_align.experiments.outcome import Outcome
@@ -19,21 +17,18 @@ def seen(outcome: Outcome) -> str:
     return f"BNF answered {share(a)} right with pairs alone and {share(b)} without any, {overlap}."
 
 
-def result(outcome: Outcome) -> Figure:
-    return pictures.panels(
-        outcome,
-        pictures.accuracy_by_setting,
-        pictures.chosen_by_setting,
-        pictures.rejected_by_setting,
-    )
-
-
 EXPERIMENT = Experiment(
-    claim="BNF learns as well from rows without a partner as from pairs.",
+    claim="BNF needs no pairwise preference data.",
     methods=methods("BNF", "KTO", "DPO"),
     settings={f"{share:.0%}": {"mix": Mix(paired=share)} for share in SHARES},
     seen=seen,
-    pictures={"result": result},
+    pictures={
+        "result": (
+            pictures.accuracy_by_setting,
+            pictures.chosen_by_setting,
+            pictures.rejected_by_setting,
+        )
+    },
     axis="share of rows with a partner",
     seeds=5,
     applies=lambda method, setting: method != "DPO" or setting != "0%",

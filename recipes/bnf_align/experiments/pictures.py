@@ -100,6 +100,17 @@ def path(name: str, title: str, quantity: str) -> Draw:
     return draw
 
 
+def samples(axes: Axes, outcome: Outcome) -> None:
+    """How many of the answers of a step are right, a line for each method that draws them as it learns."""
+    style = styles(outcome)
+    for method in outcome.methods:
+        line = outcome.line(method)
+        if line and (right := line.curves.get("right")):
+            axes.plot(range(1, len(right) + 1), right, label=method, color=style[method]["color"], linewidth=1.2)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    label_axes(axes, "Right among the answers drawn", "")
+
+
 def gradient_norms(axes: Axes, outcome: Outcome) -> None:
     style = styles(outcome)
     for method in outcome.methods:
@@ -121,7 +132,8 @@ def moved(axes: Axes, outcome: Outcome) -> None:
     label_axes(axes, "How far held-out rows moved", "")
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("change of the log-likelihood of a row, nats")
-    axes.set_xscale("symlog", linthresh=5)
+    if max(map(abs, axes.get_xlim())) > 20:  # a collapse: small changes shall still be seen
+        axes.set_xscale("symlog", linthresh=5)
 
 
 def places(curve: Sequence[str], kind: str, title: str, quantity: str) -> Draw:
@@ -154,6 +166,7 @@ def _dots(axes: Axes, outcome: Outcome, name: str, title: str, start: float | No
         axes.axvline(start, color=PLAIN, linestyle=":", linewidth=1)
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(-0.6, len(names) - 0.4)
     axes.grid(alpha=0.25, axis="x")
 
 

@@ -52,8 +52,11 @@ def feedback(scale: Scale, count: int, rng: random.Random, mix: Mix) -> list[Row
 
 
 def pair(scale: Scale, problem: Problem, rng: random.Random) -> Row:
-    answers = {"chosen": _said(tasks.right(problem)), "rejected": _said(tasks.wrong(problem, rng))}
-    return {"prompt": scale.prompt(problem.question), **answers}
+    return two_answers(scale, problem.question, tasks.right(problem), tasks.wrong(problem, rng))
+
+
+def two_answers(scale: Scale, question: str, right: str, wrong: str) -> Row:
+    return {"prompt": scale.prompt(question), "chosen": _said(right), "rejected": _said(wrong)}
 
 
 def tokenized(rows: Sequence[Mapping[str, Any]], model: Path) -> list[Example]:

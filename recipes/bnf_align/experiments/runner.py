@@ -50,7 +50,7 @@ class Plan:
 
     @property
     def base(self) -> Cell:
-        return Cell("", "bnf", 1.0, 0, self.steps, self.batch_size, self.scale)
+        return Cell("", "bnf", 1.0, 0, self.steps, self.batch_size, self.scale, **self.experiment.common)
 
     def start(self) -> Cell:
         """The model before any step."""
@@ -61,12 +61,12 @@ class Plan:
 
     def sweep(self) -> list[Cell]:
         """Of every objective at every learning rate, on seeds and problems that nothing is compared on."""
-        objectives = dict.fromkeys(method.objective for method in self.experiment.methods.values())
+        swept = {m.rate_of: (m.objective, m.changes if m.swept else {}) for m in self.experiment.methods.values()}
         base = replace(self.base, part="valid")
         return [
-            replace(base, method=objective, objective=objective, learning_rate=rate, seed=1000 + seed)
+            replace(base, method=name, objective=objective, learning_rate=rate, seed=1000 + seed, **changes)
             for seed in range(self.sweep_seeds)
-            for objective in objectives
+            for name, (objective, changes) in swept.items()
             for rate in self.learning_rates
         ]
 
@@ -77,7 +77,7 @@ class Plan:
                 self.base,
                 method=name,
                 objective=method.objective,
-                learning_rate=rates[method.objective],
+                learning_rate=rates[method.rate_of],
                 seed=seed,
                 setting=setting,
                 **{**method.changes, **changes},
@@ -186,7 +186,7 @@ def choose_rates(results: Sequence[Result], start: Result) -> tuple[list[dict[st
     seed collapsed, or among all where each has one that did; of equal ones the smallest."""
     seen: dict[tuple[str, float], list[Result]] = {}
     for result in results:
-        seen.setdefault((result["cell"]["objective"], result["cell"]["learning_rate"]), []).append(result)
+        seen.setdefault((result["cell"]["method"], result["cell"]["learning_rate"]), []).append(result)
     sweep: list[dict[str, Any]] = [
         {
             "objective": objective,

@@ -1,7 +1,5 @@
 """Which methods keep a model whole on near-identical right and wrong answers."""
 
-from matplotlib.figure import Figure
-
 from bnf_align.experiments import pictures
 from bnf_align.experiments.base import METHODS, Experiment
 from bnf_align.experiments.outcome import Outcome
@@ -23,24 +21,18 @@ def seen(outcome: Outcome) -> str:
     )
 
 
-def result(outcome: Outcome) -> Figure:
-    return pictures.panels(outcome, pictures.accuracy_of_methods, pictures.moved, pictures.surprise_of_methods)
-
-
-def course(outcome: Outcome) -> Figure:
-    return pictures.panels(
-        outcome,
-        pictures.path("log_p_chosen", "Chosen rows held out", "log-likelihood of a row, nats"),
-        pictures.path("log_p_rejected", "Rejected rows held out", "log-likelihood of a row, nats"),
-        pictures.path("perplexity", "Text never trained on", "perplexity"),
-        pictures.gradient_norms,
-    )
-
-
 EXPERIMENT = Experiment(
-    claim="BNF stays stable where the chosen and the rejected answer are nearly the same, as in arithmetic, while the "
-    "likelihoods of pairwise methods such as DPO fall or collapse.",
+    claim="Pairwise methods such as DPO are prone to instability, above all on mathematical data; BNF's bidirectional "
+    "negative feedback keeps training stable.",
     methods=METHODS,
     seen=seen,
-    pictures={"result": result, "course": course},
+    pictures={
+        "result": (pictures.accuracy_of_methods, pictures.moved, pictures.surprise_of_methods),
+        "course": (
+            pictures.path("log_p_chosen", "Chosen rows held out", "log-likelihood of a row, nats"),
+            pictures.path("log_p_rejected", "Rejected rows held out", "log-likelihood of a row, nats"),
+            pictures.path("perplexity", "Text never trained on", "perplexity"),
+            pictures.gradient_norms,
+        ),
+    },
 )

@@ -57,21 +57,18 @@ def table(outcome: Outcome) -> Table:
 
 def markdown(outcome: Outcome) -> str:
     """The table and the sweep, with what was claimed and what was seen."""
-    names = headings(outcome)
     lines = [
         f"**Claimed**: {outcome.claim}",
         "",
         f"**Seen**: {outcome.seen}",
         "",
-        _row(names),
-        _row(["---"] * len(names)),
-        *(_row(row) for row in rows(outcome)),
+        *_with_head([headings(outcome), *rows(outcome)]),
         "",
         explained(outcome),
         "",
         "Right answers by learning rate, on problems and seeds of their own; bold: the one taken; †: a seed collapsed.",
         "",
-        *(_row(row) for row in sweep_rows(outcome)),
+        *_with_head([[f"**{text}**" if taken else text for text, taken in row] for row in swept(outcome)]),
         "",
     ]
     return "\n".join(lines)
@@ -88,22 +85,22 @@ def explained(outcome: Outcome) -> str:
     )
 
 
-def sweep_rows(outcome: Outcome) -> Iterator[list[str]]:
-    """An objective a line, a learning rate a column."""
+def swept(outcome: Outcome) -> Iterator[list[tuple[str, bool]]]:
+    """An objective a line, a learning rate a column, each with whether it was taken."""
     rates = sorted({line["learning_rate"] for line in outcome.sweep})
-    yield ["objective", *(f"{rate:g}" for rate in rates)]
-    yield ["---"] * (len(rates) + 1)
+    yield [("objective", False), *((f"{rate:g}", False) for rate in rates)]
     for objective in dict.fromkeys(line["objective"] for line in outcome.sweep):
         own = {line["learning_rate"]: line for line in outcome.sweep if line["objective"] == objective}
-        yield [objective, *(_swept(own.get(rate)) for rate in rates)]
+        yield [(objective, False), *(_swept(own.get(rate)) for rate in rates)]
 
 
-def _swept(line: dict[str, Any] | None) -> str:
+def _swept(line: dict[str, Any] | None) -> tuple[str, bool]:
     if line is None:
-        return ""
-    text = f"{100 * line['accuracy']:.0f}%{'†' if line['collapsed'] else ''}"
-    return f"**{text}**" if line["taken"] else text
+        return "", False
+    return f"{100 * line['accuracy']:.0f}%{'†' if line['collapsed'] else ''}", line["taken"]
 
 
-def _row(row: list[str]) -> str:
-    return f"| {' | '.join(row)} |"
+def _with_head(found: list[list[str]]) -> list[str]:
+    """As Markdown, the first row as the head."""
+    head, *body = (f"| {' | '.join(row)} |" for row in found)
+    return [head, f"|{'---|' * len(found[0])}", *body]

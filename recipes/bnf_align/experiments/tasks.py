@@ -5,6 +5,7 @@ import random
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from bnf_align.word_problems import OPERATIONS, Problem, draw, last_number, slip, solve
@@ -23,6 +24,9 @@ class Task:
 
     question: str
     answer: str
+
+    def is_right(self, text: str) -> bool:
+        return text.strip() == self.answer
 
 
 # Word problems
@@ -118,6 +122,33 @@ def others(name: str, count: int, rng: random.Random, *, held_out: bool) -> list
         if (zlib.crc32(task.question.encode()) % 8 == 0) == held_out:
             found.setdefault(task.question, task)
     return list(found.values())
+
+
+@dataclass(frozen=True)
+class Question:
+    """Asked of the model, whose answer is told right or wrong."""
+
+    question: str
+    is_right: Callable[[str], bool]
+
+
+def questions(task: str, count: int, rng: random.Random) -> list[Question]:
+    """So many of a task, `problems` or one of `OTHERS`, that no held-out one is among."""
+    if task == "problems":
+        return [Question(one.question, partial(is_right, one)) for one in problems(count, rng, "train")]
+    return [Question(one.question, one.is_right) for one in others(task, count, rng, held_out=False)]
+
+
+def misplaced(task: Task, rng: random.Random) -> str:
+    """A wrong answer that looks alike: two of its words change places, or its one word is another digit."""
+    words = task.answer.split()
+    while " ".join(words) == task.answer:
+        if len(set(words)) > 1:
+            i, j = rng.sample(range(len(words)), 2)
+            words[i], words[j] = words[j], words[i]
+        else:
+            words[rng.randrange(len(words))] = str(rng.randrange(10))
+    return " ".join(words)
 
 
 # Text

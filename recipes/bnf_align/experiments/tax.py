@@ -1,7 +1,5 @@
 """What is lost on tasks that were not trained on."""
 
-from matplotlib.figure import Figure
-
 from bnf_align.experiments import pictures
 from bnf_align.experiments.base import METHODS, Experiment
 from bnf_align.experiments.outcome import Outcome
@@ -17,13 +15,9 @@ def seen(outcome: Outcome) -> str:
     )
 
 
-def result(outcome: Outcome) -> Figure:
-    return pictures.panels(outcome, pictures.tax_of_methods, pictures.accuracy_of_methods, pictures.surprise_of_methods)
-
-
 EXPERIMENT = Experiment(
-    claim="BNF pays the least alignment tax: it keeps what the model could do before, reasoning above all.",
+    claim="Alignment by BNF costs significantly less on reasoning tasks than alignment by the best other methods.",
     methods=METHODS,
     seen=seen,
-    pictures={"result": result},
+    pictures={"result": (pictures.tax_of_methods, pictures.accuracy_of_methods, pictures.surprise_of_methods)},
 )

@@ -209,7 +209,12 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, 
         said = [f"{take:,} of the {size:,} rows of {name}" for name, take, size in shares]
         console.print(f"an epoch has {', '.join(said)}", highlight=False, markup=False, soft_wrap=True)
         digest += f"; an epoch has {', '.join(said)}"
-    return TrainingData(Rows(examples, config.seed, objective.unit, mixture), examples, digest, held_out)
+    return TrainingData(
+        Rows(examples, config.seed, objective.unit, mixture, objective.baseline_from == "mismatched"),
+        examples,
+        digest,
+        held_out,
+    )
 
 
 def _mixture(data: DataConfig, sizes: Mapping[str, int], unit: Unit) -> Mixture | None:

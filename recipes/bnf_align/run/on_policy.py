@@ -34,9 +34,9 @@ from bnf_core.processes import Processes
 from bnf_core.protocol import Engine
 from bnf_core.sampling import GREEDY
 from bnf_core.steps import steps
-from bnf_core.steps.baseline import mismatched
 from bnf_core.steps.batching import MicroBatching, epoch_order, require_learnable, rows_alone
 from bnf_core.steps.metrics import Metrics
+from bnf_core.steps.mismatched import mismatched, once
 from bnf_core.steps.reference import Reference
 from bnf_core.storage.files import agreed, replace_file
 from bnf_core.types import Drawn, Example, Position, Unit
@@ -179,7 +179,7 @@ class OnPolicy:
     def _compute_reference(self, examples: list[Example]) -> None:
         """While the reference is still the one that it is for these rows."""
         if self.objective.baseline_from == "mismatched":
-            examples = examples + mismatched(examples)
+            examples = examples + once(mismatched(examples))
         for batch in steps.my_share(examples, replace(self.batching, unit="row"), self.processes, self.pad):
             steps.with_reference([batch], self.reference, self.processes)
 
@@ -192,7 +192,7 @@ class OnPolicy:
                 row["label"] > 0,
                 group=prompt_group(row["prompt"], row.get("tools"), row.get("chat_template_kwargs")),
                 source=f"{_file(iteration)}:{line}",
-                weight=abs(float(row["label"])),
+                weight=1.0 if isinstance(row["label"], bool) else abs(row["label"]),
             )
             for line, row in enumerate(rows, 1)
         ]

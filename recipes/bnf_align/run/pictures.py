@@ -28,11 +28,12 @@ def run_picture(run_folder: Path) -> Path:
     Raises:
         FileNotFoundError: no metrics.jsonl.
     """
-    return save(run_figure(_read(run_folder / "metrics.jsonl")), run_folder / "run.png")
+    return save(run_figure(read_metrics(run_folder / "metrics.jsonl")), run_folder / "run.png")
 
 
 def run_figure(lines: Sequence[Line]) -> Figure:
-    """Loss, log-odds shifts and target weight by step, and held-out results before and after.
+    """Loss (of samples how many are right), log-odds shifts and target weight by step, and held-out results before and
+    after.
 
     Args:
         lines: what metrics.jsonl holds; `kind` is "train" or "eval", a metric may be null or absent.
@@ -43,11 +44,17 @@ def run_figure(lines: Sequence[Line]) -> Figure:
     figure = Figure(figsize=(11, 7), layout="constrained")
     loss, shift, weight, held_out = figure.subplots(2, 2).flat
 
-    _curve(loss, train, "loss", PLAIN, "training batches")
     sets = _sets(evals)
-    for marker, (prefix, name) in zip(cycle("osD^v"), sets.items()):
-        _curve(loss, evals, f"{prefix}loss", AFTER, name or "held-out rows", marker=marker)
-    label_axes(loss, "Loss", "label · token loss, mean over rows")
+    if points(train, "pass_at_1"):  # whose loss falls and rises with the share of its rows that are chosen
+        _curve(loss, train, "pass_at_1", PLAIN, "samples of each iteration")
+        _curve(loss, evals, "pass_at_1", AFTER, "held-out prompts", marker="o")
+        loss.set_ylim(-0.03, 1.03)
+        label_axes(loss, "Completions that are right, as the judge sees it", "share")
+    else:
+        _curve(loss, train, "loss", PLAIN, "training batches")
+        for marker, (prefix, name) in zip(cycle("osD^v"), sets.items()):
+            _curve(loss, evals, f"{prefix}loss", AFTER, name or "held-out rows", marker=marker)
+        label_axes(loss, "Loss", "label · token loss, mean over rows")
 
     _curve(shift, train, SHIFT_CHOSEN, CHOSEN, "chosen rows, training")
     _curve(shift, train, SHIFT_REJECTED, REJECTED, "rejected rows, training", style="--")
@@ -87,7 +94,7 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _read(path: Path) -> list[Line]:
+def read_metrics(path: Path) -> list[Line]:
     """Every whole line; one that the end of the run cut short is left out."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
@@ -106,7 +113,7 @@ def _sets(evals: list[Line]) -> dict[str, str]:
     return {prefix: prefix.rstrip("/") for prefix in names} or {"": ""}
 
 
-def _points(lines: list[Line], name: str) -> list[tuple[int, float]]:
+def points(lines: list[Line], name: str) -> list[tuple[int, float]]:
     """(step, value) of every line that has a finite value of that name."""
     found = [(line["step"], line.get(name)) for line in lines if "step" in line]
     return [(step, value) for step, value in found if isinstance(value, int | float) and math.isfinite(value)]
@@ -115,12 +122,12 @@ def _points(lines: list[Line], name: str) -> list[tuple[int, float]]:
 def _curve(
     axes: Axes, lines: list[Line], name: str, colour: str, label: str, style: str = "-", marker: str = ""
 ) -> None:
-    points = _points(lines, name)
-    if not points:
+    found = points(lines, name)
+    if not found:
         return
-    if len(points) == 1 or not style:
+    if len(found) == 1 or not style:
         style, marker = "", marker or "o"  # a line through one point would not be seen
-    line = axes.plot(*zip(*points, strict=True), color=colour, linestyle=style or "none", marker=marker, label=label)
+    line = axes.plot(*zip(*found, strict=True), color=colour, linestyle=style or "none", marker=marker, label=label)
     if marker == "s":  # hollow and larger, so that a dot in the same place still shows
         line[0].set(markerfacecolor="none", markersize=9)
 
@@ -151,14 +158,14 @@ def _before_and_after(axes: Axes, evals: list[Line]) -> None:
     }
     ticks: list[str] = []
     for name, text in names.items():
-        points = _points(evals, name)
-        if not points:
+        found = points(evals, name)
+        if not found:
             continue
         at = len(ticks)
         ends = (
-            [(at, points[0], BEFORE)]
-            if len(points) == 1
-            else [(at - 0.2, points[0], BEFORE), (at + 0.2, points[-1], AFTER)]
+            [(at, found[0], BEFORE)]
+            if len(found) == 1
+            else [(at - 0.2, found[0], BEFORE), (at + 0.2, found[-1], AFTER)]
         )
         for x, (step, value), colour in ends:
             bar = axes.bar(x, value, width=0.36, color=colour)

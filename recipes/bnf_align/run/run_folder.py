@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from bnf_core.config import TrainConfig
 from bnf_core.data.tokenization import save_stops
 from bnf_core.errors import TrainingStopped, UserError
+from bnf_core.models.adapters import CONFIG, with_base
 from bnf_core.processes import ALONE, Processes
 from bnf_core.protocol import Engine
 from bnf_core.steps.metrics import Metrics, with_present_names
@@ -83,9 +84,16 @@ class RunFolder:
         try:
             if occupied:  # the metrics go last: as long as they are there, the folder counts as holding a run
                 shutil.rmtree(self.checkpoints.folder, ignore_errors=True)
-                for name in ("adapter", "model", "tensorboard", "samples", "sampler"):
+                for name in ("adapter", "model", "tensorboard", "samples", "sampler", "export"):
                     shutil.rmtree(self.path / name, ignore_errors=True)
-                for name in ("samples.jsonl", "samples.md", "trackers.json", "metrics.jsonl"):
+                for name in (
+                    "samples.jsonl",
+                    "samples.md",
+                    "tokens.jsonl",
+                    "rows.json",
+                    "trackers.json",
+                    "metrics.jsonl",
+                ):
                     (self.path / name).unlink(missing_ok=True)
             self._write_config()
         except OSError as error:
@@ -143,8 +151,12 @@ class RunFolder:
             self.save_trained(engine)
 
     def save_trained(self, engine: Engine) -> None:
-        """Write the adapter or model, with the tokens that end its completions."""
+        """Write the adapter or model, with the tokens that end its completions. A Hub model is named in it as the run
+        names it: the backend knows the folder of a cache, which is nowhere else."""
         engine.save(self.trained)
+        config = self.trained / CONFIG
+        if self._first and config.is_file() and not Path(self._config.model).is_dir():
+            replace_file(config, with_base(config.read_text(encoding="utf-8"), self._config.model))
         if self._first and self._stops:
             save_stops(self.trained, self._stops)
 

@@ -1,0 +1,1 @@
+"""First contact with a machine that none of this has run on: `make gpu` and `make mac`."""
