@@ -125,7 +125,8 @@ class ReferenceCache:
         """Know what another cache knew. Computing it again would not do where bits matter: a row's log-odds
         depend, in the last one, on the rows it shares a batch with, and those differ from epoch to epoch."""
         self._computed = {}
-        self.merge(state)
+        if state:  # a checkpoint keeps no arrays of a cache that knew nothing
+            self.merge(state)
 
     def forget(self) -> None:
         """Know nothing but what is stored: for rows that are not met again."""

@@ -54,13 +54,13 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def rows(tokens: int = 40) -> Batch:
+def rows(count: int = 4, tokens: int = 40) -> Batch:
     rng = np.random.default_rng(0)
 
     def ids(count: int) -> tuple[int, ...]:
         return tuple(int(i) for i in rng.integers(1, VOCABULARY, count))
 
-    examples = [Example(ids(3), ids(tokens), i % 2 == 0, pair=1 + i // 2, group=i // 2) for i in range(4)]
+    examples = [Example(ids(3), ids(tokens), i % 2 == 0, pair=1 + i // 2, group=i // 2) for i in range(count)]
     return collate(examples, len(examples))
 
 
@@ -115,7 +115,7 @@ def test_the_fused_head_computes_what_the_models_own_logits_give(
 def test_no_array_has_all_tokens_and_the_whole_vocabulary(
     folders: dict[str, Path], backend_name: str, family: str, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batch = rows(60)
+    batch = rows(8, 60)  # of which a chunk, and ten arrays of its size, are a part
     logits = 4 * len(batch.targets) * VOCABULARY  # bytes
     monkeypatch.setattr(f"bnf_{backend_name}.linear.CHUNK_BYTES", 2**18)
     found = engine(backend_name, folders[family], objective)
