@@ -22,7 +22,7 @@ from bnf_core.storage.files import agreed
 from bnf_core.storage.shards import OPTIMIZER, REFERENCE_WEIGHTS, WEIGHTS, Shard, put_under, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenScores
 from bnf_mlx import adapter
-from bnf_mlx.memory import memory_errors
+from bnf_mlx.errors import memory_errors
 from bnf_mlx.model import Checkpoint
 from bnf_mlx.optimizer import Optimizer, flat
 from bnf_mlx.processes import in_order, sum_over

@@ -3,8 +3,7 @@
 What a step keeps was read off MLX's peak counter, in float32 and bfloat16 and over models of different sizes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,20 +16,7 @@ from bnf_mlx.model import DTYPES, resolve_device, resolve_dtype
 from bnf_mlx.pages import pages
 
 Job = Callable[[], None]  # does its work and waits until it is done
-# What MLX says, on a CPU, on Metal and on CUDA, in errors that are RuntimeErrors.
-FULL = ("Unable to allocate", "Attempting to allocate", "Insufficient Memory", "OutOfMemory", "out of memory")
 CHUNK = 128 * 2**20  # of logits, as in linear.py
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turns what MLX raises where a device's memory is full into MemoryError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in FULL):
-            raise
-        raise MemoryError(str(error)) from error
 
 
 class MLXMeasures:

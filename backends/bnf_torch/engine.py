@@ -40,7 +40,7 @@ from bnf_core.storage.shards import (
 from bnf_core.types import Array, Batch, TokenScores
 from bnf_torch import adapter
 from bnf_torch.attention import LAYOUT
-from bnf_torch.memory import memory_errors
+from bnf_torch.errors import memory_errors
 from bnf_torch.model import head_weight
 from bnf_torch.ops import tensors
 from bnf_torch.optimizer import Optimizer, adamw

@@ -5,8 +5,7 @@ What a step keeps was read off with saved-tensor hooks, in float32 and bfloat16 
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -18,19 +17,7 @@ from bnf_core.types import Batch
 from bnf_torch.model import resolve_device, resolve_dtype
 
 Job = Callable[[], None]  # does its work and waits until it is done
-FULL = ("out of memory", "can't allocate memory")  # what PyTorch says, in errors that are RuntimeErrors
 CPU_CHUNK, CUDA_CHUNK = 48 * 2**20, 2**30  # of logits, as in linear.py
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Turns what PyTorch raises where a device's memory is full into MemoryError."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not any(sign in str(error) for sign in FULL):
-            raise
-        raise MemoryError(str(error)) from error
 
 
 class TorchMeasures:

@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 from mlx_lm import convert
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch_file
 
 from bnf_align import cli
 from bnf_core.errors import UserError
@@ -379,7 +380,7 @@ def test_a_quantised_model_is_fused(quantised: Path, tmp_path: Path) -> None:
     assert cli.run([*command, str(tmp_path / "of torch"), "--dtype", "float32"]) == 0
     assert_same(torch_logits(tmp_path / "of torch"), logits)
     assert cli.run([*command, str(tmp_path / "half")]) == 0
-    saved = torch_model.load_file(tmp_path / "half" / "model.safetensors")
+    saved = load_torch_file(tmp_path / "half" / "model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
 
 

@@ -485,7 +485,7 @@ def test_the_rows_and_messages_of_the_docs_are_real(tmp_path: Path) -> None:
     ]
     path = write(tmp_path / "feedback.jsonl", "\n".join(bad))
     skipped = load_feedback(path, skip_bad_rows=True).skipped
-    (shown,) = re.findall(r"```\n(feedback\.jsonl:2.*?)```", docs, re.S)
+    (shown,) = re.findall(r"```text\n(feedback\.jsonl:2.*?)```", docs, re.S)
     assert "\n".join(skipped).replace(path, "feedback.jsonl") + "\n" == shown
 
 
