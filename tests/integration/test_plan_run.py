@@ -105,7 +105,7 @@ def test_the_predicted_peak_is_that_of_a_run(
         runtime(backend_name),
     )
     # What glibc leaves lying about differs from run to run, and only ever adds.
-    measured = min(peak_memory(config, rows, OURS) for _ in range(2 if backend_name == "torch" else 1))
+    measured = min(peak_memory(config, rows, OURS) for _ in range(3 if backend_name == "torch" else 1))
     assert predicted.total == pytest.approx(measured, rel=0.15)
 
 
