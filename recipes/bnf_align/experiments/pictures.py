@@ -21,10 +21,21 @@ Style = dict[str, Any]
 
 
 def panels(outcome: Outcome, *draw: Draw) -> Figure:
-    """Side by side, as many as there are."""
-    figure = Figure(figsize=(PANEL[0] * len(draw), PANEL[1]), layout="constrained")
-    for axes, one in zip(figure.subplots(1, len(draw), squeeze=False).flat, draw, strict=True):
+    """Two side by side, as many as there are, with one legend of the methods for all."""
+    rows = -(-len(draw) // 2)
+    figure = Figure(figsize=(2 * PANEL[0], rows * PANEL[1] + 0.5), layout="constrained")
+    methods: dict[str, Any] = {}
+    every = figure.subplots(rows, 2, squeeze=False).flat
+    for axes, one in zip(every, draw, strict=False):
         one(axes, outcome)
+        handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+        if handles.keys() <= set(outcome.methods) and (legend := axes.get_legend()):
+            legend.remove()
+            methods = handles | methods
+    for axes in every[len(draw) :]:
+        axes.remove()
+    if methods:
+        figure.legend(methods.values(), methods.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
     return figure
 
 
@@ -44,7 +55,7 @@ def accuracy_of_methods(axes: Axes, outcome: Outcome) -> None:
 
 def surprise_of_methods(axes: Axes, outcome: Outcome) -> None:
     _dots(axes, outcome, "surprise", "Perplexity of a text never trained on", 1.0)
-    axes.set_xlabel("times that before alignment; beyond 2 is a collapse")
+    axes.set_xlabel("times that before; beyond 2 is a collapse")
 
 
 def tax_of_methods(axes: Axes, outcome: Outcome) -> None:
@@ -94,7 +105,8 @@ def path(name: str, title: str, quantity: str) -> Draw:
                 curve = line.curves["path"]
                 axes.plot(curve["step"], curve[name], label=method, markersize=3.5, linewidth=1.2, **style[method])
         label_axes(axes, title, quantity)
-        if name == "perplexity":
+        low, high = axes.get_ylim()
+        if name == "perplexity" and high > 10 * low:
             axes.set_yscale("log")
 
     return draw
