@@ -58,7 +58,7 @@ import pathlib, tiny
 tiny.make_model(pathlib.Path('model'))"
 trained/bin/bnf train --backend torch --model model --data feedback.jsonl --valid-fraction 0.5 --max-steps 2 --output run
 trained/bin/bnf generate --backend torch --model model --adapter run/adapter --prompt "What is 2 + 2?" --max-tokens 8
-trained/bin/bnf demo --backend torch --model model --max-steps 2 --output demo
+trained/bin/bnf demo --backend torch --model model --warm-up 8 --prompts 8 --held-out 4 --iterations 1 --output demo
 
 cd - >/dev/null
 rm -rf dist && cp -r "$work/dist" dist
