@@ -111,6 +111,10 @@ class Batch:
     drawn_log_p: Array  # (N,) float32, `Drawn.log_probs` of the targets; 0 where nobody knows
     advantages: Array  # (S,) float32, `Drawn.advantage`; 0 where there is none
 
+    def row_sums(self, tokens: Array) -> Array:
+        """Sums over the tokens of each sequence: (S,) float64, of (N,)."""
+        return np.bincount(self.sequence_ids, weights=tokens, minlength=len(self.labels))
+
 
 class TokenScores(NamedTuple):
     """What the policy says of each completion token, detached, float32, (N,)."""

@@ -13,6 +13,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from bnf_core.config import OptimizerConfig
+from bnf_core.errors import memory_errors
 from bnf_core.objectives import Objective
 from bnf_core.objectives.bnf import BNF
 from bnf_core.processes import ALONE, Processes
@@ -22,7 +23,7 @@ from bnf_core.storage.files import agreed
 from bnf_core.storage.shards import OPTIMIZER, REFERENCE_WEIGHTS, WEIGHTS, Shard, put_under, require_same_shapes, under
 from bnf_core.types import Array, Batch, TokenScores
 from bnf_mlx import adapter
-from bnf_mlx.errors import memory_errors
+from bnf_mlx.errors import FULL
 from bnf_mlx.model import Checkpoint
 from bnf_mlx.optimizer import Optimizer, flat
 from bnf_mlx.processes import in_order, sum_over
@@ -94,7 +95,7 @@ class MLXEngine:
     def refresh_reference(self) -> None:
         self.reference_weights = flat(self.model.trainable_parameters())  # training makes others, and leaves these
 
-    @memory_errors()
+    @memory_errors(FULL)
     def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenScores:
         if len(batch.targets) == 0:
             return TokenScores(*(np.zeros(0, np.float32) for _ in range(2)))
@@ -102,7 +103,7 @@ class MLXEngine:
         with mx.stream(self.device):
             return TokenScores(*map(np.array, self.scored.scores(self.scored.inputs(batch, ref_log_odds))))
 
-    @memory_errors()
+    @memory_errors(FULL)
     def step(
         self,
         batches: Sequence[tuple[Batch, Array]],
@@ -172,7 +173,7 @@ class MLXEngine:
             high, low = (int(half) for half in keys[self.processes.rank % len(keys)])
             mx.random.seed(high << 32 | low)  # a key is its seed's two halves
 
-    @memory_errors()
+    @memory_errors(FULL)
     def sample(self, rows: Sequence[Completion]) -> None:
         self.scored.limits.require_rows(rows)
         self.model.eval()

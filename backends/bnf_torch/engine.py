@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from bnf_core.config import OptimizerConfig
-from bnf_core.errors import UserError
+from bnf_core.errors import UserError, memory_errors
 from bnf_core.models.model_config import position_limit
 from bnf_core.objectives import Objective, structure
 from bnf_core.objectives.bnf import BNF
@@ -40,7 +40,7 @@ from bnf_core.storage.shards import (
 from bnf_core.types import Array, Batch, TokenScores
 from bnf_torch import adapter
 from bnf_torch.attention import LAYOUT
-from bnf_torch.errors import memory_errors
+from bnf_torch.errors import FULL
 from bnf_torch.model import head_weight
 from bnf_torch.ops import tensors
 from bnf_torch.optimizer import Optimizer, adamw
@@ -137,7 +137,7 @@ class TorchEngine:
             p.copy_(self.reference_weights[name])
             self.reference_weights[name].copy_(policy)
 
-    @memory_errors()
+    @memory_errors(FULL)
     @torch.no_grad()
     def evaluate(self, batch: Batch, ref_log_odds: Array) -> TokenScores:
         self.scored.eval()
@@ -146,7 +146,7 @@ class TorchEngine:
         self._reshard()
         return _to_numpy(scores)
 
-    @memory_errors()
+    @memory_errors(FULL)
     @torch.no_grad()
     def sample(self, rows: Sequence[Completion]) -> None:
         self.limits.require_rows(rows)
@@ -201,7 +201,7 @@ class TorchEngine:
 
     # Training
 
-    @memory_errors()
+    @memory_errors(FULL)
     def step(
         self,
         batches: Sequence[tuple[Batch, Array]],

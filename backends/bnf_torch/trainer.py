@@ -35,7 +35,7 @@ from bnf_core.steps import steps as plan
 from bnf_core.steps.baseline import Baseline
 from bnf_core.steps.batching import MicroBatching, Rows, require_learnable, require_units
 from bnf_core.steps.metrics import Meter
-from bnf_core.steps.mismatched import mismatched, once, unknown_before
+from bnf_core.steps.mismatched import unknown_before, with_mismatched
 from bnf_core.steps.reference import NoReference, Reference, ReferenceCache
 from bnf_core.steps.steps import Step
 from bnf_core.storage.checkpoints import Checkpoint, Checkpoints, Facts
@@ -239,9 +239,7 @@ class BNFTrainer(Trainer):
         if self.engine.full and not resume_from_checkpoint and isinstance(self.rows, Rows):
             # While the weights are the reference's still.
             for rows in (self.rows.examples, *map(self._held_out_rows, self._held_out_sets())):
-                self._with_reference(rows)
-                if self.objective.baseline_from == "mismatched":
-                    self._with_reference(once(mismatched(rows)))
+                self._with_reference(with_mismatched(rows, self.objective))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_train_dataloader(self) -> Any:

@@ -91,7 +91,7 @@ class Baseline:
         for (batch, ref_log_odds), (policy, _) in zip(batches, scores, strict=True):
             with np.errstate(all="ignore"):
                 ratio = log_ratio(NumPyOps(), policy.astype(np.float64), ref_log_odds.astype(np.float64))
-            found[0].append(np.bincount(batch.sequence_ids, weights=ratio, minlength=len(batch.labels)))
+            found[0].append(batch.row_sums(ratio))
             found[1].append(batch.labels.astype(np.float64))
             found[2].append(batch.keys)
         kinds = np.float64, np.float64, np.uint64

@@ -60,19 +60,16 @@ class Meter:
         seen = Seen(policy, scores.other_entropy.astype(np.float64), reference, float64(rows))
         ops = NumPyOps()
 
-        def summed(tokens: Array) -> Array:
-            return np.bincount(batch.sequence_ids, weights=tokens, minlength=len(batch.labels))
-
         with np.errstate(all="ignore"):  # infinities are ordinary here, and what they spoil shows
-            log_p = summed(-ops.softplus(-policy))
-            shift = summed(np.where(policy == reference, 0.0, policy - reference))
-            ratio = summed(log_ratio(ops, policy, reference))
-            tokens = summed(np.ones_like(policy))
+            log_p = batch.row_sums(-ops.softplus(-policy))
+            shift = batch.row_sums(np.where(policy == reference, 0.0, policy - reference))
+            ratio = batch.row_sums(log_ratio(ops, policy, reference))
+            tokens = batch.row_sums(np.ones_like(policy))
             loss = np.zeros(len(batch.labels))
             for units, parts in weighted_losses(self.objective, ops, seen):
                 np.add.at(loss, units.rejected, parts)
             reward = self.objective.rewards(Rows(log_p, ratio, tokens, seen.structure.labels))
-            own = [summed(value) for value in self.objective.metrics(policy, reference).values()]
+            own = [batch.row_sums(value) for value in self.objective.metrics(policy, reference).values()]
         self._tables.append(np.stack([batch.labels, tokens, loss, reward, log_p, shift, *own], axis=1))
         self._groups.append(batch.groups)
         self._keys.append(batch.keys)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
+from bnf_core.objectives import Objective
 from bnf_core.types import Example
 
 
@@ -30,6 +31,12 @@ def mismatched_row(examples: Sequence[Example], i: int, longest: int) -> Example
 def once(examples: Iterable[Example]) -> list[Example]:
     """Without repetitions: the rows of a pair have one mismatched row between them."""
     return list({example.key: example for example in examples}.values())
+
+
+def with_mismatched(examples: Iterable[Example], objective: Objective) -> list[Example]:
+    """All rows whose reference an objective asks for in learning from these."""
+    rows = list(examples)
+    return rows + once(mismatched(rows)) if objective.baseline_from == "mismatched" else rows
 
 
 def unknown_before(objective: str) -> str:

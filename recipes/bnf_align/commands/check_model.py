@@ -144,8 +144,8 @@ def compare(folder: Path, backends: list[str], batch: Batch, dtype: str = "float
     if dtype == "float32":
         comparisons = with_each_other(first, second)
     else:
-        follows = max((0, 1), key=lambda i: registry.get(backends[i]).follows_config)
-        comparisons = with_float32(backends, first, second, inspectors[follows](folder).observe(batch, lora, SEED))
+        exact = inspectors[_follower(backends)](folder).observe(batch, lora, SEED)
+        comparisons = with_float32(backends, first, second, exact)
     result = Result(
         model=str(folder),
         backends=backends,
@@ -196,6 +196,11 @@ def with_float32(backends: list[str], first: Observed, second: Observed, exact: 
         quantity = f"gradients of {len(own) // 2} LoRA modules: {name} from float32"
         comparisons.append(Comparison(quantity, error, BIT * allowed, f"{other} {allowed:.1e}"))
     return comparisons
+
+
+def _follower(backends: list[str]) -> int:
+    """Which of the two does what the config says; the first where neither does."""
+    return next((i for i, name in enumerate(backends) if registry.get(name).follows_config), 0)
 
 
 def rows(folder: Path, data: str | None, console: Console) -> Batch:
@@ -338,7 +343,7 @@ def diagnose(folder: Path, backends: list[str], input_ids: Array) -> Divergence 
     module, side = found
     error = relative_error(a[module][side], b[module][side])
     # The config is changed for a backend that does what the config says.
-    other = 1 - next((i for i, name in enumerate(backends) if registry.get(name).follows_config), 0)
+    other = 1 - _follower(backends)
     target = (a, b)[other][module][side]
     where = module or "the model's output"
     if side == INPUT:

@@ -41,7 +41,7 @@ from bnf_core.steps import loop, steps
 from bnf_core.steps.baseline import Baseline
 from bnf_core.steps.batching import collate
 from bnf_core.steps.metrics import SHIFT_CHOSEN, SHIFT_REJECTED, Meter, Metrics
-from bnf_core.steps.mismatched import mismatched, once, unknown_before
+from bnf_core.steps.mismatched import mismatched, once, unknown_before, with_mismatched
 from bnf_core.steps.reference import NoReference, Reference, ReferenceCache
 from bnf_core.steps.steps import Step
 from bnf_core.storage.checkpoints import MODEL_WEIGHTS, Change, Facts, changes, run_facts
@@ -414,9 +414,8 @@ class Training:
                     "then pass --reference"
                 )
             return
-        rows = list(examples)
+        rows = with_mismatched(examples, self.objective)
         if self.objective.baseline_from == "mismatched":
-            rows += once(mismatched(examples))
             rows += [row for table in self.data.held_out.values() for row in once(mismatched(table))]
         mine = steps.my_share(rows, replace(self.batching, unit="row"), self.processes, self.pad)
         with bar("reference", len(mine), self.console) as progress:

@@ -182,11 +182,11 @@ class Alignment:
         self.scored = [_scores(self.engine, batch) for batch in self.held_out.pairs]
         self.nats = np.concatenate(
             [
-                -_row_sums(batch, _log_p(_scores(self.engine, batch).log_odds)) / np.bincount(batch.sequence_ids)
+                -batch.row_sums(_log_p(_scores(self.engine, batch).log_odds)) / np.bincount(batch.sequence_ids)
                 for batch in self.held_out.text
             ]
         )  # a token, of each sentence
-        rows = [_row_sums(batch, _log_p(said.log_odds)) for batch, said in self._pairs()]
+        rows = [batch.row_sums(_log_p(said.log_odds)) for batch, said in self._pairs()]
         log_p, labels = np.concatenate(rows), np.concatenate([batch.labels for batch in self.held_out.pairs])
         self.path.append(
             {
@@ -212,7 +212,7 @@ class Alignment:
             shift = said.log_odds - before
             tokens.append(np.abs(shift))
             shift_at.add(batch, shift)
-            moved = _row_sums(batch, _log_p(said.log_odds) - _log_p(before))
+            moved = batch.row_sums(_log_p(said.log_odds) - _log_p(before))
             for label, value in zip(batch.labels, moved, strict=True):
                 rows["chosen" if label > 0 else "rejected"].append(round(float(value), 4))
         others = {name: self.held_out.others_answered(self.engine, name) for name in self.held_out.others}
@@ -250,8 +250,3 @@ def _scores(engine: Engine, batch: Batch) -> TokenScores:
 def _log_p(log_odds: Array) -> Array:
     """log σ(o), float64."""
     return -np.logaddexp(0.0, -log_odds.astype(np.float64))
-
-
-def _row_sums(batch: Batch, tokens: Array) -> Array:
-    """Sums of (N,) over the tokens of each row, (S,)."""
-    return np.bincount(batch.sequence_ids, weights=tokens, minlength=len(batch.labels))

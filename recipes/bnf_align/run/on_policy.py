@@ -36,7 +36,7 @@ from bnf_core.sampling import GREEDY
 from bnf_core.steps import steps
 from bnf_core.steps.batching import MicroBatching, epoch_order, require_learnable, rows_alone
 from bnf_core.steps.metrics import Metrics
-from bnf_core.steps.mismatched import mismatched, once
+from bnf_core.steps.mismatched import with_mismatched
 from bnf_core.steps.reference import Reference
 from bnf_core.storage.files import agreed, replace_file
 from bnf_core.types import Drawn, Example, Position, Unit
@@ -178,9 +178,8 @@ class OnPolicy:
 
     def _compute_reference(self, examples: list[Example]) -> None:
         """While the reference is still the one that it is for these rows."""
-        if self.objective.baseline_from == "mismatched":
-            examples = examples + once(mismatched(examples))
-        for batch in steps.my_share(examples, replace(self.batching, unit="row"), self.processes, self.pad):
+        rows = with_mismatched(examples, self.objective)
+        for batch in steps.my_share(rows, replace(self.batching, unit="row"), self.processes, self.pad):
             steps.with_reference([batch], self.reference, self.processes)
 
     def _examples(self, rows: Sequence[Row], iteration: int) -> list[Example]:
