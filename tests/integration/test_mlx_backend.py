@@ -232,11 +232,12 @@ def test_memory_does_not_grow_with_the_number_of_tokens(mode, dtype):
         return mx.get_peak_memory() - before
 
     peak(256)  # anything that is allocated once
-    # MLX allocates for up to ten operations ahead of the one that computes, more of them on a busy machine: the
-    # least of a few runs is what the computation itself needs.
+    # MLX allocates for several operations ahead of the one that computes, for more of them on a busy machine: the least
+    # of a few runs is nearest to what the computation itself needs. 1,792 tokens more are 28 chunks: an array of all
+    # logits would add 28 times a chunk's memory in float32, 14 times in half precision.
     small, chunk = min(peak(256) for _ in range(4)), 64 * 4096 * 4
-    large = next((found for found in (peak(1024) for _ in range(8)) if found < small + chunk), None)
-    assert large is not None, f"{small / chunk:.1f} chunks always grew by one or more"
+    growth = min(peak(2048) for _ in range(4)) - small
+    assert growth < 7 * chunk, f"{small / chunk:.1f} chunks grew by {growth / chunk:.1f}"
 
 
 @pytest.mark.usefixtures("mlx_compiles")
