@@ -17,6 +17,7 @@ EXPERIMENTS = {
     "reference": "smaller, tempered, stale and further trained references",
     "tax": "what is lost on tasks that were not trained on",
     "on_policy": "the model's own answers to word problems, drawn as it learns",
+    "on_policy_shares": "its own answers where 5, 50 or 95% of them are right",
     "on_policy_sorting": "the same where it sorts digits",
 }
 

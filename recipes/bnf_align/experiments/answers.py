@@ -1,21 +1,23 @@
 """The model's own answers, which it is then aligned on: drawn at temperature 1 and told right or wrong."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
 
 from bnf_align.experiments import tasks
 from bnf_align.experiments.held_out import HeldOut
-from bnf_align.run.completions import completions, draw
+from bnf_align.run.completions import Completion, completions, draw
 from bnf_core.config import SamplingConfig
 from bnf_core.data.tokenization import prompt_ids
 from bnf_core.objectives import Objective
 from bnf_core.protocol import Engine
-from bnf_core.types import Drawn, Example, Position
+from bnf_core.types import Array, Drawn, Example, Position
 
 EACH = 4  # answers to a question
+AT_ONCE = 64  # answers drawn together
+CANDIDATES = 3  # questions for each that is asked, where those are chosen by how well they are answered
 
 
 class Answers:
@@ -31,7 +33,13 @@ class Answers:
         steps: int,
         batch_size: int,
         seed: int,
+        share: float | None = None,
     ):
+        """
+        Args:
+            share: ask those questions of which about so many answers are right before the first step; default: any.
+        """
+        self.share = share
         self.engine, self.objective, self.held_out, self.task = engine, objective, held_out, task
         self.steps, self.questions, self.seed = steps, max(batch_size // EACH, 1), seed
         self.right: list[float] = []  # of what was drawn each time, the share
@@ -39,11 +47,16 @@ class Answers:
     @cached_property
     def asked(self) -> list[tasks.Question]:
         """Of all steps; none that is held out is among them."""
-        return tasks.questions(self.task, self.steps * self.questions, random.Random(f"train {self.seed}"))
+        rng, count = random.Random(f"train {self.seed}"), self.steps * self.questions
+        if self.share is None:
+            return tasks.questions(self.task, count, rng)
+        candidates = tasks.questions(self.task, CANDIDATES * count, rng)
+        right = self._judged(candidates, self._drawn(candidates)).reshape(-1, EACH).mean(axis=1)
+        nearest = np.argsort(np.abs(right - self.share), kind="stable")[:count]
+        return [candidates[i] for i in sorted(nearest)]
 
-    def draw(self, step: int) -> list[Example]:
-        """The answers of a step, judged."""
-        asked = self.asked[step * self.questions : (step + 1) * self.questions]
+    def _drawn(self, asked: Sequence[tasks.Question]) -> list[Completion]:
+        """`EACH` answers to each question, side by side."""
         tokenizer, scale = self.held_out.tokenizer, self.held_out.scale
         rows = completions(
             tokenizer,
@@ -54,8 +67,18 @@ class Answers:
             stops=self.held_out.stops,
             seed=self.seed,
         )
-        draw(self.engine, rows, len(rows))
-        right = np.array([asked[i // EACH].is_right(row.text) for i, row in enumerate(rows)], np.float64)
+        draw(self.engine, rows, AT_ONCE)
+        return rows
+
+    def _judged(self, asked: Sequence[tasks.Question], rows: Sequence[Completion]) -> Array:
+        """1 where an answer is right, else 0. (rows,)"""
+        return np.array([asked[i // EACH].is_right(row.text) for i, row in enumerate(rows)], np.float64)
+
+    def draw(self, step: int) -> list[Example]:
+        """The answers of a step, judged."""
+        asked = self.asked[step * self.questions : (step + 1) * self.questions]
+        rows = self._drawn(asked)
+        right = self._judged(asked, rows)
         advantages = np.concatenate([self.objective.advantages(some) for some in right.reshape(-1, EACH)])
         self.right.append(float(right.mean()))
         return [

@@ -32,7 +32,8 @@ from bnf_core.storage.digests import json_digest
 from bnf_core.types import Array, Batch, Example, TokenScores
 
 VERSION = 1  # of what is measured and how: cells of another are not used
-LATER = {"answers": "given", "task": "problems"}  # fields that came later: results without them stay good
+# Fields that came later: results without them stay good.
+LATER = {"answers": "given", "task": "problems", "share": None}
 CHECKS = 4  # how often held-out rows are scored on the way
 
 Result = dict[str, Any]  # JSON: what was measured, by name
@@ -54,6 +55,7 @@ class Cell:
     balanced: bool = False  # rows weigh so that both labels count alike
     reference: str = "start"  # or a kind of `bnf_align.experiments.references`
     answers: Literal["given", "start", "policy"] = "given"  # or the model's own, drawn at the start or at each step
+    share: float | None = None  # of answers of its own that are right at the start, to the questions that are asked
     task: str = "problems"  # or one of `tasks.OTHERS`, for answers of its own
     part: Literal["valid", "test"] = "test"  # which problems are asked
 
@@ -153,7 +155,9 @@ class Alignment:
 
     def _answers(self) -> Answers:
         cell = self.cell
-        return Answers(self.engine, self.objective, self.held_out, cell.task, cell.steps, cell.batch_size, cell.seed)
+        return Answers(
+            self.engine, self.objective, self.held_out, cell.task, cell.steps, cell.batch_size, cell.seed, cell.share
+        )
 
     def _examples(self) -> list[Example]:
         """Those that are there before the first step. An objective of pairs has the pairs alone."""
