@@ -305,6 +305,9 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     epochs: int = 1
     """Passes over the data."""
+    balance_labels: bool = False
+    """Weigh rows so that all chosen ones together count as much as all rejected ones: over the training rows, in `bnf
+    online` over the samples of an iteration. Of this project, not of the paper (docs/data.md)."""
     max_steps: int | None = None
     """Stop after this many optimizer steps, whatever `epochs` says."""
     batch_size: int = 16
@@ -366,6 +369,8 @@ class TrainConfig:
             self.micro_batch_size = 1
             self.auto_batch = self.packing = self.group_by_length = self.share_prompts = False
         objective = self.make_objective()
+        if self.balance_labels:
+            require_balance(objective, counted=not self.data.streaming)
         if self.reference is not None and not objective.needs_reference:
             raise UserError(f"objective {objective.name} needs no reference, and reference is given: leave it out")
 
@@ -679,6 +684,19 @@ def _is_day(text: str) -> bool:
         return date.fromisoformat(text).isoformat() == text
     except ValueError:
         return False
+
+
+def require_balance(objective: Objective, *, counted: bool) -> None:
+    """
+    Args:
+        counted: whether it is known how many rows there are of each label.
+    Raises:
+        UserError: `balance_labels` cannot be had.
+    """
+    if objective.unit != "row" or not objective.takes_weights:
+        raise UserError(f"balance_labels is true, but {objective.name} does not weigh single rows: leave it out")
+    if not counted:
+        raise UserError("balance_labels is true, but nobody has counted the rows of streamed data: leave it out")
 
 
 def _require(holds: bool, name: str, value: object, expected: str) -> None:

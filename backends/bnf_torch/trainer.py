@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from bnf_core.config import DataConfig, HardwareConfig, OptimizerConfig, Template
+from bnf_core.config import DataConfig, HardwareConfig, OptimizerConfig, Template, require_balance
 from bnf_core.data.feedback import FeedbackTokenizer, Tally
 from bnf_core.data.sources import load_feedback
 from bnf_core.data.streaming import FeedbackStream
@@ -120,6 +120,9 @@ class BNFConfig(TrainingArguments):
     """Put sequences of similar length into one micro-batch."""
     share_prompts: bool = True
     """Compute a prompt once for all its completions in a micro-batch, where the model's code can do it."""
+    balance_labels: bool = False
+    """Weigh rows so that all chosen ones together count as much as all rejected ones. Of this project, not of the paper
+    (docs/data.md)."""
     skip_bad_rows: bool = False
     """Report bad rows instead of stopping at the first."""
     shuffle_buffer: int = 10_000
@@ -470,9 +473,18 @@ class _Tokens:
     def training_rows(self, data: Feed) -> plan.Data:
         args = self.args
         seed = args.seed if args.data_seed is None else args.data_seed
-        if isinstance(data, str) or hasattr(data, "__len__"):
+        counted = isinstance(data, str) or hasattr(data, "__len__")
+        if args.balance_labels:
+            require_balance(self.objective, counted=counted)
+        if counted:
             mismatched = self.objective.baseline_from == "mismatched"
-            return Rows(self.examples(data, "train"), seed, self.objective.unit, mismatched=mismatched)
+            return Rows(
+                self.examples(data, "train"),
+                seed,
+                self.objective.unit,
+                mismatched=mismatched,
+                balance=args.balance_labels,
+            )
         report, unit = partial(self._report, whole=False), self.objective.unit
         return self.feedback.stream(
             data, "train", shuffle_buffer=args.shuffle_buffer, seed=seed, unit=unit, report=report

@@ -15,6 +15,7 @@ import numpy as np
 from bnf_core.data.table import column
 from bnf_core.errors import UserError
 from bnf_core.objectives import Objective
+from bnf_core.steps.balance import ALIKE, label_factors, repeats, weighed
 from bnf_core.steps.mismatched import mismatched_row
 from bnf_core.steps.mixing import Mixture, epoch_order, first_of_unit
 from bnf_core.types import Array, Batch, Counts, Example, Position, Unit
@@ -274,6 +275,7 @@ class Rows:
     Args:
         unit: what the loss compares: never parted, so that a batch may have some more rows than asked for.
         mixture: of the sources that the examples are of.
+        balance: weigh rows so that both labels come to the same over an epoch.
         mismatched: whether the loss compares rewards with those of mismatched rows: then each row is given its own,
             made with the next row of the data, the same in every epoch.
     Raises:
@@ -287,6 +289,7 @@ class Rows:
         unit: Unit = "row",
         mixture: Mixture | None = None,
         mismatched: bool = False,
+        balance: bool = False,
     ):
         require_units(examples, unit)
         self.examples = examples
@@ -295,10 +298,14 @@ class Rows:
         self.mixture = mixture
         counts = np.unique(_keys(examples, unit), return_counts=True)[1]
         self._largest = 1 if unit == "row" else int(counts.max(initial=1))
+        often = repeats(mixture.sizes, mixture.takes) if mixture else None
+        self._factors = label_factors(examples, often) if balance else ALIKE
         self._longest = max(map(len, examples), default=0) if mismatched else None
 
     def __getitem__(self, i: int) -> Example:
         row = self.examples[i]
+        if self._factors is not ALIKE:
+            row = weighed(row, self._factors)
         return (
             row if self._longest is None else replace(row, mismatched=mismatched_row(self.examples, i, self._longest))
         )

@@ -15,7 +15,7 @@ from rich.console import Console
 from bnf_align.experiments.answers import Answers
 from bnf_align.experiments.held_out import HeldOut, held_out
 from bnf_align.experiments.references import reference_model
-from bnf_align.experiments.rows import Mix, balanced, training_rows
+from bnf_align.experiments.rows import Mix, training_rows
 from bnf_align.experiments.scales import SCALES, Scale
 from bnf_align.experiments.statistics import gini
 from bnf_align.run.token_log import ByPlace, gradient_at
@@ -24,6 +24,7 @@ from bnf_core.config import OptimizerConfig
 from bnf_core.objectives import Objective, parse
 from bnf_core.protocol import Backend, Engine
 from bnf_core.steps import loop, steps
+from bnf_core.steps.balance import balanced
 from bnf_core.steps.baseline import Baseline
 from bnf_core.steps.batching import MicroBatching, Rows, rows_alone
 from bnf_core.steps.reference import NoReference, Reference, ReferenceCache

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,6 @@ def tokenized(rows: Sequence[Mapping[str, Any]], model: Path) -> list[Example]:
     """As any run has them."""
     parsed = [one for i, row in enumerate(rows, 1) for one in parse_row(row, f"rows:{i}")]
     return tokenize(parsed, load_tokenizer(model), max_length=512).examples
-
-
-def balanced(rows: Sequence[Example]) -> list[Example]:
-    """With weights so that all chosen rows together count as much as all rejected ones."""
-    chosen = sum(row.label for row in rows)
-    weight = {True: len(rows) / (2 * max(chosen, 1)), False: len(rows) / (2 * max(len(rows) - chosen, 1))}
-    return [replace(row, weight=weight[row.label]) for row in rows]
 
 
 def _flipped(row: Row) -> Row:

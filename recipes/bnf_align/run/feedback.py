@@ -210,7 +210,14 @@ def load_training_data(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, 
         console.print(f"an epoch has {', '.join(said)}", highlight=False, markup=False, soft_wrap=True)
         digest += f"; an epoch has {', '.join(said)}"
     return TrainingData(
-        Rows(examples, config.seed, objective.unit, mixture, objective.baseline_from == "mismatched"),
+        Rows(
+            examples,
+            config.seed,
+            objective.unit,
+            mixture,
+            objective.baseline_from == "mismatched",
+            config.balance_labels,
+        ),
         examples,
         digest,
         held_out,

@@ -34,6 +34,7 @@ from bnf_core.processes import Processes
 from bnf_core.protocol import Engine
 from bnf_core.sampling import GREEDY
 from bnf_core.steps import steps
+from bnf_core.steps.balance import balanced
 from bnf_core.steps.batching import MicroBatching, epoch_order, require_learnable, rows_alone
 from bnf_core.steps.metrics import Metrics
 from bnf_core.steps.mismatched import with_mismatched
@@ -201,7 +202,8 @@ class OnPolicy:
         unit: Unit = self.objective.unit
         examples = _paired(examples) if unit == "pair" else examples
         alone = set(rows_alone(examples, unit))
-        return [e for i, e in enumerate(examples) if i not in alone]
+        kept = [e for i, e in enumerate(examples) if i not in alone]
+        return balanced(kept) if self.config.balance_labels else kept
 
     def _drawn(self, examples: Sequence[Example], rows: Sequence[Row]) -> list[Drawn]:
         """What an objective may ask of samples: each beside those of its prompt."""
