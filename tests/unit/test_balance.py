@@ -57,9 +57,9 @@ def test_what_a_source_gives_to_an_epoch_counts() -> None:
 def test_where_rows_cannot_be_weighed_it_is_refused() -> None:
     train = {"model": "m", "data": DataConfig("d"), "balance_labels": True}
     assert TrainConfig(**train).balance_labels
-    with pytest.raises(UserError, match="balance_labels .* dpo"):
+    with pytest.raises(UserError, match=r"balance_labels .* dpo"):
         TrainConfig(**train, objective="dpo")
-    with pytest.raises(UserError, match="balance_labels .* streamed"):
+    with pytest.raises(UserError, match=r"balance_labels .* streamed"):
         TrainConfig(**train | {"data": DataConfig("d", streaming=True)}, max_steps=1)
-    with pytest.raises(UserError, match="balance_labels .* grpo"):
+    with pytest.raises(UserError, match=r"balance_labels .* grpo"):
         OnlineConfig(**train, judge="number", objective="grpo")
