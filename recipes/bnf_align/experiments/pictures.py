@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from bnf_align.experiments.outcome import Line, Outcome
 from bnf_align.experiments.statistics import Interval
@@ -144,6 +144,7 @@ def moved(axes: Axes, outcome: Outcome) -> None:
     label_axes(axes, "How far held-out rows moved", "")
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("change of the log-likelihood of a row, nats")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     if max(map(abs, axes.get_xlim())) > 20:  # a collapse: small changes shall still be seen
         axes.set_xscale("symlog", linthresh=5)
 
