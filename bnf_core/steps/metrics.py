@@ -15,6 +15,7 @@ Metrics = dict[str, float | None]
 
 # Names that others show as well.
 SHIFT_CHOSEN, SHIFT_REJECTED = "log_odds_shift/chosen", "log_odds_shift/rejected"
+REWARD_CHOSEN, REWARD_REJECTED = "rewards/chosen", "rewards/rejected"
 
 # Of each row: its label, token count, part of the loss and reward, and sums over its tokens. What only its objective
 # knows comes after these.
@@ -104,8 +105,8 @@ class Meter:
             "preference_accuracy": _pair_accuracy(rows["log_p"] / np.maximum(rows["tokens"], 1), groups, is_chosen),
             "logps/chosen": _mean(rows["log_p"][is_chosen]),
             "logps/rejected": _mean(rows["log_p"][is_rejected]),
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
+            REWARD_CHOSEN: chosen,
+            REWARD_REJECTED: rejected,
             "rewards/margins": None if chosen is None or rejected is None else chosen - rejected,
             "rewards/accuracies": _pair_accuracy(rewards, groups, is_chosen),
         }

@@ -32,8 +32,8 @@ def test_the_road_is_whole(tiny_model: Path, tmp_path: Path, backend_name: str) 
     for name, meaning, good in SIGNS:
         assert name in before and name in after and meaning in said and good in said
     # The start is the fine-tuned model, not the model without an adapter.
-    assert before["log_odds_shift/chosen"] == before["log_odds_shift/rejected"] == 0.0
-    assert after["log_odds_shift/chosen"] != 0.0
+    assert before["rewards/chosen"] == before["rewards/rejected"] == 0.0
+    assert after["rewards/chosen"] != 0.0
     assert {row["iteration"] for row in samples(result.folder)} == {0, 1}
 
 

@@ -13,7 +13,7 @@ from bnf_align.run.pictures import CHOSEN, REJECTED, run_figure, run_picture
 
 
 def train(step: int, good: float | None = 0.1, bad: float | None = -0.2, **more: Any) -> dict[str, Any]:
-    shifts = {"log_odds_shift/chosen": good, "log_odds_shift/rejected": bad}
+    shifts = {"rewards/chosen": good, "rewards/rejected": bad}
     return {
         "kind": "train",
         "step": step,
@@ -25,7 +25,7 @@ def train(step: int, good: float | None = 0.1, bad: float | None = -0.2, **more:
 
 
 def evaluation(step: int, preference: float | None, answer: float | None) -> dict[str, Any]:
-    shifts = {"log_odds_shift/chosen": 0.7, "log_odds_shift/rejected": -0.7}
+    shifts = {"rewards/chosen": 0.7, "rewards/rejected": -0.7}
     return {
         "kind": "eval",
         "step": step,

