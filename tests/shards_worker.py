@@ -79,10 +79,10 @@ def loading(cases: Sequence[Case], folder: Path) -> None:
         require_same_as_whole(Path(model), kind, dtype, folder / str(number))
 
 
-def training(model: Path, cases: dict[str, dict[str, Any]], folder: Path) -> None:
+def training(model: Path, cases: dict[str, dict[str, Any]], replicas: int | None, folder: Path) -> None:
     group = processes()
     assert isinstance(group, TorchProcesses)
-    group.replicas = 2
+    group.replicas = replicas or group.replicas
     for name, case in cases.items():
         torch_worker.train(model, case, folder / name)
 

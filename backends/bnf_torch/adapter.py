@@ -112,8 +112,8 @@ def draw(model: PeftModel, seed: int) -> None:
     """A of every layer as `bnf_core.models.lora` draws it; each process its own rows, where the model is sharded."""
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and "default" in module.lora_A:
-            a = cast(nn.Linear, module.lora_A["default"])
-            a.weight.copy_(like(initial_lora_a(name, a.out_features, a.in_features, seed), a.weight))
+            a = cast(nn.Linear, module.lora_A["default"]).weight
+            a.copy_(like(initial_lora_a(name, *a.shape, seed), a))
 
 
 def adapter_off(model: PeftModel | PreTrainedModel) -> AbstractContextManager[None]:
@@ -312,8 +312,12 @@ def _made_ours(model: PeftModel) -> PeftModel:
     """With `LowRank` in the places of A in LoRA and DoRA; other variants stay as PEFT computes them."""
     layers: list[Any] = [module for module in model.get_base_model().modules() if isinstance(module, LoraLayer)]
     for layer in layers:
+        for part in [*layer.lora_A.values(), *layer.lora_B.values()]:
+            if "forward" in vars(part):  # PEFT has the sizes of this process's part in there, transformers wants all
+                part.out_features, part.in_features = part.weight.shape
         for name, a in list(layer.lora_A.items()):
-            if type(a) is nn.Linear and isinstance(layer.lora_variant.get(name), DoraLinearVariant | None):
+            split = "forward" in vars(a)  # by tensor parallelism, which has put its own around it
+            if type(a) is nn.Linear and not split and isinstance(layer.lora_variant.get(name), DoraLinearVariant | None):
                 layer.lora_A[name] = LowRank(a.in_features, a.out_features, bias=False, device="meta")
                 layer.lora_A[name].weight = a.weight
                 layer.cast_input_dtype_enabled = False

@@ -73,7 +73,7 @@ class TorchBackend(Backend):
         from bnf_torch.processes import TorchProcesses, local_rank
 
         group = self.processes()
-        torch.manual_seed(seed + group.rank)  # dropout, where there is any
+        torch.manual_seed(seed + group.rank // group.together)  # dropout, where there is any
         where = resolve_device(device)
         if group.count > 1 and where.type == "cuda":
             where = torch.device("cuda", local_rank())

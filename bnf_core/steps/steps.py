@@ -48,7 +48,7 @@ def micro_batching_of(config: TrainConfig, engine: Engine | None = None) -> Micr
         config.micro_batch_size,
         config.data.max_length if config.packing else None,
         config.group_by_length,
-        multiple_of=engine.processes.count if engine else 1,
+        multiple_of=engine.processes.shares if engine else 1,
         share_prompts=config.share_prompts and (engine is None or engine.shares_prompts),
         unit=config.make_objective().unit,
     )
