@@ -100,6 +100,18 @@ def refusals(experts: str, unseen: str, folder: Path) -> None:
     (folder / f"said-{group.rank}.json").write_text(json.dumps(said))
 
 
+def splitting(model: Path, case: dict[str, Any], refused: dict[str, tuple[str, FineTuneType]], folder: Path) -> None:
+    """Take a few steps; and what each process says of models, and kinds of adapter, that cannot be split."""
+    torch_worker.train(model, case, folder)
+    said = {}
+    for name, (other, kind) in refused.items():
+        try:
+            TorchBackend().load(Path(other), device="cpu", fine_tune_type=kind, lora=LORA, optimizer=OptimizerConfig())
+        except UserError as error:
+            said[name] = str(error)
+    (folder / f"said-{processes().rank}.json").write_text(json.dumps(said))
+
+
 def memory(model: Path, folder: Path) -> None:
     """Load a model to train all its weights, save it as a checkpoint and as a model, and go back to the checkpoint."""
     from bnf_core.storage.checkpoints import Checkpoints

@@ -73,6 +73,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int, *, dora: bool 
         UserError: a target that is no linear layer of this model.
     """
     linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    _require_whole(model, dora)
     everywhere = lora.targets == ["all-linear"]
     if not everywhere and (unknown := sorted(set(lora.targets) - linear)):
         raise UserError(
@@ -107,13 +108,23 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftMo
     return peft_model
 
 
+def _require_whole(model: PreTrainedModel, dora: bool) -> None:
+    """Raises UserError for DoRA on layers of which no process has whole rows; PEFT fails at their norms."""
+    if dora and any(hasattr(module, "_hf_tp_plan") for module in model.modules()):
+        raise UserError(
+            "tp_size: DoRA needs the norms of whole rows of weights, and each process has parts of them: use "
+            "fine_tune_type lora, or dp_shard_size (FSDP2) instead"
+        )
+
+
 @torch.no_grad()
 def draw(model: PeftModel, seed: int) -> None:
     """A of every layer as `bnf_core.models.lora` draws it; each process its own rows, where the model is sharded."""
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and "default" in module.lora_A:
             a = cast(nn.Linear, module.lora_A["default"]).weight
-            a.copy_(like(initial_lora_a(name, *a.shape, seed), a))
+            rank, inputs = a.shape
+            a.copy_(like(initial_lora_a(name, rank, inputs, seed), a))
 
 
 def adapter_off(model: PeftModel | PreTrainedModel) -> AbstractContextManager[None]:
@@ -248,6 +259,7 @@ def _attached(model: PreTrainedModel, folder: Path, config: dict[str, Any], *, t
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unusual:
         what = ", ".join(unusual) or f"{config.get('peft_type')} with bias {config.get('bias', 'none')}"
         raise UserError(f"{folder}: {what} cannot be loaded in shards: expected plain LoRA or DoRA, or use DDP")
+    _require_whole(model, bool(config.get("use_dora")))
     peft_config = PeftConfig.from_pretrained(str(folder))
     peft_config.inference_mode = not trainable
     try:
@@ -317,7 +329,11 @@ def _made_ours(model: PeftModel) -> PeftModel:
                 part.out_features, part.in_features = part.weight.shape
         for name, a in list(layer.lora_A.items()):
             split = "forward" in vars(a)  # by tensor parallelism, which has put its own around it
-            if type(a) is nn.Linear and not split and isinstance(layer.lora_variant.get(name), DoraLinearVariant | None):
+            if (
+                type(a) is nn.Linear
+                and not split
+                and isinstance(layer.lora_variant.get(name), DoraLinearVariant | None)
+            ):
                 layer.lora_A[name] = LowRank(a.in_features, a.out_features, bias=False, device="meta")
                 layer.lora_A[name].weight = a.weight
                 layer.cast_input_dtype_enabled = False

@@ -44,7 +44,9 @@ class TorchProcesses(Processes):
     def mesh(self, kind: str, replicas: int, together: int = 1) -> DeviceMesh:
         """Of the devices of this kind: a row is one replica of the model, or those that compute its layers together."""
         if together > 1:
-            return init_device_mesh(kind, (self.count // together, together), mesh_dim_names=("shards", TENSOR))
+            made = init_device_mesh(kind, (self.count // together, together), mesh_dim_names=("shards", TENSOR))
+            made._flatten()  # so that a norm is summed over all at once
+            return made
         if replicas == 1:
             return init_device_mesh(kind, (self.count,))
         shape = (replicas, self.count // replicas)

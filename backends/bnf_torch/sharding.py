@@ -101,7 +101,8 @@ def _sharding(family: Any, mesh: DeviceMesh) -> Any:
     def sharded(cls: Any, model: PreTrainedModel, *_: Any) -> PreTrainedModel:
         if TENSOR in (mesh.mesh_dim_names or ()):
             split_layers(model, mesh[TENSOR])
-            return fully_shard(model, mesh=mesh["shards"])
+            fully_shard(model, mesh=mesh["shards"])
+            return model
         made: dict[int, nn.Parameter] = {}  # a tied head is its embedding
         for module in model.modules():
             for name, p in module._parameters.items():

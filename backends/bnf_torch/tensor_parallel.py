@@ -2,6 +2,8 @@
 says (`base_model_tp_plan`; arXiv 1909.08053). Embeddings, norms and the head stay as they are: the fused loss wants the
 head's rows together."""
 
+import logging
+
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
@@ -19,6 +21,7 @@ def split_layers(model: PreTrainedModel, mesh: DeviceMesh) -> None:
     Raises:
         UserError: the family has no plan, one of other kinds of layers, or sizes that the processes do not divide.
     """
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # it tells of every tensor that is gathered
     plan = _plan(model)
     _require_divisible(model, plan, mesh.size())
     expanded = model._expand_parallel_plan(plan)
@@ -44,13 +47,12 @@ def _plan(model: PreTrainedModel) -> dict[str, str]:
 
 def _require_divisible(model: PreTrainedModel, plan: dict[str, str], count: int) -> None:
     config = model.config.get_text_config()
+    modules = dict(model.named_modules())
     sizes = {key: getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads")}
     for path, style in plan.items():
-        owner, _, _ = path.partition(".*.")
-        for name, module in model.named_modules():
-            if name.startswith(f"{owner}.0.") and path.endswith(name.removeprefix(f"{owner}.0.")):
-                if (size := STYLES[style]) and isinstance(module, nn.Linear):
-                    sizes[f"{size} of {path}"] = getattr(module, size)
+        layer = modules.get(path.replace("*", "0"))
+        if (size := STYLES[style]) and isinstance(layer, nn.Linear):
+            sizes[f"{size} of {path}"] = getattr(layer, size)
     for what, size in sizes.items():
         if size and size % count:
             raise UserError(f"tp_size: {what} is {size}, which {count} processes do not divide: use a divisor of it")
