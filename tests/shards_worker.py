@@ -56,6 +56,8 @@ def require_same_as_whole(model: Path, kind: FineTuneType, dtype: str, folder: P
         scores = [e.evaluate(batch(), np.zeros(len(batch().targets), np.float32)) for e in (sharded, alone)]
         np.testing.assert_array_equal(scores[0].log_odds, scores[1].log_odds)
     require_same_saved(sharded, alone, folder)
+    if kind != "full":
+        require_same_loaded(sharded, model, kind, dtype, folder)
 
 
 def require_same_saved(sharded: TorchEngine, alone: TorchEngine, folder: Path) -> None:
@@ -69,6 +71,23 @@ def require_same_saved(sharded: TorchEngine, alone: TorchEngine, folder: Path) -
     for name, p in again.named_parameters():
         saved = dict(alone.base.named_parameters())[name].to(getattr(torch, alone.dtype)).float()
         assert torch.equal(p, saved), name
+
+
+def require_same_loaded(trained: TorchEngine, model: Path, kind: FineTuneType, dtype: str, folder: Path) -> None:
+    """An adapter that has moved is, once it is saved and loaded in shards, the same to the bit. Rejects one that is
+    drawn afresh, and rows that are dealt otherwise."""
+    with torch.no_grad():
+        for name, p in trained.trainable.items():
+            p.add_(len(name) / 64)
+    trained.save(folder / "moved")
+    trained.processes.barrier()
+    again = TorchBackend().load(
+        model, device="cpu", dtype=dtype, fine_tune_type=kind, lora=LORA, optimizer=OptimizerConfig(),
+        adapter=folder / "moved",
+    )  # fmt: skip
+    assert isinstance(again, TorchEngine) and again.trainable.keys() == trained.trainable.keys()
+    for name, p in again.trainable.items():
+        assert torch.equal(whole(p.detach()), whole(trained.trainable[name].detach())), name
 
 
 def loading(cases: Sequence[Case], folder: Path) -> None:
