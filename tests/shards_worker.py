@@ -155,3 +155,34 @@ def status(name: str) -> int:
     """Bytes, as Linux counts this process's memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+
+
+def trainer(model: Path, folder: Path) -> None:
+    """Two steps of BNFTrainer, of all weights and of an adapter; leaves their losses. It may not load a whole model."""
+    from peft import LoraConfig as PeftLoraConfig
+
+    from bnf_torch import trainer as module
+
+    def whole_model(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a process reads the whole model")
+
+    losses = {}
+    alone = processes().count == 1
+    kept, module.load_model = module.load_model, module.load_model if alone else whole_model
+    try:
+        for name, peft_config in (("full", None), ("lora", PeftLoraConfig(r=4, target_modules="all-linear"))):
+            args = module.BNFConfig(
+                str(folder / name), use_cpu=True, per_device_train_batch_size=4 // processes().count, max_steps=2,
+                learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to="none",
+                disable_tqdm=True, max_length=64,
+            )  # fmt: skip
+            rows = [
+                {"prompt": f"{i} plus 2?", "completion": f"It is {i + i % 2}.", "label": bool(i % 2)} for i in range(8)
+            ]
+            made = module.BNFTrainer(str(model), args, rows, peft_config=peft_config)
+            made.train()
+            losses[name] = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    finally:
+        module.load_model = kept
+    if processes().rank == 0:
+        (folder / "losses.json").write_text(json.dumps(losses))

@@ -88,17 +88,18 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int, *, dora: bool 
         task_type="CAUSAL_LM",
         use_dora=dora,
     )
-    if model.device.type == "meta":  # it is filled later; and this kind can be switched off
-        return _made_ours(get_peft_model(model, config, autocast_adapter_dtype=True))
     return add_adapter(model, config, seed)
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
-    """A fresh adapter of any kind that PEFT has; of LoRA's default kind A is drawn as `add_lora` says.
+    """A fresh adapter of any kind that PEFT has; of LoRA's default kind A is drawn as `add_lora` says. On a model that
+    is on no device, one that is `not_plain` in nothing: `fill` draws it.
 
     Raises:
         UserError: it cannot be switched off, or acts outside of the model's layers.
     """
+    if model.device.type == "meta":  # this kind can be switched off
+        return _made_ours(get_peft_model(model, config, autocast_adapter_dtype=True))
     before = _some_logits(model).detach()
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     require_removable(peft_model, before)
@@ -249,15 +250,21 @@ def load_adapter(
 NOT_PLAIN = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "megatron_config")
 
 
+def not_plain(config: Mapping[str, Any]) -> str:
+    """What of an adapter has to be tried on a whole model, in words; empty for plain LoRA and DoRA."""
+    unusual = [key for key in NOT_PLAIN if config.get(key)] + [str(said) for said in [stays_on(config)] if said]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unusual:
+        return ", ".join(unusual) or f"{config.get('peft_type')} with bias {config.get('bias', 'none')}"
+    return ""
+
+
 def _attached(model: PreTrainedModel, folder: Path, config: dict[str, Any], *, trainable: bool) -> PeftModel:
     """A saved adapter's layers on a model that is on no device; `fill` fills them.
 
     Raises:
         UserError: it does not fit the model, or is of a kind that has to be tried on a whole model.
     """
-    unusual = [key for key in NOT_PLAIN if config.get(key)] + [str(said) for said in [stays_on(config)] if said]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unusual:
-        what = ", ".join(unusual) or f"{config.get('peft_type')} with bias {config.get('bias', 'none')}"
+    if what := not_plain(config):
         raise UserError(f"{folder}: {what} cannot be loaded in shards: expected plain LoRA or DoRA, or use DDP")
     _require_whole(model, bool(config.get("use_dora")))
     peft_config = PeftConfig.from_pretrained(str(folder))

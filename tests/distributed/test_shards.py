@@ -124,6 +124,18 @@ def test_replicas_of_shards_take_the_steps_of_one_process(tiny_model: Path, tmp_
     assert len(steps(tmp_path / "again")) == 1
 
 
+def test_the_trainer_reads_its_shard(tiny_model: Path, tmp_path: Path) -> None:
+    """BNFTrainer on two processes takes the steps of one, and neither has the whole model. Rejects an adapter that is
+    drawn otherwise in shards."""
+    (tmp_path / "alone").mkdir()
+    shards_worker.trainer(tiny_model, tmp_path / "alone")
+    together(shards_worker.trainer, tiny_model, folder=tmp_path / "two", count=2)
+    one, two = (json.loads((tmp_path / name / "losses.json").read_text()) for name in ("alone", "two"))
+    for name in ("full", "lora"):
+        assert len(one[name]) == 2 and abs(one[name][1] - one[name][0]) > 1e-3, "it has learned something"
+        assert two[name] == pytest.approx(one[name], rel=2e-5)
+
+
 LAYERS, HIDDEN, INNER, VOCABULARY = 20, 1024, 4096, 1000
 
 
