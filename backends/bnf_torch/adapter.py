@@ -250,7 +250,7 @@ def load_adapter(
 NOT_PLAIN = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "megatron_config")
 
 
-def not_plain(config: Mapping[str, Any]) -> str:
+def not_plain(config: dict[str, Any]) -> str:
     """What of an adapter has to be tried on a whole model, in words; empty for plain LoRA and DoRA."""
     unusual = [key for key in NOT_PLAIN if config.get(key)] + [str(said) for said in [stays_on(config)] if said]
     if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unusual:
