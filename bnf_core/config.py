@@ -344,6 +344,9 @@ class TrainConfig:
     sample: SamplingConfig = field(default_factory=SamplingConfig)
     report_to: list[str] = field(default_factory=list)
     """Where metrics go besides metrics.jsonl: tensorboard, wandb, trackio."""
+    profile: bool = False
+    """Record the third to the fifth step of the run: trace.json in its folder, for ui.perfetto.dev (PyTorch), or
+    trace.gputrace for Xcode (MLX on Metal)."""
     push_to_hub: str | None = None
     """At the end push what was trained to this repository of the Hub, OWNER/NAME, as `bnf push` does."""
     hub_private_repo: bool = False

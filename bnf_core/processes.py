@@ -14,14 +14,22 @@ class Processes:
 
     rank: int = 0
     count: int = 1
+    together: int = 1  # neighbours that compute every micro-batch between them, and so have the same ones
+
+    @property
+    def shares(self) -> int:
+        """Among how many the micro-batches of a step are dealt."""
+        return self.count // self.together
 
     def gather_bytes(self, data: bytes) -> list[bytes]:
         """What every process gave, in order of rank."""
         return [data]
 
     def gather(self, values: Array) -> list[Array]:
-        """The 1-D arrays of every process, in order of rank; lengths may differ, the dtype may not."""
-        return [np.frombuffer(data, values.dtype) for data in self.gather_bytes(np.ascontiguousarray(values).tobytes())]
+        """The 1-D arrays of every process, in order of rank; lengths may differ, the dtype may not. Of processes that
+        compute together, which have the same, the first one's."""
+        every = self.gather_bytes(np.ascontiguousarray(values).tobytes())
+        return [np.frombuffer(data, values.dtype) for data in every[:: self.together]]
 
     def sum(self, values: Array) -> Array:
         """Element by element, in order of rank: the same bits everywhere."""
@@ -30,7 +38,7 @@ class Processes:
 
     def any(self, flag: bool) -> bool:
         """Whether it holds on any process."""
-        return any(bool(other[0]) for other in self.gather(np.array([flag])))
+        return any(other != b"\0" for other in self.gather_bytes(b"\1" if flag else b"\0"))
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -48,7 +56,7 @@ class Processes:
 
     def share(self, items: Sequence[object]) -> slice:
         """Which of the items, dealt one by one, are this process's."""
-        return slice(self.rank, len(items), self.count)
+        return slice(self.rank // self.together, len(items), self.shares)
 
 
 ALONE = Processes()

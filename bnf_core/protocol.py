@@ -353,6 +353,14 @@ class Backend(Protocol):
         """
         raise self._losses_alone()
 
+    def tracing(self, path: Path) -> AbstractContextManager[None]:
+        """What is computed within it is recorded, into a file of this path and an ending of the backend's.
+
+        Raises:
+            UserError: this backend cannot, or not here; when it is called.
+        """
+        raise UserError(f"the {self.name} backend records no traces: leave out profile")
+
     def describe(self) -> dict[str, str]:
         """Versions, devices and measured facts for `bnf doctor`, plain text by name."""
         ...

@@ -56,6 +56,8 @@ def require_same_as_whole(model: Path, kind: FineTuneType, dtype: str, folder: P
         scores = [e.evaluate(batch(), np.zeros(len(batch().targets), np.float32)) for e in (sharded, alone)]
         np.testing.assert_array_equal(scores[0].log_odds, scores[1].log_odds)
     require_same_saved(sharded, alone, folder)
+    if kind != "full":
+        require_same_loaded(sharded, model, kind, dtype, folder)
 
 
 def require_same_saved(sharded: TorchEngine, alone: TorchEngine, folder: Path) -> None:
@@ -71,6 +73,23 @@ def require_same_saved(sharded: TorchEngine, alone: TorchEngine, folder: Path) -
         assert torch.equal(p, saved), name
 
 
+def require_same_loaded(trained: TorchEngine, model: Path, kind: FineTuneType, dtype: str, folder: Path) -> None:
+    """An adapter that has moved is, once it is saved and loaded in shards, the same to the bit. Rejects one that is
+    drawn afresh, and rows that are dealt otherwise."""
+    with torch.no_grad():
+        for name, p in trained.trainable.items():
+            p.add_(len(name) / 64)
+    trained.save(folder / "moved")
+    trained.processes.barrier()
+    again = TorchBackend().load(
+        model, device="cpu", dtype=dtype, fine_tune_type=kind, lora=LORA, optimizer=OptimizerConfig(),
+        adapter=folder / "moved",
+    )  # fmt: skip
+    assert isinstance(again, TorchEngine) and again.trainable.keys() == trained.trainable.keys()
+    for name, p in again.trainable.items():
+        assert torch.equal(whole(p.detach()), whole(trained.trainable[name].detach())), name
+
+
 def loading(cases: Sequence[Case], folder: Path) -> None:
     group = processes()
     assert isinstance(group, TorchProcesses)
@@ -79,10 +98,10 @@ def loading(cases: Sequence[Case], folder: Path) -> None:
         require_same_as_whole(Path(model), kind, dtype, folder / str(number))
 
 
-def training(model: Path, cases: dict[str, dict[str, Any]], folder: Path) -> None:
+def training(model: Path, cases: dict[str, dict[str, Any]], replicas: int | None, folder: Path) -> None:
     group = processes()
     assert isinstance(group, TorchProcesses)
-    group.replicas = 2
+    group.replicas = replicas or group.replicas
     for name, case in cases.items():
         torch_worker.train(model, case, folder / name)
 
@@ -98,6 +117,18 @@ def refusals(experts: str, unseen: str, folder: Path) -> None:
         except UserError as error:
             said.append(str(error))
     (folder / f"said-{group.rank}.json").write_text(json.dumps(said))
+
+
+def splitting(model: Path, case: dict[str, Any], refused: dict[str, tuple[str, FineTuneType]], folder: Path) -> None:
+    """Take a few steps; and what each process says of models, and kinds of adapter, that cannot be split."""
+    torch_worker.train(model, case, folder)
+    said = {}
+    for name, (other, kind) in refused.items():
+        try:
+            TorchBackend().load(Path(other), device="cpu", fine_tune_type=kind, lora=LORA, optimizer=OptimizerConfig())
+        except UserError as error:
+            said[name] = str(error)
+    (folder / f"said-{processes().rank}.json").write_text(json.dumps(said))
 
 
 def memory(model: Path, folder: Path) -> None:
@@ -124,3 +155,34 @@ def status(name: str) -> int:
     """Bytes, as Linux counts this process's memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024
+
+
+def trainer(model: Path, folder: Path) -> None:
+    """Two steps of BNFTrainer, of all weights and of an adapter; leaves their losses. It may not load a whole model."""
+    from peft import LoraConfig as PeftLoraConfig
+
+    from bnf_torch import trainer as module
+
+    def whole_model(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a process reads the whole model")
+
+    losses = {}
+    alone = processes().count == 1
+    kept, module.load_model = module.load_model, module.load_model if alone else whole_model
+    try:
+        for name, peft_config in (("full", None), ("lora", PeftLoraConfig(r=4, target_modules="all-linear"))):
+            args = module.BNFConfig(
+                str(folder / name), use_cpu=True, per_device_train_batch_size=4 // processes().count, max_steps=2,
+                learning_rate=1e-2, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to="none",
+                disable_tqdm=True, max_length=64,
+            )  # fmt: skip
+            rows = [
+                {"prompt": f"{i} plus 2?", "completion": f"It is {i + i % 2}.", "label": bool(i % 2)} for i in range(8)
+            ]
+            made = module.BNFTrainer(str(model), args, rows, peft_config=peft_config)
+            made.train()
+            losses[name] = [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+    finally:
+        module.load_model = kept
+    if processes().rank == 0:
+        (folder / "losses.json").write_text(json.dumps(losses))

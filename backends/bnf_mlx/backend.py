@@ -3,6 +3,7 @@
 import platform
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,11 @@ class MLXBackend(Backend):
         from bnf_mlx.memory import MLXMeasures
 
         return MLXMeasures(device, dtype, own_dtype)
+
+    def tracing(self, path: Path) -> AbstractContextManager[None]:
+        from bnf_mlx.tracing import tracing
+
+        return tracing(path.with_suffix(".gputrace"))
 
     def fuse(self, model: Path, adapter: Path, output: Path, *, dtype: str, dequantize: bool) -> None:
         from bnf_mlx.adapter import fuse

@@ -73,6 +73,7 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int, *, dora: bool 
         UserError: a target that is no linear layer of this model.
     """
     linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    _require_whole(model, dora)
     everywhere = lora.targets == ["all-linear"]
     if not everywhere and (unknown := sorted(set(lora.targets) - linear)):
         raise UserError(
@@ -87,17 +88,18 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int, *, dora: bool 
         task_type="CAUSAL_LM",
         use_dora=dora,
     )
-    if model.device.type == "meta":  # it is filled later; and this kind can be switched off
-        return _made_ours(get_peft_model(model, config, autocast_adapter_dtype=True))
     return add_adapter(model, config, seed)
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:
-    """A fresh adapter of any kind that PEFT has; of LoRA's default kind A is drawn as `add_lora` says.
+    """A fresh adapter of any kind that PEFT has; of LoRA's default kind A is drawn as `add_lora` says. On a model that
+    is on no device, one that is `not_plain` in nothing: `fill` draws it.
 
     Raises:
         UserError: it cannot be switched off, or acts outside of the model's layers.
     """
+    if model.device.type == "meta":  # this kind can be switched off
+        return _made_ours(get_peft_model(model, config, autocast_adapter_dtype=True))
     before = _some_logits(model).detach()
     peft_model = get_peft_model(model, config, autocast_adapter_dtype=True)
     require_removable(peft_model, before)
@@ -107,13 +109,23 @@ def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftMo
     return peft_model
 
 
+def _require_whole(model: PreTrainedModel, dora: bool) -> None:
+    """Raises UserError for DoRA on layers of which no process has whole rows; PEFT fails at their norms."""
+    if dora and any(hasattr(module, "_hf_tp_plan") for module in model.modules()):
+        raise UserError(
+            "tp_size: DoRA needs the norms of whole rows of weights, and each process has parts of them: use "
+            "fine_tune_type lora, or dp_shard_size (FSDP2) instead"
+        )
+
+
 @torch.no_grad()
 def draw(model: PeftModel, seed: int) -> None:
     """A of every layer as `bnf_core.models.lora` draws it; each process its own rows, where the model is sharded."""
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, LoraLayer) and "default" in module.lora_A:
-            a = cast(nn.Linear, module.lora_A["default"])
-            a.weight.copy_(like(initial_lora_a(name, a.out_features, a.in_features, seed), a.weight))
+            a = cast(nn.Linear, module.lora_A["default"]).weight
+            rank, inputs = a.shape
+            a.copy_(like(initial_lora_a(name, rank, inputs, seed), a))
 
 
 def adapter_off(model: PeftModel | PreTrainedModel) -> AbstractContextManager[None]:
@@ -238,16 +250,23 @@ def load_adapter(
 NOT_PLAIN = ("modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication", "megatron_config")
 
 
+def not_plain(config: dict[str, Any]) -> str:
+    """What of an adapter has to be tried on a whole model, in words; empty for plain LoRA and DoRA."""
+    unusual = [key for key in NOT_PLAIN if config.get(key)] + [str(said) for said in [stays_on(config)] if said]
+    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unusual:
+        return ", ".join(unusual) or f"{config.get('peft_type')} with bias {config.get('bias', 'none')}"
+    return ""
+
+
 def _attached(model: PreTrainedModel, folder: Path, config: dict[str, Any], *, trainable: bool) -> PeftModel:
     """A saved adapter's layers on a model that is on no device; `fill` fills them.
 
     Raises:
         UserError: it does not fit the model, or is of a kind that has to be tried on a whole model.
     """
-    unusual = [key for key in NOT_PLAIN if config.get(key)] + [str(said) for said in [stays_on(config)] if said]
-    if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none" or unusual:
-        what = ", ".join(unusual) or f"{config.get('peft_type')} with bias {config.get('bias', 'none')}"
+    if what := not_plain(config):
         raise UserError(f"{folder}: {what} cannot be loaded in shards: expected plain LoRA or DoRA, or use DDP")
+    _require_whole(model, bool(config.get("use_dora")))
     peft_config = PeftConfig.from_pretrained(str(folder))
     peft_config.inference_mode = not trainable
     try:
@@ -312,8 +331,16 @@ def _made_ours(model: PeftModel) -> PeftModel:
     """With `LowRank` in the places of A in LoRA and DoRA; other variants stay as PEFT computes them."""
     layers: list[Any] = [module for module in model.get_base_model().modules() if isinstance(module, LoraLayer)]
     for layer in layers:
+        for part in [*layer.lora_A.values(), *layer.lora_B.values()]:
+            if "forward" in vars(part):  # PEFT has the sizes of this process's part in there, transformers wants all
+                part.out_features, part.in_features = part.weight.shape
         for name, a in list(layer.lora_A.items()):
-            if type(a) is nn.Linear and isinstance(layer.lora_variant.get(name), DoraLinearVariant | None):
+            split = "forward" in vars(a)  # by tensor parallelism, which has put its own around it
+            if (
+                type(a) is nn.Linear
+                and not split
+                and isinstance(layer.lora_variant.get(name), DoraLinearVariant | None)
+            ):
                 layer.lora_A[name] = LowRank(a.in_features, a.out_features, bias=False, device="meta")
                 layer.lora_A[name].weight = a.weight
                 layer.cast_input_dtype_enabled = False

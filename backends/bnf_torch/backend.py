@@ -1,6 +1,7 @@
 """The PyTorch backend as the entry point `bnf.backends` gives it: bnf_core.protocol.Backend."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,7 @@ class TorchBackend(Backend):
         from bnf_torch.processes import TorchProcesses, local_rank
 
         group = self.processes()
-        torch.manual_seed(seed + group.rank)  # dropout, where there is any
+        torch.manual_seed(seed + group.rank // group.together)  # dropout, where there is any
         where = resolve_device(device)
         if group.count > 1 and where.type == "cuda":
             where = torch.device("cuda", local_rank())
@@ -87,10 +88,10 @@ class TorchBackend(Backend):
                     "deterministic is true, and FSDP2 sums gradients in an order of its own: use DDP, or one process"
                 )
             torch.set_num_threads(1)  # how many there are decides how products and sums are cut
-        _check(fine_tune_type, adapter, load_in_4bit, shards is not None, computed_in)
+        _check(fine_tune_type, adapter, load_in_4bit, shards is not None, group.together, computed_in)
         weights_in = torch.float32 if full else computed_in
         unfilled = None
-        if shards:
+        if shards and not load_in_4bit:
             from bnf_torch.sharding import Unfilled
 
             unfilled = Unfilled(model, where, weights_in, shards)
@@ -140,6 +141,11 @@ class TorchBackend(Backend):
 
         return TorchMeasures(device, dtype)
 
+    def tracing(self, path: Path) -> AbstractContextManager[None]:
+        from bnf_torch.tracing import tracing
+
+        return tracing(path.with_suffix(".json"))
+
     def fuse(self, model: Path, adapter: Path, output: Path, *, dtype: str, dequantize: bool) -> None:
         from bnf_torch.adapter import fuse
 
@@ -163,7 +169,12 @@ class TorchBackend(Backend):
 
 
 def _check(
-    fine_tune_type: FineTuneType | None, adapter: Path | None, load_in_4bit: bool, sharded: bool, dtype: "torch.dtype"
+    fine_tune_type: FineTuneType | None,
+    adapter: Path | None,
+    load_in_4bit: bool,
+    sharded: bool,
+    together: int,
+    dtype: "torch.dtype",
 ) -> None:
     """Raises UserError where settings do not go together."""
     import torch
@@ -174,5 +185,7 @@ def _check(
         raise UserError(f"full fine-tuning starts from a model, and {adapter} is an adapter: merge it into one first")
     if fine_tune_type == "full" and dtype == torch.float16:
         raise UserError("full fine-tuning in float16 would need loss scaling: use --dtype bfloat16 or float32")
-    if load_in_4bit and sharded:
-        raise UserError("4-bit weights are not sharded: use DDP (recipes/configs/accelerate/ddp.yaml)")
+    if load_in_4bit and together > 1:
+        raise UserError("tp_size: layers of 4-bit weights are not split: use dp_shard_size (FSDP2) instead")
+    if load_in_4bit and sharded and fine_tune_type == "dora":
+        raise UserError("4-bit weights in shards go with fine_tune_type lora: use it, or DDP")

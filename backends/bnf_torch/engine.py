@@ -44,7 +44,7 @@ from bnf_torch.errors import FULL
 from bnf_torch.model import head_weight
 from bnf_torch.ops import tensors
 from bnf_torch.optimizer import Optimizer, adamw
-from bnf_torch.processes import OrderedSum, gradients_wait, is_ours, lost_processes, piece, spread, stored_like, whole
+from bnf_torch.processes import OrderedSum, gradients_wait, lost_processes, pieces, spread, stored_like, whole
 from bnf_torch.sampling import sample
 from bnf_torch.saving import save_model
 from bnf_torch.scored import ScoredModel
@@ -226,7 +226,7 @@ class TorchEngine:
         """
         assert self.optimizer is not None
         adapter.drop_inputs(self.model)
-        averaged = 1 if self.deterministic else self.processes.count  # DDP and FSDP take the mean
+        averaged = 1 if self.deterministic else self.processes.shares  # DDP and FSDP take the mean
         for scale in loss_scales(self.dtype, batches, self.processes):
             losses: list[Tensor] = []
             scores: list[TokenScores] = []
@@ -265,8 +265,7 @@ class TorchEngine:
         parts |= put_under(REFERENCE_WEIGHTS, self.reference_weights)
         if self.optimizer is not None:
             parts |= put_under(OPTIMIZER, dict(self.optimizer.state()))
-        mine = {name: partial(piece, tensor) for name, tensor in parts.items() if is_ours(tensor, self.processes)}
-        return joined(Taken(mine), self._random_state())
+        return joined(Taken(pieces(parts, self.processes)), self._random_state())
 
     @torch.no_grad()
     def load_state(self, state: Mapping[str, Array]) -> None:

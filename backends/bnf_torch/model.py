@@ -176,6 +176,7 @@ def _in_4bit(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # what FSDP2 gathers, and would cast if it were of another kind
     )
     return {"quantization_config": quantization, "device_map": {"": device}}
 

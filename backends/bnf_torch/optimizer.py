@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Iterator, Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from bnf_core.config import OptimizerConfig
 from bnf_core.storage.shards import shapes_of
@@ -13,8 +15,12 @@ from bnf_torch.processes import stored_like, whole
 
 
 def adamw(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """Those that lie on the same processes in a group of their own: one call of the framework takes no others."""
+    groups: dict[object, list[nn.Parameter]] = {}
+    for p in parameters.values():
+        groups.setdefault(p.device_mesh if isinstance(p, DTensor) else None, []).append(p)
     return torch.optim.AdamW(
-        list(parameters.values()),
+        [{"params": group} for group in groups.values()] or [],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,
@@ -43,7 +49,15 @@ class Optimizer:
                 if p.grad is not None:
                     p.grad.mul_(1 / scale)
         limit = math.inf if max_grad_norm is None else max_grad_norm
-        return whole(nn.utils.clip_grad_norm_(self._parameters, limit))
+        groups = [group["params"] for group in self.torch.param_groups]
+        if len(groups) == 1:
+            return whole(nn.utils.clip_grad_norm_(groups[0], limit))
+        gradients = [[p.grad for p in group if p.grad is not None] for group in groups]
+        norm = torch.linalg.vector_norm(torch.stack([whole(nn.utils.get_total_norm(group)) for group in gradients]))
+        by = (limit / (norm + 1e-6)).clamp(max=1.0)  # as in PyTorch's own
+        for gradient in chain.from_iterable(gradients):
+            (gradient.to_local() if isinstance(gradient, DTensor) else gradient).mul_(by)
+        return norm
 
     def drop(self) -> None:
         """Let go of the gradients: a step then changes neither the parameters nor the optimizer's state."""

@@ -3,16 +3,19 @@
 import atexit
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement
+from torch.distributed.tensor import Shard as Split
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils.logging import disable_progress_bar
 
@@ -24,20 +27,26 @@ from bnf_torch.scored import ScoredModel
 
 # What torch.distributed says, in messages of no class of their own, when another process is gone.
 LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "imed out", "imeout", "NCCL", "ncclRemoteError")
+TENSOR = "tensor"  # the dimension of a mesh along which processes compute a layer together
 
 
 class TorchProcesses(Processes):
     """Those of torch.distributed's default group."""
 
-    def __init__(self, sharded: bool, replicas: int = 1):
+    def __init__(self, sharded: bool, replicas: int = 1, together: int = 1):
         self.rank = dist.get_rank()
         self.count = dist.get_world_size()
         self.sharded = sharded  # FSDP2 instead of DDP
         self.replicas = replicas  # how many times the model is there, each in shards over as many processes
+        self.together = together  # how many have parts of each layer, by tensor parallelism
 
     @cache  # noqa: B019  # there is one of these a process, and each new mesh brings groups with threads of their own
-    def mesh(self, kind: str, replicas: int) -> DeviceMesh:
-        """Of the devices of this kind: a row is one replica of the model."""
+    def mesh(self, kind: str, replicas: int, together: int = 1) -> DeviceMesh:
+        """Of the devices of this kind: a row is one replica of the model, or those that compute its layers together."""
+        if together > 1:
+            made = init_device_mesh(kind, (self.count // together, together), mesh_dim_names=("shards", TENSOR))
+            made._flatten()  # so that a norm is summed over all at once
+            return made
         if replicas == 1:
             return init_device_mesh(kind, (self.count,))
         shape = (replicas, self.count // replicas)
@@ -71,9 +80,9 @@ def processes() -> Processes:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         return ALONE
-    replicas = _replicas(count)
-    sharded = _flag("ACCELERATE_USE_FSDP")
-    if sharded and os.environ.get("FSDP_VERSION", "1") != "2":
+    arranged = _arrangement(count)
+    sharded = _flag("ACCELERATE_USE_FSDP") or arranged.together > 1
+    if _flag("ACCELERATE_USE_FSDP") and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("accelerate was configured for FSDP1: set fsdp_version: 2 (recipes/configs/accelerate)")
     if sharded and _flag("FSDP_OFFLOAD_PARAMS"):
         raise UserError("fsdp_offload_params is not supported: set it to false, and use more GPUs or LoRA")
@@ -88,30 +97,39 @@ def processes() -> Processes:
         atexit.register(_leave)
     if dist.get_rank() > 0:
         disable_progress_bar()
-    return TorchProcesses(sharded, replicas if sharded else 1)
+    return TorchProcesses(sharded, arranged.replicas if sharded else 1, arranged.together)
 
 
-def _replicas(count: int) -> int:
-    """How many times the model is there, by accelerate's `parallelism_config`.
+class Arrangement(NamedTuple):
+    """How many times the model is there, and how many processes compute each of its layers together."""
+
+    replicas: int = 1
+    together: int = 1
+
+
+def _arrangement(count: int) -> Arrangement:
+    """By accelerate's `parallelism_config`.
 
     Raises:
-        UserError: it does not go with the number of processes, or asks for more than shards and replicas of them.
+        UserError: it does not go with the number of processes, or asks for what is not supported.
     """
     if not _flag("ACCELERATE_USE_PARALLELISM_CONFIG"):
-        return 1
+        return Arrangement()
     kinds = ("DP_REPLICATE", "DP_SHARD", "TP", "CP", "SP")
     size = {kind: int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", "1")) for kind in kinds}
-    if other := [f"parallelism_config_{kind.lower()}_size: {size[kind]}" for kind in kinds[2:] if size[kind] > 1]:
-        raise UserError(f"{other[0]} is not supported: expected dp_replicate_size and dp_shard_size alone")
-    replicas, shards = size["DP_REPLICATE"], size["DP_SHARD"]
-    if replicas * shards != count:
+    if other := [f"parallelism_config_{kind.lower()}_size: {size[kind]}" for kind in kinds[3:] if size[kind] > 1]:
+        raise UserError(f"{other[0]} is not supported: expected dp_replicate_size, dp_shard_size and tp_size alone")
+    replicas, shards, together = (size[kind] for kind in kinds[:3])
+    if (product := replicas * shards * together) != count:
         raise UserError(
-            f"dp_replicate_size {replicas} × dp_shard_size {shards} is {replicas * shards}, and this run has {count} "
-            "processes: set parallelism_config to sizes whose product that is"
+            f"dp_replicate_size {replicas} × dp_shard_size {shards} × tp_size {together} is {product}, and this run "
+            f"has {count} processes: set parallelism_config to sizes whose product that is"
         )
+    if replicas > 1 and together > 1:
+        raise UserError(f"tp_size {together} with dp_replicate_size {replicas}: expected dp_shard_size instead")
     if shards > 1 and not _flag("ACCELERATE_USE_FSDP"):
         raise UserError(f"dp_shard_size {shards} needs FSDP2: set distributed_type: FSDP and fsdp_version: 2")
-    return replicas
+    return Arrangement(replicas, together)
 
 
 def _leave() -> None:
@@ -163,7 +181,9 @@ def spread(scored: ScoredModel, group: Processes, device: torch.device, dtype: t
             return scored
         here = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(scored, device_ids=here, gradient_as_bucket_view=True)
-    mesh = group.mesh(device.type, group.replicas)
+    mesh = group.mesh(device.type, group.replicas, group.together)
+    if group.together > 1:
+        mesh = mesh["shards"]
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32 if dtype else None)
     blocks = set(getattr(scored.model, "_no_split_modules", None) or ())
     for module in list(scored.modules()):
@@ -233,19 +253,46 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def pieces(tensors: Mapping[str, Tensor], group: Processes) -> dict[str, Callable[[], Array | Shard]]:
+    """What this process is to save of tensors that may be sharded, as NumPy, each copied when it is asked for: rows
+    that are its own, and of what several have alike the first one's. Every process must call this."""
+    mine: dict[str, Callable[[], Array | Shard]] = {}
+    for name, tensor in tensors.items():
+        if isinstance(tensor, DTensor) and _block(tensor).columns is not None:
+            mine[name] = partial(_shard, *_by_rows(tensor), tuple(tensor.shape))
+        elif _is_ours(tensor, group):
+            mine[name] = partial(piece, tensor)
+    return mine
+
+
 def piece(tensor: Tensor) -> Array | Shard:
-    """This process's part of a tensor that may be sharded, as NumPy."""
+    """This process's rows of a tensor that may be sharded, as NumPy."""
     if not isinstance(tensor, DTensor):
         return tensor.detach().cpu().numpy().copy()
-    local = tensor.to_local().detach().cpu().numpy().copy()
-    return Shard(local, _first_row(tensor), tuple(tensor.shape))
+    return _shard(tensor.to_local().detach(), _block(tensor).rows.start, tuple(tensor.shape))
 
 
-def is_ours(tensor: Tensor, group: Processes) -> bool:
+def _shard(rows: Tensor, start: int, shape: tuple[int, ...]) -> Shard:
+    return Shard(rows.cpu().numpy().copy(), start, shape)
+
+
+def _is_ours(tensor: Tensor, group: Processes) -> bool:
     """Whether this process is the one that saves its part of a tensor: of what several have alike, the first."""
     if not isinstance(tensor, DTensor):
         return group.rank == 0
-    return not any(tensor.device_mesh.get_local_rank(i) for i in range(tensor.device_mesh.ndim - 1))
+    mesh = tensor.device_mesh
+    if group.together > 1 and mesh.ndim == 1:
+        return group.rank % group.together == 0
+    return not any(p.is_replicate() and mesh.get_local_rank(i) for i, p in enumerate(tensor.placements))
+
+
+def _by_rows(tensor: DTensor) -> tuple[Tensor, int]:
+    """Of a matrix whose columns several processes have between them, whole rows instead, and the first one's number:
+    each sends as much as it receives."""
+    mesh, rows = tensor.device_mesh[TENSOR], _block(tensor).rows
+    local = DTensor.from_local(tensor.to_local().detach(), mesh, [Split(1)], run_check=False)
+    mine = local.redistribute(placements=[Split(0)]).to_local()
+    return mine, rows.start + _chunk(range(rows.stop - rows.start), mesh.size(), mesh.get_local_rank()).start
 
 
 def like(array: Array, tensor: Tensor, device: torch.device | None = None) -> Tensor:
@@ -256,33 +303,61 @@ def like(array: Array, tensor: Tensor, device: torch.device | None = None) -> Te
     """
     if not isinstance(tensor, DTensor):
         return torch.tensor(array, dtype=tensor.dtype, device=device or tensor.device)
-    return of_rows(array[_rows(tensor)], tensor, device)
+    return of_rows(_columns(array[_block(tensor).rows], tensor), tensor, device)
 
 
 def stored_like(arrays: Mapping[str, Array], name: str, tensor: Tensor) -> Tensor:
     """`like` of one of the arrays; of those on the disk only the rows that are needed are read."""
     if not isinstance(tensor, DTensor):
         return like(arrays[name], tensor)
-    rows = _rows(tensor)
-    return of_rows(rows_of(arrays, name, rows.start, rows.stop), tensor)
+    rows = _block(tensor).rows
+    return of_rows(_columns(rows_of(arrays, name, rows.start, rows.stop), tensor), tensor)
 
 
 def of_rows(rows: Array | Tensor, tensor: DTensor, device: torch.device | None = None) -> Tensor:
-    """This process's rows of a tensor that is sharded as another is."""
+    """This process's part of a tensor that is sharded as another is."""
     local = torch.as_tensor(rows).to(device or tensor.to_local().device, tensor.dtype)
     return DTensor.from_local(
         local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
 
 
-def _rows(tensor: DTensor) -> slice:
-    start = _first_row(tensor)
-    return slice(start, start + len(tensor.to_local()))
+class _Block(NamedTuple):
+    """Which part of a tensor is this process's."""
+
+    rows: slice
+    columns: slice | None = None  # None: all
 
 
-def _first_row(tensor: DTensor) -> int:
-    """FSDP2 deals out the rows as torch.chunk does: as many to each but the last. The last dimension of the mesh
-    shards; one before it has replicas."""
-    rows, mesh = tensor.shape[0], tensor.device_mesh
+def _block(tensor: DTensor) -> _Block:
+    """FSDP2 deals out the rows as torch.chunk does: as many to each but the last; and tensor parallelism before it rows
+    or columns. The last dimension of the mesh is the one that shards, but for tensor parallelism's; one before it has
+    replicas."""
+    mesh, rows, columns = tensor.device_mesh, range(tensor.shape[0]), None
     shards = mesh.ndim - 1
-    return min(mesh.get_local_rank(shards) * -(-rows // mesh.size(shards)), rows)
+    if (mesh.mesh_dim_names or ())[-1:] == (TENSOR,):
+        placement, part = tensor.placements[shards], (mesh.size(shards), mesh.get_local_rank(shards))
+        if _dimension(placement, tensor) == 0:
+            rows = _chunk(rows, *part)
+        elif placement.is_shard():
+            found = _chunk(range(tensor.shape[1]), *part)
+            columns = slice(found.start, found.stop)
+        shards -= 1
+    rows = _chunk(rows, mesh.size(shards), mesh.get_local_rank(shards)) if shards >= 0 else rows
+    return _Block(slice(rows.start, rows.stop), columns)
+
+
+def _dimension(placement: Placement, tensor: Tensor) -> int | None:
+    """Along which a tensor is split; None: it is not."""
+    return placement.dim % tensor.ndim if isinstance(placement, Split) else None
+
+
+def _chunk(of: range, count: int, number: int) -> range:
+    """As torch.chunk deals them out: as many to each but the last."""
+    size = -(-len(of) // count)
+    return of[min(number * size, len(of)) : (number + 1) * size]
+
+
+def _columns(rows: Array, tensor: DTensor) -> Array:
+    columns = _block(tensor).columns
+    return rows if columns is None else np.ascontiguousarray(rows[:, columns])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import WeightConverter
@@ -18,7 +19,8 @@ from transformers.distributed import DistributedConfig
 from bnf_core.errors import UserError
 from bnf_core.storage.files import agreed
 from bnf_torch.model import family_of, readable, require_every_tensor, stored_tensors
-from bnf_torch.processes import TorchProcesses, of_rows
+from bnf_torch.processes import TENSOR, TorchProcesses, of_rows
+from bnf_torch.tensor_parallel import split_layers
 
 META = torch.device("meta")
 
@@ -45,9 +47,12 @@ class Unfilled:
             load: Any = partial(family.from_pretrained, None, config=config, dtype=dtype, output_loading_info=True)
             self.model, info = load(state_dict=empty, device_map={"": META})
             require_every_tensor(folder, info)
-        self._require_experts(folder, group.count // group.replicas)
+        self._require_experts(folder, group.shares // group.replicas)
+        mesh = group.mesh(device.type, group.replicas, group.together)
+        if group.together > 1:
+            split_layers(self.model, mesh[TENSOR])
         with _together(group), readable(folder):
-            load = _sharding(family, group.mesh(device.type, group.replicas)).from_pretrained
+            load = _sharding(family, mesh).from_pretrained
             read = load(None, config=config, dtype=dtype, state_dict=stored, distributed_config=DistributedConfig(),
                         device_map={"": device})  # fmt: skip
         for name, buffer in read.named_buffers():
@@ -94,6 +99,10 @@ def _sharding(family: Any, mesh: DeviceMesh) -> Any:
     placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
 
     def sharded(cls: Any, model: PreTrainedModel, *_: Any) -> PreTrainedModel:
+        if TENSOR in (mesh.mesh_dim_names or ()):
+            split_layers(model, mesh[TENSOR])
+            fully_shard(model, mesh=mesh["shards"])
+            return model
         made: dict[int, nn.Parameter] = {}  # a tied head is its embedding
         for module in model.modules():
             for name, p in module._parameters.items():

@@ -49,6 +49,7 @@ from bnf_torch.engine import TorchEngine
 from bnf_torch.model import load_model, resolve_dtype
 from bnf_torch.optimizer import Optimizer
 from bnf_torch.processes import TorchProcesses, processes
+from bnf_torch.sharding import Unfilled
 
 logger = logging.getLogger(__name__)
 
@@ -521,11 +522,19 @@ def _engine(
 ) -> TorchEngine:
     """The model with what is to be trained, float32, on this process's device or spread over all of them."""
     named = isinstance(model, str)
+    if group.together > 1:
+        raise UserError(
+            "tp_size: BNFTrainer does not split layers; `bnf train` does. Use dp_shard_size (FSDP2) instead"
+        )
     sharded = isinstance(group, TorchProcesses) and group.sharded
     where = torch.device("cpu") if sharded else args.device
+    unfilled = None
     if isinstance(model, str):
         dtype = resolve_dtype("bfloat16" if args.bf16 else "auto", args.device)
-        base: PreTrainedModel = load_model(folder, where, torch.float32 if peft_config is None else dtype)
+        weights_in = torch.float32 if peft_config is None else dtype
+        if sharded and _can_wait(peft_config):
+            unfilled = Unfilled(folder, args.device, weights_in, cast(TorchProcesses, group))
+        base = unfilled.model if unfilled else load_model(folder, where, weights_in)
         base.requires_grad_(peft_config is None)
         model = base
     else:
@@ -543,6 +552,13 @@ def _engine(
     for p in model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
+
+    def fill() -> None:
+        assert unfilled is not None
+        unfilled.fill()
+        if isinstance(model, PeftModel):
+            adapter.fill(model, args.device, args.seed)
+
     checkpointing = bool(getattr(args, "activation_checkpointing", None) or args.gradient_checkpointing)
     return TorchEngine(
         model,
@@ -552,7 +568,14 @@ def _engine(
         dtype=dtype,
         source=folder if named else None,
         gradient_checkpointing=checkpointing,
+        fill=fill if unfilled else None,
     )
+
+
+def _can_wait(config: PeftConfig | None) -> bool:
+    """Whether a model may be sharded before it has weights: with an adapter that need not be tried on them."""
+    settings = {} if config is None else config.to_dict()
+    return config is None or (not adapter.not_plain(settings) and settings.get("init_lora_weights") is True)
 
 
 def _stored_reference(

@@ -7,6 +7,7 @@ from typing import Protocol
 from bnf_core.config import OptimizerConfig, TrainConfig
 from bnf_core.processes import Processes
 from bnf_core.protocol import Engine
+from bnf_core.steps.ahead import ahead
 from bnf_core.steps.baseline import Baseline
 from bnf_core.steps.batching import MicroBatching, micro_batches
 from bnf_core.steps.reference import Reference, with_reference
@@ -48,7 +49,7 @@ def micro_batching_of(config: TrainConfig, engine: Engine | None = None) -> Micr
         config.micro_batch_size,
         config.data.max_length if config.packing else None,
         config.group_by_length,
-        multiple_of=engine.processes.count if engine else 1,
+        multiple_of=engine.processes.shares if engine else 1,
         share_prompts=config.share_prompts and (engine is None or engine.shares_prompts),
         unit=config.make_objective().unit,
     )
@@ -68,17 +69,23 @@ def steps(
     start: int = 0,
     position: Position | None = None,
 ) -> Iterator[Step]:
-    """Steps start..num_steps as this process sees them; every process must draw them all, in step."""
-    batches = data.batches(batch_size, position)
-    for number in range(start, num_steps):
-        examples, position = next(batches)
-        mine = with_reference(my_share(examples, batching, processes, pad_id), reference, processes)
+    """Steps start..num_steps as this process sees them; every process must draw them all, in step. The rows of the next
+    one are read, cut and packed while a step is taken; what needs the model, such as the reference, is not."""
+
+    def cut() -> Iterator[tuple[int, list[Example], Position, list[Batch]]]:
+        batches = data.batches(batch_size, position)
+        for number in range(start, num_steps):
+            examples, after = next(batches)
+            yield number, examples, after, my_share(examples, batching, processes, pad_id)
+
+    for number, examples, after, share in ahead(cut()):
+        mine = with_reference(share, reference, processes)
         yield Step(
             number=number,
             learning_rate=learning_rate(number, num_steps, optimizer),
             batches=mine,
             examples=examples,
-            position=position,
+            position=after,
             baseline=baseline(examples, mine) if baseline else 0.0,
         )
 

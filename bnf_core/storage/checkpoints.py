@@ -45,7 +45,7 @@ ABOUT, SUMS = "state.json", "SHA256SUMS"
 
 # Settings that may differ after a resume: the weights a run ends with do not depend on them.
 FREE = {"output", "overwrite", "resume", "resume_anyway", "eval_every", "save_every", "keep_checkpoints"}
-FREE |= {"report_to", "sample_every", "sample_count", "sample_tokens", "push_to_hub", "hub_private_repo"}
+FREE |= {"report_to", "sample_every", "sample_count", "sample_tokens", "profile", "push_to_hub", "hub_private_repo"}
 FREE |= {"reference", "data.cache"}  # the same values, wherever they come from
 FREE |= {f"sample.{f.name}" for f in fields(SamplingConfig)}
 # Of the last bits only.

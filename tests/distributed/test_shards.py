@@ -31,19 +31,25 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def together(target: Callable[..., None], *args: Any, folder: Path) -> None:
-    """On all processes, which must end well."""
+def together(target: Callable[..., None], *args: Any, folder: Path, count: int = COUNT, **sizes: int) -> None:
+    """On all processes, which must end well.
+
+    Args:
+        sizes: of accelerate's `parallelism_config`, such as tp_size.
+    """
     port = str(free_ports(1)[0])
-    shared = {"WORLD_SIZE": str(COUNT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
+    shared = {f"PARALLELISM_CONFIG_{name.upper()}": str(size) for name, size in sizes.items()}
+    shared |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"} if sizes else {}
+    shared |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
     shared |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     folder.mkdir(parents=True, exist_ok=True)
-    outputs = [folder / f"output-{rank}" for rank in range(COUNT)]
+    outputs = [folder / f"output-{rank}" for rank in range(count)]
     started = [
         forked.start(target, *args, folder, environment=shared | {"RANK": str(i), "LOCAL_RANK": str(i)}, output=output)
         for i, output in enumerate(outputs)
     ]
     codes = [forked.ended(process, 900) for process in started]
-    assert codes == [0] * COUNT, "\n".join(output.read_text()[-3000:] for output in outputs)
+    assert codes == [0] * count, "\n".join(output.read_text()[-3000:] for output in outputs)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +109,7 @@ def test_replicas_of_shards_take_the_steps_of_one_process(tiny_model: Path, tmp_
     half = torch_worker.STEPS // 2
     torch_worker.train(tiny_model, CASES["full"] | {"steps": half}, tmp_path / "first half")
     cases = CASES | {"resumed": CASES["full"] | {"resume": str(tmp_path / "first half" / "checkpoints")}}
-    together(shards_worker.training, tiny_model, cases, folder=tmp_path / "four")
+    together(shards_worker.training, tiny_model, cases, 2, folder=tmp_path / "four")
     for name in CASES:
         require_same_steps(steps(tmp_path / "alone" / name), steps(tmp_path / "four" / name), 2e-5)
         one, four = trained(tmp_path / "alone" / name), trained(tmp_path / "four" / name)
@@ -116,6 +122,18 @@ def test_replicas_of_shards_take_the_steps_of_one_process(tiny_model: Path, tmp_
     again = CASES["lora"] | {"resume": str(tmp_path / "four" / "lora" / "checkpoints")}
     torch_worker.train(tiny_model, again | {"steps": torch_worker.STEPS + 1}, tmp_path / "again")
     assert len(steps(tmp_path / "again")) == 1
+
+
+def test_the_trainer_reads_its_shard(tiny_model: Path, tmp_path: Path) -> None:
+    """BNFTrainer on two processes takes the steps of one, and neither has the whole model. Rejects an adapter that is
+    drawn otherwise in shards."""
+    (tmp_path / "alone").mkdir()
+    shards_worker.trainer(tiny_model, tmp_path / "alone")
+    together(shards_worker.trainer, tiny_model, folder=tmp_path / "two", count=2)
+    one, two = (json.loads((tmp_path / name / "losses.json").read_text()) for name in ("alone", "two"))
+    for name in ("full", "lora"):
+        assert len(one[name]) == 2 and abs(one[name][1] - one[name][0]) > 1e-3, "it has learned something"
+        assert two[name] == pytest.approx(one[name], rel=2e-5)
 
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 20, 1024, 4096, 1000

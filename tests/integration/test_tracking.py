@@ -365,3 +365,18 @@ def test_a_broken_memory_is_named(tmp_path: Path) -> None:
 def test_no_client_is_loaded_before_it_is_wanted() -> None:
     code = "import sys, bnf_align.run.tracking; print(sorted({'wandb', 'trackio', 'tensorboardX'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_a_trace_of_a_few_steps(
+    backend_name: str, tiny_model: Path, feedback: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """PyTorch leaves one that has the matrix products of the recorded steps; MLX without Metal says so."""
+    words = ["train", "--model", tiny_model, "--data", feedback, "--output", tmp_path / "run", "--profile", "true"]
+    words += ["--backend", backend_name, "--device", "cpu", "--batch-size", "2", "--max-steps", "4"]
+    code = cli.run([str(word) for word in words])
+    if backend_name == "mlx":
+        said = " ".join("".join(capsys.readouterr()).split())
+        assert code == 2 and ("records traces on Metal alone" in said or "MTL_CAPTURE_ENABLED=1" in said)
+        return
+    events = json.loads((tmp_path / "run" / "trace.json").read_text())["traceEvents"]
+    assert code == 0 and sum(event["name"] == "Optimizer.step#AdamW.step" for event in events) == 2

@@ -78,7 +78,7 @@ def _store(
     )
     for message in writer.damaged:
         console.print(f"[yellow]computed again: {escape(message)}[/yellow]", highlight=False, soft_wrap=True)
-    batching = MicroBatching(config.micro_batch_size, multiple_of=processes.count, share_prompts=engine.shares_prompts)
+    batching = MicroBatching(config.micro_batch_size, multiple_of=processes.shares, share_prompts=engine.shares_prompts)
     pad = pad_id(tokenizer)
     try:
         with bar("reference", _batches(rows, writer, batching, console), console) as progress:
@@ -150,7 +150,7 @@ def _compute(
     for batch in my_share(window, batching, engine.processes, pad):
         started = time.perf_counter()
         cache.fill([batch], engine.processes)
-        speed = batch.lengths.sum() * engine.processes.count / (time.perf_counter() - started)
+        speed = batch.lengths.sum() * engine.processes.shares / (time.perf_counter() - started)
         progress.advance(**{"tok/s": f"{speed:,.0f}"})
     state = cache.state(e.key for e in window)
     rows = np.repeat(np.arange(len(window)), state["lengths"])[np.isnan(state["log_odds"])]

@@ -23,6 +23,7 @@ from bnf_align.run.card import card
 from bnf_align.run.feedback import TrainingData, load_training_data, tell, with_date
 from bnf_align.run.interrupts import Interrupts
 from bnf_align.run.pictures import run_picture
+from bnf_align.run.profile import TRACE, profiled
 from bnf_align.run.progress import bar
 from bnf_align.run.run_folder import RunFolder, recorded_setting
 from bnf_align.run.samples import Samples
@@ -188,6 +189,7 @@ class Training:
         self.saved_at: int | None = None
 
     def run(self) -> RunResult:
+        trace = registry.get(self.config.hardware.backend).tracing(self.folder.path / TRACE) if self._profiles else None
         self._try()
         start = self._start()
         self.console.print(
@@ -207,7 +209,8 @@ class Training:
             self.token_log = self._token_log(start)
             self._watch(start)
             self.started = time.perf_counter()
-            loop.train(self.engine, self._steps(start), self._after, self.config.optimizer.max_grad_norm)
+            taken = self._steps(start) if trace is None else profiled(self._steps(start), trace)
+            loop.train(self.engine, taken, self._after, self.config.optimizer.max_grad_norm)
         for tally in self.data.tallies:
             tell(tally, self.console)
         if said := self.data.drawn(self.config.batch_size, self.position):
@@ -220,6 +223,10 @@ class Training:
                 replace_file(self.folder.trained / "README.md", text)
                 picture = run_picture(self.folder.path)
         return RunResult(self.folder.path, self.folder.trained, picture, self.evaluations.get(0), after, self.first)
+
+    @property
+    def _profiles(self) -> bool:
+        return self.config.profile and self.first
 
     def _try(self) -> None:
         """Score the row with the highest token id, beside padding, and the longest: what the model refuses it refuses
