@@ -48,6 +48,8 @@ class FeedbackStream:
         UserError: nothing there, no such split, no buffer, or a loss that compares all rows of a prompt.
     """
 
+    ahead = True
+
     def __init__(
         self,
         source: str | Where | Iterable[Mapping[str, Any]],
@@ -220,6 +222,8 @@ class MixedStream:
         weights: of each, 0 or more, one at least above 0.
         seed: of the draws.
     """
+
+    ahead = True
 
     def __init__(self, streams: Mapping[str, FeedbackStream], weights: Sequence[float], seed: int):
         self.streams = streams

@@ -282,6 +282,8 @@ class Rows:
         UserError: rows that make no pair, or a prompt without a chosen or a rejected row, where the loss compares them.
     """
 
+    ahead = True
+
     def __init__(
         self,
         examples: Sequence[Example],

@@ -30,6 +30,11 @@ class Step:
 class Data(Protocol):
     """Where the rows of a run come from: `batching.Rows`, `streaming.FeedbackStream` or `streaming.MixedStream`."""
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the rows of a step can be read while the one before is taken: not where the policy draws them."""
+        ...
+
     def batches(
         self, batch_size: int, position: Position | None = None
     ) -> Iterator[tuple[list[Example], Position]]: ...
@@ -70,7 +75,8 @@ def steps(
     position: Position | None = None,
 ) -> Iterator[Step]:
     """Steps start..num_steps as this process sees them; every process must draw them all, in step. The rows of the next
-    one are read, cut and packed while a step is taken; what needs the model, such as the reference, is not."""
+    one are read, cut and packed while a step is taken, if they may be; what needs the model, such as the reference, is
+    not."""
 
     def cut() -> Iterator[tuple[int, list[Example], Position, list[Batch]]]:
         batches = data.batches(batch_size, position)
@@ -78,7 +84,7 @@ def steps(
             examples, after = next(batches)
             yield number, examples, after, my_share(examples, batching, processes, pad_id)
 
-    for number, examples, after, share in ahead(cut()):
+    for number, examples, after, share in ahead(cut()) if data.ahead else cut():
         mine = with_reference(share, reference, processes)
         yield Step(
             number=number,

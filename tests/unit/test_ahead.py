@@ -5,7 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from bnf_core.config import OptimizerConfig
+from bnf_core.processes import Processes
 from bnf_core.steps.ahead import ahead
+from bnf_core.steps.batching import MicroBatching
+from bnf_core.steps.reference import NoReference
+from bnf_core.steps.steps import steps
+from bnf_core.types import Example, Position
 
 
 def test_the_next_item_is_made_while_one_is_used() -> None:
@@ -45,3 +51,36 @@ def test_leaving_early_ends_the_thread() -> None:
     items.close()  # type: ignore[attr-defined]  # it is a generator
     assert threading.active_count() == before
     assert list(ahead(iter(()))) == []
+
+
+class Drawing:
+    """Rows of which the policy says what they are."""
+
+    def __init__(self, ahead: bool):
+        self.ahead = ahead
+        self.in_time: list[bool] = []  # of each step, whether its rows were asked for when it was due
+
+    def batches(self, batch_size: int, position: Position | None = None) -> Iterator[tuple[list[Example], Position]]:
+        while True:
+            self.in_time.append(threading.current_thread() is threading.main_thread())
+            yield [Example((1,), (2,), True)], {"step": len(self.in_time)}
+
+    def drawn(self, batch_size: int, position: Position) -> dict[str, int]:
+        return {}
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_the_policy_draws_waits_for_the_step_before(ahead: bool) -> None:
+    """Rejects samples of a policy that is a step behind."""
+    data = Drawing(ahead)
+    taking = steps(
+        data,
+        batch_size=1,
+        num_steps=4,
+        optimizer=OptimizerConfig(),
+        batching=MicroBatching(1),
+        reference=NoReference(),
+        processes=Processes(),
+    )
+    assert [step.number for step in taking] == [0, 1, 2, 3]
+    assert data.in_time == [not ahead] * 4

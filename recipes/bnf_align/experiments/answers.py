@@ -24,6 +24,8 @@ class Answers:
     """`steps.Data`, drawn by the policy as it is when a step asks for them. Every method has the same questions and as
     many answers; which of these it learns from is its own."""
 
+    ahead = False  # what is drawn depends on the steps before
+
     def __init__(
         self,
         engine: Engine,

@@ -78,6 +78,8 @@ class OnPolicy:
         judges: what scores completions, of which `config.label` makes labels.
     """
 
+    ahead = False  # what is drawn depends on the steps before
+
     def __init__(
         self,
         config: OnlineConfig,
