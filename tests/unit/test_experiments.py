@@ -13,13 +13,14 @@ import pytest
 from bnf_align.experiments import EXPERIMENTS, experiment, tasks
 from bnf_align.experiments.cells import VERSION
 from bnf_align.experiments.outcome import Outcome, collapsed, line_of, read
-from bnf_align.experiments.rows import Mix, balanced, feedback
+from bnf_align.experiments.rows import Mix, feedback
 from bnf_align.experiments.runner import Plan, choose_rates
 from bnf_align.experiments.scales import SCALES
 from bnf_align.experiments.statistics import gini, interval
 from bnf_align.word_problems import solve
 from bnf_core.errors import UserError
 from bnf_core.objectives import parse
+from bnf_core.steps.balance import balanced
 from bnf_core.storage.digests import json_digest
 from bnf_core.types import Example
 
