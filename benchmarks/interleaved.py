@@ -13,7 +13,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from typing import Any
 
@@ -34,7 +34,7 @@ class ContenderFailed(Exception):
         self.name, self.reason = name, reason
 
 
-def rounds(contenders: Mapping[str, Work], *, cpu: bool = False) -> Iterator[dict[str, float]]:
+def rounds(contenders: Mapping[str, Work], *, cpu: bool = False) -> Generator[dict[str, float], None, None]:
     """Warm up, then round after round, without end, the seconds that each contender took for a piece of work. The
     order is drawn anew for each, so that nobody always follows the same other. Leaving the iterator ends the work.
 

@@ -108,7 +108,7 @@ def _trainer(
             for before, row in zip([*rows[-1:], *rows], rows, strict=False)
         ]
 
-    class SameTokens(base):
+    class SameTokens(base):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset  # it holds tokens already
 

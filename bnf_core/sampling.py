@@ -185,11 +185,12 @@ def exponentials(key: int, position: int, numbers: Array) -> Array:
     """From the exponential distribution of mean 1, float64, one for each number, uint64: SplitMix64's output function
     (Steele, Lea and Flood, 2014) of a start that the key and position give."""
     start = hashlib.blake2b(key.to_bytes(16, "little") + position.to_bytes(8, "little"), digest_size=8).digest()
-    z = np.frombuffer(start, "<u8") + numbers * np.uint64(0x9E3779B97F4A7C15)
+    z: Array = np.frombuffer(start, "<u8") + numbers * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     z = (z ^ (z >> np.uint64(31))) >> np.uint64(11)
-    return -np.log((z + 0.5) * 2.0**-53)
+    drawn: Array = -np.log((z + 0.5) * 2.0**-53)
+    return drawn
 
 
 def _race(p: Array, key: int, position: int) -> int:

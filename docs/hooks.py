@@ -2,6 +2,7 @@
 differ from it, and links that lead somewhere on the site."""
 
 import dataclasses
+import posixpath
 import re
 from collections.abc import Iterator
 from importlib import import_module
@@ -25,6 +26,14 @@ BESIDE = {"conformance/SPEC.md": "spec.md", "CONTRIBUTING.md": "contributing.md"
 BESIDE |= {"CHANGELOG.md": "changelog.md", "README.md": "index.md"}
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Every page of evidence is in the navigation, after the one that sums them up."""
+    (evidence,) = (section["Evidence"] for section in config.nav or [] if "Evidence" in section)
+    pages = sorted(path.name for path in (ROOT / "docs" / "evidence").glob("*.md") if path.name != "index.md")
+    evidence[1:1] = [f"evidence/{name}" for name in pages]
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     for name, page in BESIDE.items():
         if page != "index.md" and (ROOT / name).exists():
@@ -40,18 +49,25 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Formulae as MathML, which needs no script; links out of the folder to the page that holds the same, or none, for
     the site has no source files."""
     markdown = formulae(markdown)
-    inside = "docs/" if page.file.src_uri in BESIDE.values() else ""
+    beside_docs = page.file.src_uri in BESIDE.values()
+    folder = posixpath.dirname(page.file.src_uri)
 
     def there(match: re.Match[str]) -> str:
         text, target, anchor = match[1], match[2], match[3] or ""
-        path = re.sub(r"^(\.\./)+", "", target).removeprefix("docs/" if inside else "")
+        path = re.sub(r"^(\.\./)+", "", target).removeprefix("docs/" if beside_docs else "")
         if path in BESIDE:
-            return f"[{text}]({BESIDE[path]}{'' if path == 'README.md' else anchor})"
-        if files.get_file_from_path(path) is not None:
-            return f"[{text}]({path}{anchor})"
-        return match[0] if files.get_file_from_path(target) is not None else text
+            path, anchor = BESIDE[path], "" if path == "README.md" else anchor
+        for candidate in (posixpath.normpath(posixpath.join(folder, target)), path):
+            if (file := files.get_file_from_path(candidate)) is not None:
+                name = _heading(file) if text.endswith(".md") else text
+                return f"[{name}]({posixpath.relpath(candidate, folder or '.')}{anchor})"
+        return text
 
     return re.sub(r"\[([^\]]+)\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)]*)?\)", there, markdown)
+
+
+def _heading(file: File) -> str:
+    return file.content_string.partition("\n")[0].removeprefix("# ")
 
 
 def formulae(markdown: str) -> str:

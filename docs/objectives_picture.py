@@ -7,6 +7,7 @@ reference.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ def pushes(objective: Objective) -> tuple[np.ndarray, np.ndarray]:
     return push[0, :, 0], push[1, :, 1]
 
 
-def _tensors(tree: object) -> object:
+def _tensors(tree: Any) -> Any:
     """Arrays in named tuples as tensors, their floats as float64."""
     if isinstance(tree, tuple):
         parts = [_tensors(part) for part in tree]

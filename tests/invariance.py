@@ -69,7 +69,7 @@ def write_turns(path: Path) -> Path:
     turns = ["4", "It is 4.", "No idea, sorry. "]
     rows = []
     for i in range(21):
-        completion = []
+        completion: list[dict[str, Any]] = []
         for j in range(1 + i % 3):
             answer = {"role": "assistant", "content": turns[(i + j) % 3] * (1 + (i + 2 * j) % 4)}
             completion += [

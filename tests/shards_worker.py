@@ -39,12 +39,12 @@ def require_same_as_whole(model: Path, kind: FineTuneType, dtype: str, folder: P
     alone = TorchEngine(trained.requires_grad_(True) if kind == "full" else trained, dtype=DTYPES[dtype])
     assert isinstance(sharded, TorchEngine)
     sharded._reshard()
-    count = sharded.processes.count // processes().replicas
+    count = sharded.processes.count // processes().replicas  # type: ignore[attr-defined]
     expected = dict(alone.model.named_parameters())
     found = dict(sharded.model.named_parameters())
     assert found.keys() == expected.keys()
     for name, p in found.items():
-        rows = len(p.to_local())
+        rows = len(p.to_local())  # type: ignore[attr-defined]
         assert rows <= -(-p.shape[0] // count), f"{name}: {rows} of {p.shape[0]} rows on one of {count} processes"
         assert p.dtype == expected[name].dtype and p.requires_grad == expected[name].requires_grad, name
         assert torch.equal(whole(p.detach()), expected[name]), name

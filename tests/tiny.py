@@ -32,7 +32,7 @@ def make_tokenizer(folder: Path) -> None:
 def make_model(folder: Path, seed: int = 0, **overrides: Any) -> Path:
     """A two-layer llama with a RoPE base of its own, saved by transformers in float32."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
     make_tokenizer(folder)
     settings: dict[str, Any] = {

@@ -324,13 +324,13 @@ class AnswersAnything(OracleLosses):
         try:
             return super().dense(*args, **kwargs)
         except ValueError:
-            return DenseResult(*(np.zeros(len(args[0]), np.float32) for _ in range(3)), np.zeros_like(args[0]))
+            return DenseResult(*[np.zeros(len(args[0]), np.float32)] * 3, np.zeros_like(args[0]))  # type: ignore[call-arg]
 
     def fused(self, *args: Array, **kwargs: Any) -> FusedResult:
         try:
             return super().fused(*args, **kwargs)
         except ValueError:
-            return FusedResult(0.0, *(np.zeros(len(args[0]), np.float32) for _ in range(3)), args[0], None)
+            return FusedResult(0.0, *[np.zeros(len(args[0]), np.float32)] * 3, args[0], None)  # type: ignore[call-arg]
 
 
 class ShortFactors(OracleLosses):
@@ -474,7 +474,7 @@ class NormalisedHead(OracleLosses):
 
     def fused(self, *args: Array, **kwargs: Any) -> FusedResult:
         *inputs, coefficients = args
-        return super().fused(*inputs, coefficients / len(coefficients), **kwargs)
+        return super().fused(*inputs, coefficients / len(coefficients), **kwargs)  # type: ignore[call-arg]
 
 
 class NoFusedHead(OracleLosses):

@@ -268,10 +268,10 @@ def listed_stops(folder: Path) -> list[int]:
         listed: Any = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a JSON object: {error}. Mend or remove it.") from error
-    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
-    if not all(isinstance(i, int) for i in listed):
-        raise UserError(f"{path}: eos_token_id is {listed}: expected a token id or a list of them")
-    return listed
+    stops: list[int] = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    if not all(isinstance(i, int) for i in stops):
+        raise UserError(f"{path}: eos_token_id is {stops}: expected a token id or a list of them")
+    return stops
 
 
 def save_stops(folder: Path, stops: Sequence[int]) -> None:

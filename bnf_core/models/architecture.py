@@ -179,7 +179,7 @@ class Memory:
 
     @property
     def total(self) -> float:
-        return sum(vars(self).values())
+        return float(sum(vars(self).values()))
 
 
 def memory(model: Architecture, training: Training, grid: Grid, kept: Kept, runtime: float = 0.0) -> Memory:

@@ -57,7 +57,7 @@ class GRPO(Objective):
 
     def advantages(self, scores: Array) -> Array:
         """As TRL has them: the standard deviation is that of a sample of scores, and never quite 0."""
-        beside = scores - scores.mean()
+        beside: Array = scores - scores.mean()
         return beside / (scores.std(ddof=1) + 1e-4) if self.scale and len(scores) > 1 else beside
 
     def metrics(self, log_odds: Array, ref_log_odds: Array) -> dict[str, Array]:

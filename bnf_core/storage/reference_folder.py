@@ -73,9 +73,10 @@ def recorded_date(folder: str | Path) -> str | None:
     """The day that the chat template was told when a reference was made; None: there is no reference, or its template
     asks for none."""
     try:
-        return _read_index(Path(folder).expanduser())["fingerprint"].get(DATE)
+        date: str | None = _read_index(Path(folder).expanduser())["fingerprint"].get(DATE)
     except (UserError, AttributeError, KeyError):
         return None  # whoever opens it says what is wrong with it
+    return date
 
 
 def differences(stored: Mapping[str, str], expected: Mapping[str, str]) -> list[str]:

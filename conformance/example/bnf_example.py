@@ -109,7 +109,7 @@ def _grad_logits(slope: Array, q: Array, targets: Array) -> Array:
 class ExampleBackend(Backend):
     name = "example"
 
-    def losses(self, device: str = "auto") -> ExampleLosses:
+    def losses(self, device: str = "auto") -> ExampleLosses:  # type: ignore[override]  # see `lacks`
         if device not in ("auto", "cpu"):
             raise UserError(f"device {device!r} is not present: NumPy offers cpu")
         return ExampleLosses()

@@ -56,7 +56,8 @@ def together(target: Callable[..., None], *args: Any, folder: Path, count: int =
 def models(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, str]:
     """Tied and not, of matrices that lie the other way round, of experts that transformers joins in loading, and
     packed by MLX."""
-    from transformers import GPT2Config, GPT2LMHeadModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
+    from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
+    from transformers.models.qwen2_moe import Qwen2MoeConfig, Qwen2MoeForCausalLM
 
     folder = tmp_path_factory.mktemp("models")
     made = {"llama": tiny_model, "untied": tiny.make_model(folder / "untied", tie_word_embeddings=False)}
@@ -142,7 +143,7 @@ LAYERS, HIDDEN, INNER, VOCABULARY = 20, 1024, 4096, 1000
 @pytest.fixture(scope="module")
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama of 1.3 GB in float32; one layer's random weights in all of its layers."""
-    from transformers import LlamaConfig
+    from transformers.models.llama import LlamaConfig
 
     folder = tmp_path_factory.mktemp("large")
     config = LlamaConfig(
@@ -160,7 +161,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     arrays = {f"model.layers.{i}.{name}": array for i in range(LAYERS) for name, array in one.items()}
     arrays["model.norm.weight"] = np.ones(HIDDEN, np.float32)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        arrays[name] = draw.standard_normal((VOCABULARY, HIDDEN), np.float32)
+        arrays[name] = draw.standard_normal((VOCABULARY, HIDDEN), np.float32)  # type: ignore[assignment]
     with TensorWriter(folder / "model.safetensors", arrays, {"format": "pt"}) as file:
         for name, array in arrays.items():
             file.add(name, array)

@@ -284,7 +284,7 @@ def test_the_author_s_form_is_bnf_up_to_its_epsilon(backend_name: str) -> None:
     else:
         import mlx.core as mx
 
-        arrays = [mx.array(x) for x in (logits.astype(np.float32), targets, 1 / (1 + np.exp(-reference)))]
+        arrays = [mx.array(x) for x in (logits.astype(np.float32), targets, 1 / (1 + np.exp(-reference)))]  # type: ignore[misc]
     np.testing.assert_allclose(dense_form(*arrays).tolist(), expected, rtol=1e-4)
 
 

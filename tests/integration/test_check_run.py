@@ -14,6 +14,7 @@ from bnf_align import cli
 from bnf_align.commands.check_run import compare, read_run, update_error
 from bnf_core import registry
 from bnf_core.models.adapters import LowRank
+from bnf_core.types import Array
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -235,7 +236,10 @@ def test_usage_is_explained(torch_run: Path, tmp_path: Path, capsys: pytest.Capt
 @pytest.mark.parametrize("size", [1e-7, 1.0])
 def test_the_error_of_an_update_is_that_of_the_whole_matrices(size: float) -> None:
     rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
+
+    def draw(*shape: int) -> Array:
+        return np.asarray(rng.standard_normal(shape), np.float32)
+
     a = LowRank(draw(3, 20), draw(11, 3))
     b = LowRank(a.a + np.float32(size) * draw(3, 20), a.b + np.float32(size) * draw(11, 3))
     wide = [(scale * x.b.astype(np.float64)) @ x.a.astype(np.float64) for scale, x in ((2.0, a), (2.0 + size, b))]

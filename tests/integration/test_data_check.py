@@ -225,7 +225,8 @@ def test_the_report_and_the_picture_are_written(
 def test_the_picture_holds_every_row_on_its_side(tokenizer_folder: Path, feedback: Path) -> None:
     report = check(feedback, tokenizer_folder, max_length=24)
     prompts, completions, whole = data_check.figure(report).axes
-    assert sum(bar.get_height() for bar in prompts.patches) == 12 == sum(bar.get_height() for bar in whole.patches)
+    bars: list[Any] = [[*axes.patches] for axes in (prompts, whole)]
+    assert [sum(bar.get_height() for bar in one) for one in bars] == [12, 12]
     assert [text.get_text() for text in completions.get_legend().get_texts()] == ["chosen: 6", "rejected: 6"]
     assert list(whole.lines[0].get_xdata()) == [24, 24]
 

@@ -124,7 +124,7 @@ def feedback(seed: int, folder: Path) -> None:
     tokenizer, chat = tokenizers()[seed % len(tokenizers())]
     template = ("auto", "auto", "chat")[seed % 3]
     rows = load_feedback([mutated(seed)]).rows
-    tokenize(rows, tokenizer, template=template, chat=chat, max_length=512)  # type: ignore[arg-type]
+    tokenize(rows, tokenizer, template=template, chat=chat, max_length=512)
 
 
 def written(seed: int, folder: Path) -> None:

@@ -150,7 +150,8 @@ def test_another_model_judges_by_a_rubric_and_is_asked_once(endpoint: tuple[str,
 
 def test_a_reward_model_scores_prompt_and_completion(tiny_model: Path, tmp_path: Path) -> None:
     torch = pytest.importorskip("torch")
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+    from transformers import AutoTokenizer
+    from transformers.models.llama import LlamaConfig, LlamaForSequenceClassification
 
     config = LlamaConfig.from_pretrained(tiny_model)
     config.num_labels, config.pad_token_id = 1, 0

@@ -104,8 +104,8 @@ def got_of(backend: str, inputs: Arrays, dtype: str, soft_cap: float | None, **o
             arrays = [mx.array(inputs[k]).astype(getattr(mx, dtype)) for k in ("hidden", "head_weight", "bias")]
             (loss, stats), grads = mx.value_and_grad(fused, argnums=(0, 1, 2))(*arrays)
             results = [np.array(x.astype(mx.float32)) for x in (loss, *stats, *grads)]
-    names = ("loss", "log_odds", "other_entropy", "token_loss", "grad_hidden", "grad_head", "grad_bias")
-    return dict(zip(names, results, strict=True))
+    results_of = ("loss", "log_odds", "other_entropy", "token_loss", "grad_hidden", "grad_head", "grad_bias")
+    return dict(zip(results_of, results, strict=True))
 
 
 def check(backend: str, inputs: Arrays, dtype: str, soft_cap: float | None = None, **options: Any) -> None:

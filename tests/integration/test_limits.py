@@ -16,7 +16,8 @@ import tiny
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
 
 from bnf_align import cli
 from bnf_core import registry

@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -367,16 +368,16 @@ def test_mlx_lm_itself_generates_with_a_saved_adapter(checkpoint, tmp_path):
     words.pre_tokenizer = WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w2").save_pretrained(model)
 
-    engine = MLXBackend().load(model, device="cpu", fine_tune_type="lora", lora=LoraConfig(rank=4))
+    engine: Any = MLXBackend().load(model, device="cpu", fine_tune_type="lora", lora=LoraConfig(rank=4))
     (plain,) = engine.generate([[5, 6, 7]], 6, [2])
     randomised(engine.model)
     (adapted,) = engine.generate([[5, 6, 7]], 6, [2])
     assert plain != adapted
     engine.save(tmp_path / "adapter")
-    words = ["--model", model, "--adapter-path", tmp_path / "adapter", "--prompt", "w5 w6 w7", "--max-tokens", 6]
-    words += ["--temp", 0, "--ignore-chat-template", "--verbose", "False"]
+    arguments = ["--model", model, "--adapter-path", tmp_path / "adapter", "--prompt", "w5 w6 w7", "--max-tokens", 6]
+    arguments += ["--temp", 0, "--ignore-chat-template", "--verbose", "False"]
     said = tmp_path / "said"
-    assert forked.ended(forked.start(mlx_lm_generate, [str(word) for word in words], output=said)) == 0
+    assert forked.ended(forked.start(mlx_lm_generate, [str(word) for word in arguments], output=said)) == 0
     assert said.read_text().split() == [f"w{token}" for token in adapted]
 
 
@@ -440,7 +441,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 def engine_of(folder: Path, **options) -> MLXEngine:
     settings = {"fine_tune_type": "lora", "lora": LoraConfig(rank=4), "optimizer": OptimizerConfig(warmup_steps=0)}
-    return MLXBackend().load(folder, device="cpu", **(settings | options))
+    return MLXBackend().load(folder, device="cpu", **(settings | options))  # type: ignore[return-value]
 
 
 def gradients_of(engine: MLXEngine, batches) -> dict[str, np.ndarray]:

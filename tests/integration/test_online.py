@@ -131,9 +131,9 @@ def test_every_sample_is_kept_and_learned_from(settings: Callable[..., OnlineCon
         assert len(row["log_probs"]) == len(row["completion_ids"]) <= 6
         assert row["answer"] in range(5) and row["completion"][0]["role"] == "assistant"
     # The first iteration's policy is the reference: the log-probabilities are the same numbers.
-    first = [row for row in rows if row["iteration"] == 0]
-    by_label = [np.sum(row["log_probs"]) for row in first if row["label"]]
-    assert train[0]["logps/chosen"] == pytest.approx(np.mean(by_label), abs=2e-4)
+    early = [row for row in rows if row["iteration"] == 0]
+    chosen = [np.sum(row["log_probs"]) for row in early if row["label"]]
+    assert train[0]["logps/chosen"] == pytest.approx(np.mean(chosen), abs=2e-4)
     assert result.before is not None and result.after is not None and result.before["pass_at_1"] is not None
     card = (result.trained / "README.md").read_text()
     assert f"judged by `{JUDGE}`" in card and "bnf online --config run.yaml" in card and "| `pass_at_1` |" in card
@@ -175,7 +175,7 @@ def test_samples_are_feedback_of_the_tokens_that_were_drawn(settings: Callable[.
     assert {(e.label, e.weight) for e in learned[0]} == {(True, 1.0), (False, 1.0)}
     assert [replace(e, source="") for e in examples] == [replace(e, source="", drawn=None) for e in learned[0]]
     by_text = FeedbackTokenizer.of(tokenizer, replace(made.data, chat_template=CHAT_OF_ANOTHER))(
-        [row for row in rows if row.completion[0]["content"].strip()]  # type: ignore[index]
+        [row for row in rows if row.completion[0]["content"].strip()]
     )
     assert all(e.completion_ids[-1] == tokenizer.eos_token_id for e in by_text.examples)
 
@@ -236,7 +236,7 @@ def test_what_grpo_asks_of_samples_comes_with_them(settings: Callable[..., Onlin
     for example, row in zip(learned, rows, strict=True):
         beside = [other["score"] for other in rows if other["answer"] == row["answer"]]
         advantage = (row["score"] - np.mean(beside)) / (np.std(beside, ddof=1) + 1e-4)
-        assert example.drawn == (tuple(row["log_probs"]), pytest.approx(advantage))
+        assert example.drawn == (tuple(row["log_probs"]), pytest.approx(advantage))  # type: ignore[comparison-overlap]
     assert any(example.drawn.advantage for example in learned if example.drawn)
     # At the first update the policy is that which drew the samples, and the reference.
     assert first["loss"] == pytest.approx(0.0, abs=1e-5) and first["kl"] < 1e-9 < second["kl"]

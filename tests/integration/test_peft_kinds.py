@@ -91,7 +91,7 @@ def loaded(folder: Path) -> Any:
     return copy.deepcopy(_loaded(folder))
 
 
-def logits(model: Any) -> torch.Tensor:
+def logits(model: Any) -> Any:
     with torch.no_grad():
         return model.eval()(IDS).logits
 

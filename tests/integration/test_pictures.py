@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
@@ -37,7 +38,7 @@ def evaluation(step: int, preference: float | None, answer: float | None) -> dic
 
 def curve(axes: Axes, label: str) -> list[tuple[float, float]]:
     (line,) = [line for line in axes.lines if line.get_label() == label]
-    return [(float(x), float(y)) for x, y in line.get_xydata()]  # type: ignore[union-attr]
+    return [(float(x), float(y)) for x, y in np.asarray(line.get_xydata())]
 
 
 def colour(axes: Axes, label: str) -> object:

@@ -273,7 +273,7 @@ def test_an_aligned_real_model_says_the_same_as_a_gguf(kind: str, tmp_path: Path
     words = ["--model", str(smollm2()), "--data", str(tmp_path / "rows.jsonl"), "--output", str(tmp_path / "run")]
     words += ["--backend", "torch", "--max-steps", "2", "--lr", "1e-3", "--warmup-steps", "0"]
     subprocess.run([sys.executable, "-m", "bnf_align", "train", *words], check=True)
-    config = ExportConfig(str(tmp_path / "run"), ["gguf", "ollama"], gguf_type=kind)  # type: ignore[arg-type]
+    config = ExportConfig(str(tmp_path / "run"), ["gguf", "ollama"], gguf_type=kind)
     for done in export(config, Console()):
         assert "32 of 32 tokens the same" in done.check or kind != "f32", done.check
     modelfile = (tmp_path / "run" / "export" / "ollama" / "Modelfile").read_text()

@@ -246,7 +246,7 @@ def test_a_kill_at_any_write_loses_one_shard_at_most_and_leaves_the_same_bytes(t
         child = os.fork()
         if child == 0:
             try:
-                module.replace_file = dying(kill_at)
+                module.replace_file = dying(kill_at)  # type: ignore[assignment]
                 compute(ROWS, folder)
             finally:
                 os._exit(0)
@@ -261,14 +261,14 @@ def test_a_kill_at_any_write_loses_one_shard_at_most_and_leaves_the_same_bytes(t
 def test_rows_are_read_a_shard_at_a_time(tmp_path: Path) -> None:
     read = []
     writer = ReferenceWriter(tmp_path, FINGERPRINT, {}, shard_rows=4)
-    next(writer.windows((read.append(e) or e for e in ROWS), "f.jsonl"))  # type: ignore[func-returns-value]
+    next(writer.windows((read.append(e) or e for e in ROWS), "f.jsonl"))
     assert read == ROWS[:4]
 
 
 def test_several_processes_write_what_one_does(tmp_path: Path) -> None:
     compute(ROWS, tmp_path / "one")
     for rows in (ROWS[:9], ROWS):  # and go on together
-        assert together(lambda process, rows=rows: compute(rows, tmp_path / "three", process), 3) == [None] * 3
+        assert together(lambda process, rows=rows: compute(rows, tmp_path / "three", process), 3) == [None] * 3  # type: ignore[misc]
     assert StoredReference(tmp_path / "three").keys.tolist() == StoredReference(tmp_path / "one").keys.tolist()
     check(ReferenceCache(None, StoredReference(tmp_path / "three")), ROWS)
     together(lambda process: compute(ROWS, tmp_path / "anew", process), 3)
@@ -521,7 +521,7 @@ def test_a_folder_that_another_one_writes_to_is_left_alone(tiny_model: Path, fee
 
 
 @pytest.fixture(scope="module")
-def examples(tiny_model: Path, feedback: Path) -> list[Example]:
+def examples(tiny_model: Path, feedback: Path) -> Sequence[Example]:
     from bnf_align.run.feedback import load_split
 
     return load_split(DataConfig(str(feedback)), "train", load_tokenizer(tiny_model), QUIET)

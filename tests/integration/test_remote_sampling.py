@@ -143,7 +143,7 @@ def test_servers_are_asked_in_their_own_words(tmp_path: Path, kind: Any, root: s
         sampler = RemoteSampler(url, kind, model=tmp_path / "m", folder=tmp_path / "a", requests=2, tokenizer=tokenizer)
         row = Completion([1, 2, 3], SamplingConfig(temperature=1.0), max_tokens=2)
         for step in range(2):
-            sampler.refresh(Saves(), step)  # type: ignore[arg-type]
+            sampler.refresh(Saves(), step)
         sampler.sample([row])
         served.shutdown()
     assert (row.ids, row.log_probs, row.cut) == ([5, 6], [-1.5, -0.25], True)

@@ -88,7 +88,7 @@ def test_pages_by_hand() -> None:
 
 def sequences(batch: Batch) -> list[tuple[tuple[int, ...], tuple[int, ...], float]]:
     """What each scored position sees and predicts, and its coefficient, from the rule of attention alone."""
-    found = []
+    found: list[tuple[tuple[int, ...], tuple[int, ...], float]] = []
     for position, target, coefficient in zip(batch.positions, batch.targets, batch.coefficients, strict=True):
         row, at = divmod(int(position), batch.input_ids.shape[1])
         segments = batch.segment_ids[row, : at + 1]

@@ -33,7 +33,7 @@ def tokenize_rows(rows: list[Feedback]) -> list[Example]:
         if "?" in row.completion:
             raise RowError(row.source, "completion", "has a question mark", "Drop it")
     return [
-        Example(tuple(map(ord, row.prompt)), tuple(map(ord, row.completion)), row.label, source=row.source)  # type: ignore[arg-type]
+        Example(tuple(map(ord, row.prompt)), tuple(map(ord, row.completion)), row.label, source=row.source)
         for row in rows
     ]
 

@@ -94,7 +94,7 @@ def ask(data: str, model: str, report: str) -> None:
         time.sleep(0.5)  # the other process is to come in the meantime
         return read(*args)
 
-    sources.load_feedback = load
+    sources.load_feedback = load  # type: ignore[assignment]
     rows = loading.load_split(DataConfig(data), "train", load_tokenizer(Path(model)), QUIET)
     assert len(rows) == 12
 
@@ -121,7 +121,7 @@ def never_end(data: str, model: str, begun: str) -> None:
         Path(begun).touch()
         return some(*args)
 
-    core_feedback.CHUNK, core_feedback.tokenize_some = 5, stuck
+    core_feedback.CHUNK, core_feedback.tokenize_some = 5, stuck  # type: ignore[assignment]
     loading.load_split(DataConfig(data), "train", load_tokenizer(Path(model)), QUIET)
 
 

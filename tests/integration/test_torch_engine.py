@@ -18,7 +18,7 @@ pytest.importorskip("peft")
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import tiny
 from bnf_core.config import LoraConfig, OptimizerConfig
@@ -111,7 +111,7 @@ def test_no_number_of_a_step_is_waited_for_by_itself(tiny_model: Path, monkeypat
     assert [place for place in asked if "masking_utils.py" not in place] == []
     assert len(scores) == len(step.batches) > 2
     assert [len(score.log_odds) for score in scores] == [len(batch.targets) for batch, _ in step.batches]
-    expected = math.sqrt(sum(float((p.grad**2).sum()) for p in engine.trainable.values()))
+    expected = math.sqrt(sum(float((p.grad**2).sum()) for p in engine.trainable.values()))  # type: ignore[misc]
     assert expected == pytest.approx(min(norm, 1.0), rel=1e-5) and math.isfinite(loss)
 
 
@@ -176,7 +176,7 @@ def test_packing_with_either_attention(tiny_model, attention):
 def test_a_model_that_cannot_be_packed_is_refused(tmp_path):
     """Recurrent layers know nothing of positions. Rejects packing that silently mixes the sequences."""
     torch.manual_seed(0)
-    config = CONFIG_MAPPING["mamba"](vocab_size=304, hidden_size=32, num_hidden_layers=2, state_size=8)
+    config = AutoConfig.for_model("mamba", vocab_size=304, hidden_size=32, num_hidden_layers=2, state_size=8)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     engine = TorchBackend().load(tmp_path, device="cpu")
     assert isinstance(engine, TorchEngine) and not engine.scored.packs
@@ -205,7 +205,7 @@ def test_what_is_trained_is_float32_and_the_rest_as_asked(tiny_model, kind):
     assert {p.dtype for p in engine.trainable.values()} == {torch.float32}
     frozen = {p.dtype for p in engine.base.parameters() if not p.requires_grad}
     assert frozen == (set() if kind == "full" else {torch.bfloat16})
-    computed: set[torch.dtype] = set()
+    computed: set[Any] = set()
     layer = engine.base.model.layers[0].mlp.down_proj
     layer.register_forward_hook(lambda module, inputs, output: computed.add(output.dtype))
     assert all(math.isfinite(norm) for norm in fit(engine))
@@ -235,7 +235,7 @@ def test_an_adapter_keeps_its_inputs_in_half_precision_and_learns_what_pefts_own
             layer.cast_input_dtype_enabled = pefts
         wide: list[int] = []
 
-        def note(tensor: torch.Tensor, wide: list[int] = wide) -> torch.Tensor:
+        def note(tensor: Any, wide: list[int] = wide) -> Any:
             if tensor.dtype == torch.float32 and tensor.shape[-1:] == (64,):  # the MLP's width, of no other tensor
                 wide.append(tensor.nbytes)
             return tensor
@@ -254,7 +254,7 @@ def test_a_mild_cap_is_not_lost_in_half_precision(dtype):
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vocab_size": 304, "head_dim": 8}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
-        CONFIG_MAPPING["gemma2"](num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, **sizes)
+        AutoConfig.for_model("gemma2", num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3, **sizes)
     )
     model = model.to(dtype).eval()
     for cap in (None, 5.0):

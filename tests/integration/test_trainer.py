@@ -246,7 +246,7 @@ def test_callbacks_evaluation_and_tensorboard(tiny_model, tmp_path):
         def on_log(self, *args: Any, **kwargs: Any) -> None:
             self.logs += 1
 
-        def on_evaluate(self, *args: Any, metrics: dict[str, float], **kwargs: Any) -> None:
+        def on_evaluate(self, *args: Any, metrics: dict[str, float], **kwargs: Any) -> None:  # type: ignore[override]
             self.evaluations += 1
 
     pytest.importorskip("tensorboard")

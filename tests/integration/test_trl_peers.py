@@ -50,7 +50,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
     torch.manual_seed(1)
     with torch.no_grad():
         for p in policy.parameters():
-            p += 0.01 * torch.randn_like(p)
+            p.add_(0.01 * torch.randn_like(p))
     return policy.eval(), reference.eval()
 
 
@@ -101,7 +101,7 @@ def theirs(kind: str, models: tuple[Any, Any], **settings: Any) -> tuple[float, 
             {"prompt_ids": row.prompt_ids, "completion_ids": row.completion_ids, "label": row.label} for row in rows()
         ]
 
-    class SameTokens(base):
+    class SameTokens(base):  # type: ignore[misc]
         def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
             return dataset
 

@@ -490,7 +490,7 @@ def _save_and_die(folder: Path, gathered: Path, rank: int, barrier: Any, step: i
 
     write = checkpoints.write_state
     if rank == dying:
-        checkpoints.write_state = die
+        checkpoints.write_state = die  # type: ignore[assignment]
     save(folder, step, Together(rank, 2, barrier, gathered))
 
 

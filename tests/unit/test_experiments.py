@@ -13,13 +13,14 @@ import pytest
 from bnf_align.experiments import EXPERIMENTS, experiment, tasks
 from bnf_align.experiments.cells import VERSION
 from bnf_align.experiments.outcome import Outcome, collapsed, line_of, read
-from bnf_align.experiments.rows import Mix, balanced, feedback
+from bnf_align.experiments.rows import Mix, feedback
 from bnf_align.experiments.runner import Plan, choose_rates
 from bnf_align.experiments.scales import SCALES
 from bnf_align.experiments.statistics import gini, interval
 from bnf_align.word_problems import solve
 from bnf_core.errors import UserError
 from bnf_core.objectives import parse
+from bnf_core.steps.balance import balanced
 from bnf_core.storage.digests import json_digest
 from bnf_core.types import Example
 
@@ -291,6 +292,6 @@ def test_experiments_share_what_they_have_in_common() -> None:
     a = Plan("stability", experiment("stability"), "didactic", 1, 1, [1e-3], 4, 8).cells(rates)[0]
     assert replace(a, setting="other", method="other").digest == a.digest
     assert replace(a, seed=1).digest != a.digest
-    before = {k: v for k, v in asdict(a).items() if k not in ("method", "setting", "answers", "task")}
+    before = {k: v for k, v in asdict(a).items() if k not in ("method", "setting", "answers", "task", "share")}
     assert a.digest == json_digest(before | {"version": VERSION})[-16:]  # results that are there stay good
     assert len({a.digest, replace(a, answers="policy").digest, replace(a, task="sort").digest}) == 3

@@ -33,7 +33,8 @@ def names_of_backends(path: Path) -> Iterator[str]:
             found = [name.name for name in node.names]
         elif isinstance(node, ast.ImportFrom):
             found = [node.module or ""]
-        yield from (f"{path.relative_to(ROOT)}:{node.lineno} {name}" for name in found if NAMES.fullmatch(name))
+        line = getattr(node, "lineno", 0)
+        yield from (f"{path.relative_to(ROOT)}:{line} {name}" for name in found if NAMES.fullmatch(name))
 
 
 def test_the_core_and_the_commands_name_no_backend() -> None:

@@ -28,7 +28,7 @@ def source(name: str, rows: int, unit: Unit = "row", start: int = 0) -> list[Exa
 def mixed(sizes: tuple[int, int], unit: Unit = "row", **how: object) -> Rows:
     few, many = source("few", sizes[0], unit), source("many", sizes[1], unit, 1000)
     given = {"weights": [None, None], "rows": [None, None]} | how
-    return Rows(few + many, 3, unit, Mixture.of(NAMES, sizes, unit=unit, **given))  # type: ignore[arg-type]
+    return Rows(few + many, 3, unit, Mixture.of(NAMES, sizes, unit=unit, **given))
 
 
 def epoch_of(rows: Rows, number: int, batch_size: int = 4) -> list[Example]:

@@ -217,7 +217,7 @@ def test_no_micro_batch_parts_what_is_compared(
     unit: str, size: int, pack_to: int | None, processes: int, share: bool
 ) -> None:
     examples = pairs(7)
-    batching = MicroBatching(size, pack_to, multiple_of=processes, share_prompts=share, unit=unit)  # type: ignore[arg-type]
+    batching = MicroBatching(size, pack_to, multiple_of=processes, share_prompts=share, unit=unit)
     parts = micro_batches(examples, batching)
     assert len(parts) % processes == 0
     assert sum(len(part.pairs) for part in parts) == 7 and sum(len(part.labels) for part in parts) == 14
@@ -241,8 +241,8 @@ def loss_of(part: tuple[Batch, object]) -> float:
     batch, objective = part
     places = np.concatenate([np.zeros(0), *(np.arange(n) for n in np.bincount(batch.sequence_ids))])
     o = np.sin(batch.targets + 2.0 * places + 3.0 * batch.labels[batch.sequence_ids])
-    where = float64(structure(objective, batch))  # type: ignore[arg-type]
-    return float(batch_loss(objective, NumPyOps(), Seen(o, 0 * o, 0 * o, where)))  # type: ignore[arg-type]
+    where = float64(structure(objective, batch))
+    return float(batch_loss(objective, NumPyOps(), Seen(o, 0 * o, 0 * o, where)))
 
 
 def test_rows_without_a_partner_are_named() -> None:
@@ -297,7 +297,7 @@ def test_baselines_by_hand() -> None:
     up = math.log(2 * sigmoid(0.5))  # log p/r of a token 2
 
     def of(name: str) -> Baseline:
-        return Baseline(parse(name), Model(), NoReference(), MicroBatching(2))  # type: ignore[arg-type]
+        return Baseline(parse(name), Model(), NoReference(), MicroBatching(2))
 
     assert of("dpo")(rows, batches) == 0.0
     assert of("kto")(rows, batches) == pytest.approx((0 + up + 2 * up) / 3, rel=1e-6)

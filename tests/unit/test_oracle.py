@@ -2,6 +2,7 @@
 finite differences, and the identities of the method."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import mpmath as mp
 import numpy as np
@@ -59,7 +60,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize("case", BY_HAND.values(), ids=BY_HAND.keys())
 @pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])
-def test_by_hand(case: tuple, shift: float) -> None:
+def test_by_hand(case: tuple[Any, ...], shift: float) -> None:
     logits, observed, odds, log_odds, entropy, target, loss, grad = case
     with np.errstate(divide="ignore"):
         reference = [np.log(odds)]
@@ -76,7 +77,7 @@ def test_by_hand(case: tuple, shift: float) -> None:
 # In 60 and more digits ----------------------------------------------------------------------------------------
 
 
-def literal(logits: Sequence[float], y: int, ref_log_odds: float) -> tuple[mp.mpf, mp.mpf, mp.mpf, list, list]:
+def literal(logits: Sequence[float], y: int, ref_log_odds: float) -> tuple[Any, Any, Any, list[Any], list[Any]]:
     """The definition word for word in mpmath: log-odds, entropy of the others, ℓ, its gradient and t."""
     e = [mp.exp(mp.mpf(z) - mp.mpf(max(logits))) for z in logits]
     pi = [x / mp.fsum(e) for x in e]
@@ -205,10 +206,10 @@ def test_a_tie_is_t_equal_to_one_however_sure_the_model_is(o: float) -> None:
         ([1.0, 2.0], [0, 1], "expected logits"),
     ],
 )
-def test_wrong_inputs_are_errors(logits: list, targets: list, message: str) -> None:
+def test_wrong_inputs_are_errors(logits: list[Any], targets: list[int], message: str) -> None:
     for function in (oracle.log_odds, oracle.other_entropy):
         with pytest.raises(ValueError, match=message):
             function(logits, targets)
-    for function in (oracle.dynamic_target, oracle.token_loss):
+    for with_reference in (oracle.dynamic_target, oracle.token_loss):
         with pytest.raises(ValueError, match=message):
-            function(logits, targets, np.zeros(len(targets)))
+            with_reference(logits, targets, np.zeros(len(targets)))

@@ -54,7 +54,7 @@ def test_a_pair_is_a_chosen_and_a_rejected_row() -> None:
 def test_implicit_prompt_of_text(chosen: str, rejected: str, prompt: str) -> None:
     good, bad = parse_row({"chosen": chosen, "rejected": rejected}, AT)
     assert (good.prompt, bad.prompt) == (prompt, prompt)
-    assert (good.prompt + good.completion, bad.prompt + bad.completion) == (chosen, rejected)  # type: ignore[operator]
+    assert (good.prompt + good.completion, bad.prompt + bad.completion) == (chosen, rejected)
     assert (good.label, bad.label) == (True, False)
 
 

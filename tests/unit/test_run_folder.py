@@ -26,7 +26,7 @@ sys.stdin.read()
 
 def folder(path: Path) -> RunFolder:
     config = SimpleNamespace(output=str(path), fine_tune_type="lora", keep_checkpoints=1)
-    return RunFolder(config)  # type: ignore[arg-type]
+    return RunFolder(config)
 
 
 def test_a_folder_is_held_by_one_run_at_a_time_and_let_go_of(tmp_path: Path) -> None:

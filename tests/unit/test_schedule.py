@@ -17,7 +17,7 @@ from bnf_core.steps.schedule import learning_rate
     ],
 )
 def test_warmup_then_the_schedule(schedule: str, expected: list[float]) -> None:
-    config = OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_steps=2)  # type: ignore[arg-type]
+    config = OptimizerConfig(learning_rate=2.0, schedule=schedule, warmup_steps=2)
     assert [learning_rate(step, 6, config) / 2.0 for step in range(6)] == pytest.approx(expected)
 
 

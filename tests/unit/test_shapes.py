@@ -90,7 +90,7 @@ def test_the_rows_of_the_docs(name: str) -> None:
 
 def test_every_shape_of_the_docs_is_tried() -> None:
     part = DOCS[DOCS.index("## Shapes that others write") :]
-    part = part[: re.search(r"^## ", part[3:], re.M).start() + 3]  # type: ignore[union-attr]
+    part = part[: re.search(r"^## ", part[3:], re.M).start() + 3]
     assert re.findall(r"^### (.+)$", part, re.M) == list(SECTIONS)
 
 
@@ -119,8 +119,8 @@ def test_tools_and_calls_of_sharegpt() -> None:
     ]
     tools = '[{"name": "weather", "parameters": {"type": "object", "properties": {}}}]'
     (row,) = reader()({"conversations": turns, "kto_tag": True, "tools": tools}, AT)
-    assert [m["role"] for m in row.completion] == ["assistant", "tool", "assistant"]  # type: ignore[index]
-    assert row.completion[0]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"town": "Ulm"}}  # type: ignore[index]
+    assert [m["role"] for m in row.completion] == ["assistant", "tool", "assistant"]
+    assert row.completion[0]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"town": "Ulm"}}
     assert row.tools == json.loads(tools)
 
 

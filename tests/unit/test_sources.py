@@ -142,7 +142,7 @@ def test_rows_from_python_may_hold_what_tables_do() -> None:
     assert (text.label, text.tools, messages.label) == (False, None, True)
     assert messages.prompt == [{"role": "user", "content": "q"}]
     (answer,) = messages.completion
-    assert answer["tool_calls"][0]["function"]["arguments"] == {"town": "Ulm", "n": 2}  # type: ignore[index]
+    assert answer["tool_calls"][0]["function"]["arguments"] == {"town": "Ulm", "n": 2}
 
 
 def test_parquet_rows_are_those_of_json_lines(tmp_path: Path) -> None:
@@ -462,7 +462,7 @@ def test_the_gsm8k_script_of_the_docs_makes_a_loadable_folder_split_by_question(
     train, valid = load_feedback(folder, "train").rows, load_feedback(folder, "valid").rows
     assert (len(train), len(valid)) == (36, 4)
     assert not {str(r.prompt) for r in train} & {str(r.prompt) for r in valid}
-    assert {(r.completion[0]["content"], r.label) for r in train} == {  # type: ignore[index]
+    assert {(r.completion[0]["content"], r.label) for r in train} == {
         ("1 + 1 = 2\nA: 2", True),
         ("1 + 1 = ", False),
     }

@@ -151,7 +151,7 @@ def test_what_is_not_as_it_was_written_is_made_again_and_said(tmp_path: Path, da
     rows, said = examples(10), list[str]()
     cache = TokenCache(tmp_path)
     cache.table({"data": "f"}, lambda: making(rows), said.append)
-    damage(place(cache))  # type: ignore[operator]
+    damage(place(cache))
     assert list(ExampleTable([cache.table({"data": "f"}, lambda: making(rows), said.append)])) == rows
     assert len(said) == 1
     assert re.search(rf"the tokens in .* are made again: .*{message}", said[0])
@@ -164,7 +164,7 @@ def test_an_error_in_the_data_leaves_nothing(tmp_path: Path) -> None:
             yield part_of(tokenized(examples(5)))
             raise UserError("f:6: bad")
 
-        return Making([1], parts(), About())  # type: ignore[arg-type]
+        return Making([1], parts(), About())
 
     cache = TokenCache(tmp_path)
     with pytest.raises(UserError, match="f:6: bad"):

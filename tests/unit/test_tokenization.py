@@ -516,7 +516,7 @@ def test_the_template_setting() -> None:
         one(tokenizer, QUESTION, ANSWER, "plain")
     for prompt, completion, template in ((QUESTION, ANSWER, "auto"), ("Hi", "there", "chat")):
         with pytest.raises(UserError, match=r"no chat template, which messages and data.template=chat need"):
-            one(make(), prompt, completion, template)  # type: ignore[arg-type]
+            one(make(), prompt, completion, template)
 
 
 def test_a_row_that_the_template_refuses_is_named_and_can_be_skipped() -> None:

@@ -98,4 +98,5 @@ def _made() -> None:
 
 def _score(prompt: Text, completion: str, row: Row) -> float | None:
     assert not isinstance(_judge, UserError)
-    return _judge(prompt, completion, row)
+    score: float | None = _judge(prompt, completion, row)
+    return score

@@ -35,9 +35,10 @@ from bnf_core.protocol import Engine
 from bnf_core.sampling import GREEDY
 from bnf_core.steps import steps
 from bnf_core.steps.balance import balanced
-from bnf_core.steps.batching import MicroBatching, epoch_order, require_learnable, rows_alone
+from bnf_core.steps.batching import MicroBatching, require_learnable, rows_alone
 from bnf_core.steps.metrics import Metrics
 from bnf_core.steps.mismatched import with_mismatched
+from bnf_core.steps.mixing import epoch_order
 from bnf_core.steps.reference import Reference
 from bnf_core.storage.files import agreed, replace_file
 from bnf_core.types import Drawn, Example, Position, Unit
