@@ -292,6 +292,9 @@ class TrainConfig:
     objective: dict[str, Any] | str = field(default_factory=lambda: {"name": "bnf"})
     """What is minimised, by `name` and with its settings (`--objective dpo --objective.beta 0.3`), or a weighted sum
     (`--objective "bnf + 0.2*dpo"`); `bnf objectives` lists them."""
+    router_aux_loss: float = 0.0
+    """Add the load-balancing loss of a mixture-of-experts model's routers (arXiv 2101.03961), over the whole step, with
+    this coefficient, such as the router_aux_loss_coef of its config.json. PyTorch only; no objective defines it."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     fine_tune_type: FineTuneType = "lora"
     """What is trained: low-rank adapters, the same with weight decomposition (DoRA, arXiv 2402.09353), or all
@@ -362,6 +365,7 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "an integer of at least 1, or null")
         _require(self.seed >= 0, "seed", self.seed, "an integer of at least 0")
+        _require(0 <= self.router_aux_loss < math.inf, "router_aux_loss", self.router_aux_loss, "a number of at least 0")
         _require(not (self.resume and self.overwrite), "overwrite", True, "false with resume, which keeps the run")
         _require(
             not self.data.streaming or self.max_steps is not None, "max_steps", None, "a number with data.streaming"

@@ -67,6 +67,7 @@ class MLXBackend(Backend):
         optimizer: OptimizerConfig | None = None,
         objective: Objective | None = None,
         gradient_checkpointing: bool = False,
+        router_aux_loss: float = 0.0,
         deterministic: bool = False,
         seed: int = 0,
     ) -> Engine:
@@ -82,6 +83,11 @@ class MLXBackend(Backend):
             raise UserError(
                 "load_in_4bit is of the torch backend: on mlx, quantise the model once, with "
                 f"`python -m mlx_lm convert --hf-path {model} -q --mlx-path NEW_FOLDER`, and name the new folder"
+            )
+        if router_aux_loss:
+            raise UserError(
+                f"router_aux_loss is {router_aux_loss:g}, and the mlx backend has no loss of routers, whose logits mlx-lm "
+                "does not give: set it to 0, or use --backend torch"
             )
         if fine_tune_type == "full" and adapter is not None:
             raise UserError(

@@ -62,6 +62,7 @@ class TorchBackend(Backend):
         optimizer: OptimizerConfig | None = None,
         objective: Objective | None = None,
         gradient_checkpointing: bool = False,
+        router_aux_loss: float = 0.0,
         deterministic: bool = False,
         seed: int = 0,
     ) -> Engine:
@@ -117,6 +118,7 @@ class TorchBackend(Backend):
             dtype=computed_in,
             source=model,
             gradient_checkpointing=gradient_checkpointing,
+            router_aux_loss=router_aux_loss,
             deterministic=deterministic,
             fill=fill if unfilled else None,
         )
