@@ -365,7 +365,8 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "an integer of at least 1, or null")
         _require(self.seed >= 0, "seed", self.seed, "an integer of at least 0")
-        _require(0 <= self.router_aux_loss < math.inf, "router_aux_loss", self.router_aux_loss, "a number of at least 0")
+        share = self.router_aux_loss
+        _require(0 <= share < math.inf, "router_aux_loss", share, "a number of at least 0")
         _require(not (self.resume and self.overwrite), "overwrite", True, "false with resume, which keeps the run")
         _require(
             not self.data.streaming or self.max_steps is not None, "max_steps", None, "a number with data.streaming"

@@ -86,8 +86,8 @@ class MLXBackend(Backend):
             )
         if router_aux_loss:
             raise UserError(
-                f"router_aux_loss is {router_aux_loss:g}, and the mlx backend has no loss of routers, whose logits mlx-lm "
-                "does not give: set it to 0, or use --backend torch"
+                f"router_aux_loss is {router_aux_loss:g}, and the mlx backend has no loss of routers, whose logits "
+                "mlx-lm does not give: set it to 0, or use --backend torch"
             )
         if fine_tune_type == "full" and adapter is not None:
             raise UserError(

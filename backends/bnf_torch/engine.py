@@ -234,8 +234,8 @@ class TorchEngine:
         """Gradients of one step over all its micro-batches and processes, clipped.
 
         Returns:
-            the loss of the global batch, that of the routers included, the scores of this process's micro-batches, and the norm of the
-            gradient before clipping. Where either number is not finite the norm is not, and there is no gradient.
+            the loss of the global batch, that of the routers included, the scores of this process's micro-batches, and
+            the norm of the gradient before clipping. Where either number is not finite the norm is not, and there is no gradient.
         """
         assert self.optimizer is not None
         adapter.drop_inputs(self.model)
@@ -278,10 +278,7 @@ class TorchEngine:
         if len(batches) == self.processes.count == 1:
             return uses
         counts = torch.stack(
-            [
-                self.scored.chosen_experts(**self._grid(batch), **used)
-                for batch, used in zip(batches, uses, strict=True)
-            ]
+            [self.scored.chosen_experts(**self._grid(batch), **used) for batch, used in zip(batches, uses, strict=True)]
         ).sum(0)
         self._reshard()
         if self.processes.count > 1:

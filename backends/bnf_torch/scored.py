@@ -84,13 +84,13 @@ class ScoredModel(nn.Module):
             layout: (B, T) int64 each: `position_ids` of a packed grid, all of LAYOUT of a shared one.
         """
         if uses is not None:
-            with recorded(self.model) as logits:
+            with recorded(self.model) as routed:
                 loss, scores = self.forward(
                     input_ids, positions, targets, ref_log_odds, coefficients, structure, **layout
                 )
             top_k = chosen_per_token(self.model)
-            counts = expert_counts(logits, uses, top_k) if counts is None else counts
-            return loss + self.router_aux_loss * load_balancing_loss(logits, uses, counts, top_k), scores
+            counts = expert_counts(routed, uses, top_k) if counts is None else counts
+            return loss + self.router_aux_loss * load_balancing_loss(routed, uses, counts, top_k), scores
         with self._precision(input_ids.device):
             if self.head is not None:
                 hidden = completion_hidden(self.model, input_ids, positions, **layout)  # (N, D)
@@ -117,9 +117,9 @@ class ScoredModel(nn.Module):
     def chosen_experts(self, input_ids: Tensor, uses: Tensor, **layout: Tensor) -> Tensor:
         """How often each expert is chosen in a micro-batch, (E,) int64; see `forward`."""
         nowhere = torch.zeros(0, dtype=torch.int64, device=input_ids.device)
-        with recorded(self.model) as logits, self._precision(input_ids.device):
+        with recorded(self.model) as routed, self._precision(input_ids.device):
             completion_hidden(self.model, input_ids, nowhere, **layout)
-        return expert_counts(logits, uses, chosen_per_token(self.model))
+        return expert_counts(routed, uses, chosen_per_token(self.model))
 
     def _precision(self, device: torch.device) -> AbstractContextManager[Any]:
         return torch.autocast(device.type, self.autocast) if self.autocast else nullcontext()

@@ -275,7 +275,7 @@ def run_facts(config: TrainConfig, model: Path, rows: str, held_out: str | None)
 
 def changes(before: Facts, now: Facts) -> list[Change]:
     """The facts that differ; none where only names of the same content do."""
-    unknown = {"objective": "bnf", "deterministic": False, "balance_labels": False, "router_aux_loss": 0.0}  # once
+    unknown = {"objective": "bnf", "deterministic": False, "balance_labels": False, "router_aux_loss": 0.0}  # earlier
     before = unknown | dict(before)
     changed = [name for name in before | now if before.get(name) != now.get(name)]
     if before.get("data.streaming") or now.get("data.streaming"):
