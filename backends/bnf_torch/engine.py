@@ -235,7 +235,8 @@ class TorchEngine:
 
         Returns:
             the loss of the global batch, that of the routers included, the scores of this process's micro-batches, and
-            the norm of the gradient before clipping. Where either number is not finite the norm is not, and there is no gradient.
+            the norm of the gradient before clipping. Where either number is not finite the norm is not, and there is
+            no gradient.
         """
         assert self.optimizer is not None
         adapter.drop_inputs(self.model)
