@@ -23,6 +23,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Template = Literal["auto", "chat", "plain"]
 FineTuneType = Literal["lora", "dora", "full"]
 ServerKind = Literal["vllm", "sglang", "mlx-lm"]
+AttentionMasks = Literal["auto", "blocks", "dense"]
 ReferencePolicy = Literal["frozen", "refreshed", "previous"]
 
 
@@ -99,6 +100,9 @@ class HardwareConfig:
     """Of the frozen weights and activations; what is trained and the losses are float32."""
     load_in_4bit: bool = False
     """Quantise the frozen weights to 4 bits while loading (bitsandbytes NF4; CUDA only)."""
+    attention_masks: AttentionMasks = "auto"
+    """Of packed and shared-prompt rows in training on PyTorch: `blocks` of 128 tokens (FlexAttention), or `dense`, of
+    every two tokens; `auto`: blocks on CUDA where the model's code takes them, each sequence by itself on a CPU."""
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from bnf_core.config import OptimizerConfig
+from bnf_core.config import AttentionMasks, OptimizerConfig
 from bnf_core.errors import UserError, memory_errors
 from bnf_core.models.model_config import position_limit
 from bnf_core.objectives import Objective, structure
@@ -39,7 +39,7 @@ from bnf_core.storage.shards import (
 )
 from bnf_core.types import Array, Batch, TokenScores
 from bnf_torch import adapter
-from bnf_torch.attention import LAYOUT
+from bnf_torch.attention import LAYOUT, masks_of
 from bnf_torch.errors import FULL
 from bnf_torch.model import head_weight
 from bnf_torch.ops import tensors
@@ -60,10 +60,11 @@ class TorchEngine:
         dtype: what is computed in, where the weights are float32; None: as they are.
         source: the folder that the model is from, for the files that `save` leaves as they are.
         router_aux_loss: coefficient of the load-balancing loss of a mixture-of-experts model's routers; 0: none.
+        attention_masks: of packed and shared-prompt batches, as `HardwareConfig` says.
         deterministic: add each micro-batch's gradient by itself, in the order of the step's micro-batches.
         fill: gives weights to a model that has none yet, once it is sharded.
     Raises:
-        UserError: there is to be a loss of the routers, and the model has none.
+        UserError: there is to be a loss of the routers, or masks in blocks, and the model has none.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class TorchEngine:
         source: Path | None = None,
         gradient_checkpointing: bool = False,
         router_aux_loss: float = 0.0,
+        attention_masks: AttentionMasks = "auto",
         deterministic: bool = False,
         fill: Callable[[], None] | None = None,
     ):
@@ -103,8 +105,16 @@ class TorchEngine:
         for method in ("probe", "generate", "chosen_experts"):
             register_fsdp_forward_method(self.scored, method)
         self.scored.eval()
-        self.scored.probe()
+        # FlexAttention is compiled, for which what only scores does not wait.
+        wanted = attention_masks if any(p.requires_grad for p in model.parameters()) else "dense"
+        if wanted == "auto":
+            wanted = "blocks" if self.device.type == "cuda" else "auto"
+        self.scored.probe(None if wanted == "auto" else wanted)
         self._reshard()
+        if attention_masks == wanted == "blocks" and not (self.scored.shares and masks_of(self.base) == "blocks"):
+            raise UserError(
+                f"hardware.attention_masks is blocks, which {type(self.base).__name__} does not take. Set it to auto"
+            )
         if router_aux_loss and not self.scored.balances:
             raise UserError(
                 f"router_aux_loss is {router_aux_loss:g}, and {type(self.base).__name__} has no routers whose "

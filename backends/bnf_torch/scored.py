@@ -11,6 +11,7 @@ from bnf_core.models.model_config import HeadTransform
 from bnf_core.objectives import Objective, Seen, Structure, batch_loss
 from bnf_core.objectives.bnf import BNF
 from bnf_core.types import TokenScores
+from bnf_torch.attention import Masks, use_masks
 from bnf_torch.linear import linear_bnf_loss, linear_log_odds
 from bnf_torch.losses import token_log_odds
 from bnf_torch.model import completion_hidden, completion_logits, head_bias, head_weight
@@ -45,11 +46,20 @@ class ScoredModel(nn.Module):
         self.head: HeadTransform | None = None  # None: the model's own logits are taken
         self.packs = self.shares = self.balances = False
 
-    def probe(self) -> None:
-        """Find out what the model's code does. To be called once, before everything else."""
+    def probe(self, masks: Masks | None = None) -> None:
+        """Find out what the model's code does. To be called once, before everything else.
+
+        Args:
+            masks: for shared prompts, of `attention`; where the model's code does not take blocks, what suits the
+                device instead.
+        """
+        use_masks(self.model, masks)
         self.head = head_transform(self.model)
         self.packs = keeps_packed_apart(self.model)
         self.shares = shares_prompts(self.model)
+        if masks == "blocks" and not self.shares:
+            use_masks(self.model, None)
+            self.shares = shares_prompts(self.model)
         self.balances = self.router_aux_loss > 0 and balances_experts(self.model)
 
     @property

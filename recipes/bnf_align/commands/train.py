@@ -128,6 +128,7 @@ def run_training(
             objective=config.make_objective(),
             gradient_checkpointing=config.gradient_checkpointing,
             router_aux_loss=config.router_aux_loss,
+            attention_masks=config.hardware.attention_masks,
             deterministic=config.deterministic,
             seed=config.seed,
         )
