@@ -9,7 +9,6 @@ from typing import Any, cast
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
-from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
@@ -270,6 +269,8 @@ def _put(model: nn.Module, modules: list[tuple[str, Any]]) -> None:
 
 def never_adapted(model: nn.Module) -> frozenset[str]:
     """Names of linear layers that `add_adapter` leaves alone: of `bnf_core.models.lora`."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
     mixture = any(
         isinstance(module, SwitchLinear | QuantizedSwitchLinear) or "experts" in name.split(".")
         for name, module in model.named_modules()
