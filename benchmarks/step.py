@@ -20,6 +20,7 @@ from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import UserError
 from bnf_core.models.architecture import Architecture
 from bnf_core.models.model_folder import resolve_model
+from bnf_core.protocol import Engine
 from bnf_core.steps import loop
 from bnf_core.steps import steps as plan
 from bnf_core.steps.baseline import Baseline
@@ -158,43 +159,51 @@ def contenders(config: TrainConfig, rows: Sequence[Example], steps: int) -> dict
 def ours(config: TrainConfig, rows: Sequence[Example], steps: int, *, forget: bool = False) -> Work:
     """The steps of `bnf train`; with `forget` the reference is computed in each, as in a first epoch."""
 
-    measures, objective = benchmark(config.hardware), config.make_objective()
-
     def work(pause: Callable[[], None]) -> None:
-        engine = registry.get(config.hardware.backend).load(
-            Path(config.model),
-            device=config.hardware.device,
-            dtype=config.hardware.dtype,
-            load_in_4bit=config.hardware.load_in_4bit,
-            objective=objective,
-            fine_tune_type=config.fine_tune_type,
-            lora=config.lora,
-            optimizer=config.optimizer,
-            gradient_checkpointing=config.gradient_checkpointing,
-            seed=config.seed,
-        )
-        reference = ReferenceCache(engine.reference_log_odds)
-        batching = plan.micro_batching_of(config, engine)
-
-        def done(*_: Any) -> None:
-            if forget:
-                reference.forget()
-            measures.wait()
-            pause()
-
-        taken = plan.steps(
-            Rows(rows, config.seed, objective.unit, mismatched=objective.baseline_from == "mismatched"),
-            batch_size=config.batch_size,
-            num_steps=steps,
-            optimizer=config.optimizer,
-            batching=batching,
-            reference=reference,
-            processes=engine.processes,
-            baseline=Baseline(objective, engine, reference, batching),
-        )
-        loop.train(engine, taken, done, config.optimizer.max_grad_norm)
+        trained(config, rows, steps, pause, forget=forget)
 
     return work
+
+
+def trained(
+    config: TrainConfig, rows: Sequence[Example], steps: int, pause: Callable[[], None], *, forget: bool = False
+) -> Engine:
+    """The model after these steps of `bnf train`, between which `pause` is called."""
+    measures, objective = benchmark(config.hardware), config.make_objective()
+    engine = registry.get(config.hardware.backend).load(
+        Path(config.model),
+        device=config.hardware.device,
+        dtype=config.hardware.dtype,
+        load_in_4bit=config.hardware.load_in_4bit,
+        objective=objective,
+        fine_tune_type=config.fine_tune_type,
+        lora=config.lora,
+        optimizer=config.optimizer,
+        gradient_checkpointing=config.gradient_checkpointing,
+        attention_masks=config.hardware.attention_masks,
+        seed=config.seed,
+    )
+    reference = ReferenceCache(engine.reference_log_odds)
+    batching = plan.micro_batching_of(config, engine)
+
+    def done(*_: Any) -> None:
+        if forget:
+            reference.forget()
+        measures.wait()
+        pause()
+
+    taken = plan.steps(
+        Rows(rows, config.seed, objective.unit, mismatched=objective.baseline_from == "mismatched"),
+        batch_size=config.batch_size,
+        num_steps=steps,
+        optimizer=config.optimizer,
+        batching=batching,
+        reference=reference,
+        processes=engine.processes,
+        baseline=Baseline(objective, engine, reference, batching),
+    )
+    loop.train(engine, taken, done, config.optimizer.max_grad_norm)
+    return engine
 
 
 def peak_memory(config: TrainConfig, rows: Sequence[Example], name: str) -> float:

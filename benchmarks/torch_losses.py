@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Callable
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from bnf_torch.linear import linear_bnf_loss
 from bnf_torch.losses import bnf_token_loss, token_log_odds
 from bnf_torch.memory import Job, TorchMeasures
 
+TRL_CHUNK = 32768  # tokens of the vocabulary, as its trainers have it
 Loss = Callable[[Tensor, Tensor], Tensor]  # of the states (N, D) and the head (V, D)
 
 
@@ -49,6 +51,7 @@ class Benchmark(TorchMeasures):
             "Liger-Kernel fused cross-entropy": self._liger(targets),
             "cut-cross-entropy": self._cut_cross_entropy(targets, filter_eps="auto"),
             "cut-cross-entropy, exact": self._cut_cross_entropy(targets, filter_eps=None),
+            "TRL's chunked cross-entropy": self._trl(targets),
         }
 
         def job(loss: Loss) -> Job:
@@ -80,6 +83,17 @@ class Benchmark(TorchMeasures):
         from cut_cross_entropy import linear_cross_entropy
 
         return lambda h, w: linear_cross_entropy(h, w, targets, filter_eps=filter_eps)
+
+    def _trl(self, targets: Tensor) -> Loss | str:
+        """What TRL's trainers compute log-probabilities with."""
+        if importlib.util.find_spec("trl") is None:
+            return "not installed: pip install 'bnf-align[bench]'"
+        try:
+            from trl.kernels import ChunkedLogProbFunction
+        except ImportError:
+            return f"trl {version('trl')} has no chunked log-probabilities"
+        rest = None, targets, 1.0, TRL_CHUNK, None, 1.0, ("log_probs",)
+        return lambda h, w: -ChunkedLogProbFunction.apply(h, w, *rest)[0].mean()
 
 
 def dense_form(logits: Tensor, targets: Tensor, reference: Tensor, epsilon: float = 1e-6) -> Tensor:

@@ -23,6 +23,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 Template = Literal["auto", "chat", "plain"]
 FineTuneType = Literal["lora", "dora", "full"]
 ServerKind = Literal["vllm", "sglang", "mlx-lm"]
+AttentionMasks = Literal["auto", "blocks", "dense"]
 ReferencePolicy = Literal["frozen", "refreshed", "previous"]
 
 
@@ -99,6 +100,9 @@ class HardwareConfig:
     """Of the frozen weights and activations; what is trained and the losses are float32."""
     load_in_4bit: bool = False
     """Quantise the frozen weights to 4 bits while loading (bitsandbytes NF4; CUDA only)."""
+    attention_masks: AttentionMasks = "auto"
+    """Of packed and shared-prompt rows in training on PyTorch: `blocks` of 128 tokens (FlexAttention), or `dense`, of
+    every two tokens; `auto`: blocks on CUDA where the model's code takes them, each sequence by itself on a CPU."""
 
 
 @dataclass
@@ -292,6 +296,9 @@ class TrainConfig:
     objective: dict[str, Any] | str = field(default_factory=lambda: {"name": "bnf"})
     """What is minimised, by `name` and with its settings (`--objective dpo --objective.beta 0.3`), or a weighted sum
     (`--objective "bnf + 0.2*dpo"`); `bnf objectives` lists them."""
+    router_aux_loss: float = 0.0
+    """Add the load-balancing loss of a mixture-of-experts model's routers (arXiv 2101.03961), over the whole step, with
+    this coefficient, such as the router_aux_loss_coef of its config.json. PyTorch only; no objective defines it."""
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     fine_tune_type: FineTuneType = "lora"
     """What is trained: low-rank adapters, the same with weight decomposition (DoRA, arXiv 2402.09353), or all
@@ -362,6 +369,8 @@ class TrainConfig:
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "an integer of at least 1, or null")
         _require(self.seed >= 0, "seed", self.seed, "an integer of at least 0")
+        share = self.router_aux_loss
+        _require(0 <= share < math.inf, "router_aux_loss", share, "a number of at least 0")
         _require(not (self.resume and self.overwrite), "overwrite", True, "false with resume, which keeps the run")
         _require(
             not self.data.streaming or self.max_steps is not None, "max_steps", None, "a number with data.streaming"

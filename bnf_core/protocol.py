@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
+from bnf_core.config import AttentionMasks, FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
 from bnf_core.models.architecture import Architecture, Grid, Kept, Training
@@ -337,6 +337,8 @@ class Backend(Protocol):
         optimizer: OptimizerConfig | None = None,
         objective: Objective | None = None,
         gradient_checkpointing: bool = False,
+        router_aux_loss: float = 0.0,
+        attention_masks: AttentionMasks = "auto",
         deterministic: bool = False,
         seed: int = 0,
     ) -> Engine:
@@ -344,6 +346,9 @@ class Backend(Protocol):
 
         With `fine_tune_type` it is there to be trained: `lora` or `dora` add a fresh adapter (or train the saved
         one on), `full` trains all weights. Whatever is trained is float32. The objective is BNF by default.
+        `attention_masks` is as `HardwareConfig` says.
+        With `router_aux_loss` above 0, the load-balancing loss of a mixture-of-experts model's routers over the global
+        batch is added with this coefficient.
         With `deterministic` each micro-batch's gradient is added by itself, in the order of the step's micro-batches,
         whichever process has computed it.
 

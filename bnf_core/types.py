@@ -95,6 +95,7 @@ class Batch:
     position_ids: Array  # (B, T) int32, from 0 in each sequence
     segment_ids: Array  # (B, T) int32, from 0 in each grid row; padding is a segment of its own
     prefix_ids: Array  # (B, T) int32, the segment that a token's own goes on from: a shared prompt, or itself
+    uses: Array  # (B, T) int32, the sequences that a token is part of, how many: a shared prompt's, 1, or 0 of padding
     packed: bool  # whether any grid row holds sequences of more than one prompt, or one prompt more than once
     shared: bool  # whether any prompt is there once for several sequences
     lengths: Array  # (S,) int32, tokens of each sequence

@@ -13,7 +13,7 @@ from mlx.utils import tree_unflatten
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import WEIGHTS, mlx_keys, require_adapter
-from bnf_core.models.lora import UNADAPTED, initial_lora_a
+from bnf_core.models.lora import initial_lora_a, unadapted
 from bnf_core.models.model_config import normalised_config
 from bnf_core.models.model_folder import copy_companions
 from bnf_core.storage.files import replacing
@@ -92,7 +92,9 @@ def add_adapter(model: nn.Module, config: LoraConfig, seed: int, kind: FineTuneT
         UserError: a target that is no linear layer of this model; a DoRA adapter that mlx-lm could not load.
     """
     named = {name for layer in model.layers for name, m in layer.named_modules() if _is_linear(m)}
-    linear = sorted(name for name in named if _last(name) not in UNADAPTED)
+    named = {name for name in named if "experts" not in name.split(".")}  # a list of them, in some families
+    never = never_adapted(model)
+    linear = sorted(name for name in named if _last(name) not in never)
     head = [(name, m) for name, m in model.named_modules() if _last(name) == "lm_head" and _is_linear(m)]  # if not tied
     if config.targets == ["all-linear"]:
         keys, head = set(linear), []
@@ -263,6 +265,17 @@ def _base(module: Any) -> nn.Module:
 def _put(model: nn.Module, modules: list[tuple[str, Any]]) -> None:
     if modules:
         model.update_modules(tree_unflatten(modules))
+
+
+def never_adapted(model: nn.Module) -> frozenset[str]:
+    """Names of linear layers that `add_adapter` leaves alone: of `bnf_core.models.lora`."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    mixture = any(
+        isinstance(module, SwitchLinear | QuantizedSwitchLinear) or "experts" in name.split(".")
+        for name, module in model.named_modules()
+    )
+    return unadapted(getattr(model, "model_type", ""), mixture)
 
 
 def _is_linear(module: nn.Module) -> bool:

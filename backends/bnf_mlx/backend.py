@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
+from bnf_core.config import AttentionMasks, FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.devices import require_cpu
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
@@ -67,6 +67,8 @@ class MLXBackend(Backend):
         optimizer: OptimizerConfig | None = None,
         objective: Objective | None = None,
         gradient_checkpointing: bool = False,
+        router_aux_loss: float = 0.0,
+        attention_masks: AttentionMasks = "auto",
         deterministic: bool = False,
         seed: int = 0,
     ) -> Engine:
@@ -82,6 +84,16 @@ class MLXBackend(Backend):
             raise UserError(
                 "load_in_4bit is of the torch backend: on mlx, quantise the model once, with "
                 f"`python -m mlx_lm convert --hf-path {model} -q --mlx-path NEW_FOLDER`, and name the new folder"
+            )
+        if attention_masks != "auto":
+            raise UserError(
+                f"hardware.attention_masks is {attention_masks}, a setting of the torch backend: on mlx a batch is "
+                "computed in pages, without such masks. Leave it out"
+            )
+        if router_aux_loss:
+            raise UserError(
+                f"router_aux_loss is {router_aux_loss:g}, and the mlx backend has no loss of routers, whose logits "
+                "mlx-lm does not give: set it to 0, or use --backend torch"
             )
         if fine_tune_type == "full" and adapter is not None:
             raise UserError(

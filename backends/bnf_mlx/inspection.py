@@ -11,10 +11,10 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from bnf_core.config import LoraConfig
-from bnf_core.models.lora import UNADAPTED, initial_lora_a
+from bnf_core.models.lora import initial_lora_a
 from bnf_core.models.model_config import module_path
 from bnf_core.types import Array, Batch
-from bnf_mlx.adapter import adapter_off, add_adapter
+from bnf_mlx.adapter import adapter_off, add_adapter, never_adapted
 from bnf_mlx.losses import bnf_token_loss, token_log_odds
 from bnf_mlx.model import DTYPES, completion_logits, load_model
 from bnf_mlx.optimizer import flat
@@ -35,11 +35,11 @@ class MLXInspector:
 
     def linear_layers(self) -> set[str]:
         """Paths of what an adapter can be put on."""
-        linear = nn.Linear | nn.QuantizedLinear
+        linear, never = nn.Linear | nn.QuantizedLinear, never_adapted(self.model)
         return {
             module_path(name)
             for name, module in self.model.named_modules()
-            if isinstance(module, linear) and name.rpartition(".")[2] not in UNADAPTED
+            if isinstance(module, linear) and name.rpartition(".")[2] not in never
         }
 
     def trace(self, input_ids: Array) -> dict[str, tuple[Array, Array]]:

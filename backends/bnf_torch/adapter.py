@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import WEIGHTS, require_adapter, stays_on
-from bnf_core.models.lora import UNADAPTED, initial_lora_a
+from bnf_core.models.lora import initial_lora_a, unadapted
 from bnf_core.storage.tensors import read_header
 from bnf_torch.model import DTYPES, completion_logits, head_weight, load_model
 from bnf_torch.processes import like, whole
@@ -72,23 +72,36 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int, *, dora: bool 
     Raises:
         UserError: a target that is no linear layer of this model.
     """
-    linear = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+    layers, never = linear_layers(model), never_adapted(model)
+    linear = {last for name in layers if (last := name.rpartition(".")[2]) not in never}
     _require_whole(model, dora)
     everywhere = lora.targets == ["all-linear"]
     if not everywhere and (unknown := sorted(set(lora.targets) - linear)):
         raise UserError(
             f"lora.targets: no linear layer is called {', '.join(unknown)}; this model has {', '.join(sorted(linear))}"
         )
+    numbered = [name for name in layers if any(map(str.isdigit, name.split(".")))]  # in a decoder layer
+    inner = [name for name in numbered if name.rpartition(".")[2] not in never]
     config = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT divides it by r: any number will do
         lora_dropout=lora.dropout,
-        target_modules="all-linear" if everywhere else lora.targets,
-        exclude_modules=(sorted(UNADAPTED & linear) or None) if everywhere else None,
+        target_modules=inner if everywhere else lora.targets,
         task_type="CAUSAL_LM",
         use_dora=dora,
     )
     return add_adapter(model, config, seed)
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """By path."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
+
+
+def never_adapted(model: PreTrainedModel) -> frozenset[str]:
+    """Names of linear layers that `add_lora` leaves alone: of `bnf_core.models.lora`."""
+    mixture = any(name.endswith(".experts") for name, _ in model.named_modules())
+    return unadapted(model.config.model_type, mixture)
 
 
 def add_adapter(model: PreTrainedModel, config: PeftConfig, seed: int) -> PeftModel:

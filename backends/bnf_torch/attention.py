@@ -1,23 +1,30 @@
 """Who sees whom in a grid whose rows hold more than one sequence: packed ones, or completions that share a prompt.
 
 The model's own masks are asked for positions in the sequence instead of the grid. On a CPU attention is then computed
-segment by segment, so that what a mask hides costs nothing.
+segment by segment, on CUDA by FlexAttention (arXiv 2412.05496) in blocks of 128 tokens, so that what a mask hides costs
+nothing and no (T, T) mask is made.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import accumulate, groupby, pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 LAYOUT = ("position_ids", "segment_ids", "prefix_ids")  # of a batch
+BLOCK = 128  # tokens, of queries and of keys
 WITH_MASKS = ("sdpa", "eager", "flex_attention")  # kinds of attention that take any mask
+
+
+Masks = Literal["segments", "blocks", "dense"]
+CHOSEN = "_bnf_masks"  # attribute of a model
 
 
 @contextmanager
@@ -42,11 +49,12 @@ def attending(
         yield {} if position_ids is None else {"position_ids": position_ids}
         return
     kind, masks = model.config._attn_implementation, ALL_MASK_ATTENTION_FUNCTIONS
+    how = masks_of(model)
     if kind not in WITH_MASKS:
         raise ValueError(f"attention of the kind {kind!r} takes no masks of one's own")
-    by_segment = kind == "sdpa" and segment_ids.device.type == "cpu"  # for GPUs one large call beats many small ones
-    rows = _rows(segment_ids, prefix_ids) if by_segment else None
-    right = masks[kind]
+    rows = _rows(segment_ids, prefix_ids) if how == "segments" else None
+    blocks = _blocks(segment_ids, prefix_ids) if how == "blocks" else None
+    right, width = masks[kind], segment_ids.shape[1]
 
     def layout_mask(*, mask_function: Callable[..., Tensor], **options: Any) -> Any:
         def visible(b: Tensor, head: Tensor, q: Tensor, kv: Tensor) -> Tensor:
@@ -54,10 +62,13 @@ def attending(
             seen = mask_function(b, head, position_ids[b, q], position_ids[b, kv])
             return seen & ((other == own) | (other == prefix_ids[b, q]))
 
+        if blocks is not None:
+            _attend_by_layout()
+            return BlockMask.from_kv_blocks(*blocks, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(width, width))
         options |= {"attention_mask": None, "allow_is_causal_skip": False}
         mask = right(mask_function=visible, **options)
         if rows is not None:
-            _attend_by_segment()
+            _attend_by_layout()
             mask.segments = rows  # with the mask they reach a layer also when it is computed again for its gradient
         return mask
 
@@ -66,6 +77,22 @@ def attending(
         yield {"position_ids": position_ids, "attention_mask": torch.ones_like(segment_ids)}
     finally:
         masks[kind] = right
+
+
+def masks_of(model: PreTrainedModel) -> Masks:
+    """What tells the model's attention who sees whom: what `use_masks` has chosen, or on a CPU `segments`."""
+    kind = model.config._attn_implementation
+    chosen: Masks | None = getattr(model, CHOSEN, None)
+    if kind == "flex_attention":
+        return "blocks"
+    if kind != "sdpa":
+        return "dense"
+    return chosen or ("segments" if model.device.type == "cpu" else "dense")
+
+
+def use_masks(model: PreTrainedModel, masks: Masks | None) -> None:
+    """From now on; None: what suits the device."""
+    setattr(model, CHOSEN, masks)
 
 
 class Row(NamedTuple):
@@ -85,14 +112,44 @@ def _rows(segment_ids: Tensor, prefix_ids: Tensor) -> list[Row]:
     return rows
 
 
+def _blocks(segment_ids: Tensor, prefix_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Which blocks of keys each block of queries may see something of, and perhaps some more: how many, (B, 1, Q), and
+    which, (B, 1, Q, K), these first. A model's sliding window, which would hide more of them, is not looked at.
+
+    Args:
+        segment_ids, prefix_ids: (B, T), as in `Batch`.
+    """
+    count = -(-segment_ids.shape[1] // BLOCK)
+
+    def ends(ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The least and the greatest of each block, (B, count)."""
+        padded = nn.functional.pad(ids.float(), (0, count * BLOCK - ids.shape[1]), mode="replicate")
+        least, greatest = padded.unflatten(1, (count, BLOCK)).aminmax(dim=2)
+        return least, greatest
+
+    own, prefix = ends(segment_ids), ends(prefix_ids)
+
+    def meet(queries: tuple[Tensor, Tensor]) -> Tensor:
+        return (own[0][:, None, :] <= queries[1][:, :, None]) & (queries[0][:, :, None] <= own[1][:, None, :])
+
+    causal = torch.ones(count, count, dtype=torch.bool, device=segment_ids.device).tril()
+    seen = (causal & (meet(own) | meet(prefix))).unsqueeze(1)  # (B, 1, Q, K)
+    indices = (~seen).int().argsort(dim=-1, stable=True)
+    return seen.sum(-1, dtype=torch.int32), indices.int()
+
+
 @cache
-def _attend_by_segment() -> None:
-    """Have transformers' "sdpa" attention heed the segments of a mask that has them; any other is left to it."""
+def _attend_by_layout() -> None:
+    """Have transformers' "sdpa" attention heed the segments of a mask that has them, and masks in blocks; any other is
+    left to it. A layer that is computed again for its gradient is given the same mask."""
     right = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
+        if isinstance(attention_mask, BlockMask):
+            flex, scale = ALL_ATTENTION_FUNCTIONS["flex_attention"], options.get("scaling")  # all that "sdpa" heeds
+            return flex(module, query, key, value, attention_mask, scaling=scale)[0], None
         rows = getattr(attention_mask, "segments", None)
         if rows is None or attention_mask is None or options.get("position_bias") is not None:
             return right(module, query, key, value, attention_mask, **options)

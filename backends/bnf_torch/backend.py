@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnf_core.config import FineTuneType, LoraConfig, OptimizerConfig
+from bnf_core.config import AttentionMasks, FineTuneType, LoraConfig, OptimizerConfig
 from bnf_core.devices import require_cpu
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
@@ -62,6 +62,8 @@ class TorchBackend(Backend):
         optimizer: OptimizerConfig | None = None,
         objective: Objective | None = None,
         gradient_checkpointing: bool = False,
+        router_aux_loss: float = 0.0,
+        attention_masks: AttentionMasks = "auto",
         deterministic: bool = False,
         seed: int = 0,
     ) -> Engine:
@@ -117,6 +119,8 @@ class TorchBackend(Backend):
             dtype=computed_in,
             source=model,
             gradient_checkpointing=gradient_checkpointing,
+            router_aux_loss=router_aux_loss,
+            attention_masks=attention_masks,
             deterministic=deterministic,
             fill=fill if unfilled else None,
         )

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from bnf_core.config import OptimizerConfig
+from bnf_core.config import AttentionMasks, OptimizerConfig
 from bnf_core.errors import UserError, memory_errors
 from bnf_core.models.model_config import position_limit
 from bnf_core.objectives import Objective, structure
@@ -39,7 +39,7 @@ from bnf_core.storage.shards import (
 )
 from bnf_core.types import Array, Batch, TokenScores
 from bnf_torch import adapter
-from bnf_torch.attention import LAYOUT
+from bnf_torch.attention import LAYOUT, masks_of
 from bnf_torch.errors import FULL
 from bnf_torch.model import head_weight
 from bnf_torch.ops import tensors
@@ -59,8 +59,12 @@ class TorchEngine:
         device: what computes; by default where the model is.
         dtype: what is computed in, where the weights are float32; None: as they are.
         source: the folder that the model is from, for the files that `save` leaves as they are.
+        router_aux_loss: coefficient of the load-balancing loss of a mixture-of-experts model's routers; 0: none.
+        attention_masks: of packed and shared-prompt batches, as `HardwareConfig` says.
         deterministic: add each micro-batch's gradient by itself, in the order of the step's micro-batches.
         fill: gives weights to a model that has none yet, once it is sharded.
+    Raises:
+        UserError: there is to be a loss of the routers, or masks in blocks, and the model has none.
     """
 
     def __init__(
@@ -74,6 +78,8 @@ class TorchEngine:
         dtype: torch.dtype | None = None,
         source: Path | None = None,
         gradient_checkpointing: bool = False,
+        router_aux_loss: float = 0.0,
+        attention_masks: AttentionMasks = "auto",
         deterministic: bool = False,
         fill: Callable[[], None] | None = None,
     ):
@@ -91,16 +97,29 @@ class TorchEngine:
         autocast = None if dtype in (None, torch.float32, self.base.dtype) else dtype
         sharded = getattr(processes, "sharded", False)
         self.objective = objective or BNF()
-        self.scored = ScoredModel(self.base, self.objective, None if sharded else autocast)
+        self.scored = ScoredModel(self.base, self.objective, None if sharded else autocast, router_aux_loss)
         self.deterministic = deterministic
         self.to_train = self.scored if deterministic else spread(self.scored, processes, self.device, autocast)
         if fill is not None:
             fill()
-        for method in ("probe", "generate"):
+        for method in ("probe", "generate", "chosen_experts"):
             register_fsdp_forward_method(self.scored, method)
         self.scored.eval()
-        self.scored.probe()
+        # FlexAttention is compiled, for which what only scores does not wait.
+        wanted = attention_masks if any(p.requires_grad for p in model.parameters()) else "dense"
+        if wanted == "auto":
+            wanted = "blocks" if self.device.type == "cuda" else "auto"
+        self.scored.probe(None if wanted == "auto" else wanted)
         self._reshard()
+        if attention_masks == wanted == "blocks" and not (self.scored.shares and masks_of(self.base) == "blocks"):
+            raise UserError(
+                f"hardware.attention_masks is blocks, which {type(self.base).__name__} does not take. Set it to auto"
+            )
+        if router_aux_loss and not self.scored.balances:
+            raise UserError(
+                f"router_aux_loss is {router_aux_loss:g}, and {type(self.base).__name__} has no routers whose "
+                "load-balancing loss transformers computes in the usual way. Set router_aux_loss to 0"
+            )
         self.limits = Limits(len(head_weight(self.base)), position_limit(self.base.config.to_dict()))
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer: Optimizer | None = None
@@ -167,14 +186,21 @@ class TorchEngine:
 
     def _inputs(self, batch: Batch, ref_log_odds: Array, baseline: float = 0.0) -> dict[str, Any]:
         """What ScoredModel's forward takes, on its device."""
-        self.limits.require(batch)
         arrays = {
-            "input_ids": batch.input_ids,
             "positions": batch.positions,
             "targets": batch.targets,
             "ref_log_odds": ref_log_odds,
             "coefficients": batch.coefficients,
         }
+        inputs: dict[str, Any] = self._grid(batch) | {n: tensors(array, self.device) for n, array in arrays.items()}
+        if not self.scored.one_pass:
+            inputs["structure"] = tensors(structure(self.objective, batch, baseline), self.device)
+        return inputs
+
+    def _grid(self, batch: Batch) -> dict[str, Tensor]:
+        """The token ids of a batch, and as much of its layout as the model needs, on its device."""
+        self.limits.require(batch)
+        arrays = {"input_ids": batch.input_ids}
         if batch.shared and not self.scored.shares:
             raise UserError(
                 f"{type(self.base).__name__} cannot compute a prompt once for several completions. "
@@ -189,10 +215,7 @@ class TorchEngine:
             arrays |= {name: getattr(batch, name) for name in names}
             if self.limits.positions is not None:  # padding may go on beyond them
                 arrays["position_ids"] = np.minimum(batch.position_ids, self.limits.positions - 1)
-        inputs: dict[str, Any] = {name: tensors(array, self.device) for name, array in arrays.items()}
-        if not self.scored.one_pass:
-            inputs["structure"] = tensors(structure(self.objective, batch, baseline), self.device)
-        return inputs
+        return {name: tensors(array, self.device) for name, array in arrays.items()}
 
     def _reshard(self) -> None:
         """FSDP keeps embeddings and head gathered after a forward pass, and would not see new weights in the shards."""
@@ -221,11 +244,13 @@ class TorchEngine:
         """Gradients of one step over all its micro-batches and processes, clipped.
 
         Returns:
-            the loss of the global batch, the scores of this process's micro-batches, and the norm of the
-            gradient before clipping. Where either number is not finite the norm is not, and there is no gradient.
+            the loss of the global batch, that of the routers included, the scores of this process's micro-batches, and
+            the norm of the gradient before clipping. Where either number is not finite the norm is not, and there is
+            no gradient.
         """
         assert self.optimizer is not None
         adapter.drop_inputs(self.model)
+        routing = self._routing([batch for batch, _ in batches])
         averaged = 1 if self.deterministic else self.processes.shares  # DDP and FSDP take the mean
         for scale in loss_scales(self.dtype, batches, self.processes):
             losses: list[Tensor] = []
@@ -234,7 +259,8 @@ class TorchEngine:
             with lost_processes():
                 for i, (batch, ref_log_odds) in enumerate(batches):
                     with nullcontext() if self._syncs(i, len(batches)) else gradients_wait(self.to_train):
-                        micro_loss, micro_scores = self.to_train(**self._inputs(batch, ref_log_odds, baseline))
+                        inputs = self._inputs(batch, ref_log_odds, baseline) | routing[i]
+                        micro_loss, micro_scores = self.to_train(**inputs)
                         (micro_loss * (scale * averaged)).backward()
                     if self.deterministic:
                         gradients.add()
@@ -252,6 +278,23 @@ class TorchEngine:
             norm = math.nan
         self.steps_taken = self.steps_taken or math.isfinite(norm)
         return loss, stats, norm
+
+    @torch.no_grad()
+    def _routing(self, batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
+        """What the loss of the routers needs beside each micro-batch's inputs: the experts that the whole step chooses,
+        for which a step of several micro-batches or processes takes a forward pass more."""
+        if not self.scored.balances:
+            return [{} for _ in batches]
+        uses = [{"uses": tensors(batch.uses, self.device)} for batch in batches]
+        if len(batches) == self.processes.count == 1:
+            return uses
+        counts = torch.stack(
+            [self.scored.chosen_experts(**self._grid(batch), **used) for batch, used in zip(batches, uses, strict=True)]
+        ).sum(0)
+        self._reshard()
+        if self.processes.count > 1:
+            counts = torch.from_numpy(self.processes.sum(counts.double().cpu().numpy())).long().to(self.device)
+        return [used | {"counts": counts} for used in uses]
 
     def _syncs(self, i: int, count: int) -> bool:
         """Gradients are summed over the processes with the last micro-batch; but all weights' unsharded gradients

@@ -6,21 +6,14 @@ from typing import Any, cast
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from bnf_core.config import LoraConfig
-from bnf_core.models.lora import UNADAPTED, initial_lora_a
+from bnf_core.models.lora import initial_lora_a
 from bnf_core.models.model_config import module_path
 from bnf_core.types import Array, Batch
-from bnf_torch.adapter import adapter_off, add_lora
+from bnf_torch.adapter import adapter_off, add_lora, linear_layers, never_adapted
 from bnf_torch.losses import bnf_token_loss, token_log_odds
 from bnf_torch.model import DTYPES, completion_logits, load_model
-
-# PEFT refuses an adapter on these layers of Mamba models, ...
-MAMBAS = frozenset("falcon_h1 falcon_mamba mamba mamba2 nemotron_h".split())
-MAMBA_REFUSED = frozenset(("out_proj",))
-# ... and takes these names for a layer's experts as well, where a model keeps them in one tensor.
-EXPERT_NAMES = frozenset(("gate_proj", "up_proj", "down_proj"))
 
 
 class TorchInspector:
@@ -35,14 +28,8 @@ class TorchInspector:
 
     def linear_layers(self) -> set[str]:
         """Paths of what an adapter can be put on by name."""
-        refused = UNADAPTED | (MAMBA_REFUSED if self.model.config.model_type in MAMBAS else frozenset())
-        if any(p.ndim == 3 and ".experts." in name for name, p in self.model.named_parameters()):
-            refused |= EXPERT_NAMES
-        return {
-            module_path(name)
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and name.rpartition(".")[2] not in refused
-        }
+        refused = never_adapted(self.model)
+        return {module_path(name) for name in linear_layers(self.model) if name.rpartition(".")[2] not in refused}
 
     @torch.no_grad()
     def trace(self, input_ids: Array) -> dict[str, tuple[Array, Array]]:

@@ -14,6 +14,7 @@ import torch
 
 from bnf_core.models.architecture import Architecture, Grid, Kept, Training, adapter_inputs, adapter_products
 from bnf_core.types import Batch
+from bnf_torch.attention import BLOCK
 from bnf_torch.model import resolve_device, resolve_dtype
 
 Job = Callable[[], None]  # does its work and waits until it is done
@@ -69,7 +70,17 @@ class TorchMeasures:
             matrices,
             logits + grid.completion_tokens * d * size,
             self._fragments(model, training, grid, layer),
+            self._masks(grid),
         )
+
+    def _masks(self, grid: Grid) -> float:
+        """On a CPU a byte for every two tokens; on CUDA the tables of blocks that `attention` makes, of keys and of
+        queries."""
+        if not grid.masked:
+            return 0.0
+        if self.cuda:
+            return 2 * 4 * grid.rows * (-(-grid.width // BLOCK)) ** 2
+        return float(grid.rows * grid.width**2)  # attention takes it segment by segment
 
     def _fragments(self, model: Architecture, training: Training, grid: Grid, layer: float) -> float:
         """Bytes that glibc's allocator keeps: it does not give an aligned block that was freed to the next of the same

@@ -132,6 +132,8 @@ class BNFConfig(TrainingArguments):
     """A folder made by `bnf reference`; default: the reference is computed as rows are met."""
     objective: str = "bnf"
     """What is minimised, such as `dpo(beta=0.1)`; `bnf objectives` lists them."""
+    router_aux_loss: float = 0.0
+    """Coefficient of the load-balancing loss of a mixture-of-experts model's routers, over the whole step; 0: none."""
 
     def __post_init__(self) -> None:
         defaults = {setting.name: setting.default for setting in fields(TrainingArguments)}
@@ -568,6 +570,7 @@ def _engine(
         dtype=dtype,
         source=folder if named else None,
         gradient_checkpointing=checkpointing,
+        router_aux_loss=args.router_aux_loss,
         fill=fill if unfilled else None,
     )
 

@@ -102,6 +102,7 @@ def _gpu(place: Place) -> Iterator[Stage]:
         yield _step(place, shape)
     yield _plan(place)
     yield _same_road(place, "torch", place.device)
+    yield _same_bits(place)
     for name, replicas, least in (("fsdp", 1, 2), ("hsdp", 2, 4)):
         yield _sharded(place, name, replicas, least)
     without = "needs CUDA" if not cuda else None if find_spec("bitsandbytes") else "pip install bitsandbytes"
@@ -199,6 +200,17 @@ def _same_road(place: Place, backend: str, device: str) -> Stage:
     picture = str(place.folder / "same-road" / "runs.png")
     check = _python("bnf_align", "check-run", *folders, "--picture", picture)
     return Stage("same-road", f"{place.sizes.steps} steps on the CPU and on {device}", (*runs, check), minutes=40)
+
+
+def _same_bits(place: Place) -> Stage:
+    words = ("--model", place.small, "--data", str(place.folder / "hh-rlhf.jsonl"), *_where("torch", place.device))
+    more = ("--steps", str(place.sizes.few), "--output", str(place.folder / "same-bits" / "same-bits.json"))
+    return Stage(
+        "same-bits",
+        "whether the same steps end with the same bits, and what deterministic algorithms cost",
+        (_python("benchmarks.same_bits", *words, *more),),
+        environment={"CUBLAS_WORKSPACE_CONFIG": ":4096:8"},
+    )
 
 
 def _sharded(place: Place, name: str, replicas: int, least: int) -> Stage:

@@ -122,11 +122,12 @@ class Grid:
     width: int  # T, padding included
     completion_tokens: int  # N
     seen: int = 1  # rows whose keys and values a row is given, itself included, where a batch is cut into pages
+    masked: bool = False  # whether a row holds more than one sequence, so that attention needs a mask
 
     @classmethod
     def of(cls, batch: Batch) -> "Grid":
         rows, width = batch.input_ids.shape
-        return cls(rows, width, len(batch.targets))
+        return cls(rows, width, len(batch.targets), masked=batch.packed or batch.shared)
 
     @property
     def tokens(self) -> int:
@@ -164,6 +165,7 @@ class Kept:
     matrices: float  # the same, of any number of tokens
     loss: float  # of all completion tokens
     fragments: float = 0.0  # held by the allocator and of no use
+    masks: float = 0.0  # of attention, for all layers
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ class Memory:
     activations: float  # kept for the backward pass
     working: float  # the loss, or one layer's backward pass, whichever takes more
     fragments: float
+    masks: float = 0.0  # of attention, in rows that hold more than one sequence
 
     @property
     def total(self) -> float:
@@ -191,7 +194,7 @@ def memory(model: Architecture, training: Training, grid: Grid, kept: Kept, runt
     layer = kept.layer * grid.tokens
     activations = (kept.layer_input if training.gradient_checkpointing else kept.layer) * model.layers * grid.tokens
     backward = kept.transient * grid.tokens + kept.matrices + (layer if training.gradient_checkpointing else 0)
-    return Memory(runtime, kept.weights, trained, activations, max(kept.loss, backward), kept.fragments)
+    return Memory(runtime, kept.weights, trained, activations, max(kept.loss, backward), kept.fragments, kept.masks)
 
 
 def adapter_inputs(model: Architecture, training: Training, mask: int = 1) -> float:

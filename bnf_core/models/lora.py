@@ -8,6 +8,22 @@ from numpy.typing import NDArray
 
 # Linear layers that no adapter is put on: transformers' Mamba models read this one's weight past it.
 UNADAPTED = frozenset(("dt_proj",))
+# PEFT refuses an adapter on these layers of Mamba models, ...
+MAMBAS = frozenset("falcon_h1 falcon_mamba mamba mamba2 nemotron_h".split())
+MAMBA_REFUSED = frozenset(("out_proj",))
+# ... and takes these names for a layer's experts as well, which transformers keeps in one tensor. Routers (`gate`,
+# `router`, and its only `layer`) are linear layers to mlx-lm alone.
+EXPERT_NAMES = frozenset("gate_proj up_proj down_proj w1 w2 w3 gate router layer".split())
+
+
+def unadapted(model_type: str, mixture: bool) -> frozenset[str]:
+    """Names of linear layers that no adapter is put on, the same on every backend.
+
+    Args:
+        mixture: whether the model has mixtures of experts.
+    """
+    mamba = MAMBA_REFUSED if model_type in MAMBAS else frozenset()
+    return UNADAPTED | mamba | (EXPERT_NAMES if mixture else frozenset())
 
 
 def initial_lora_a(module: str, rank: int, in_features: int, seed: int) -> NDArray[Any]:

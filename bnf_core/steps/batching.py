@@ -47,7 +47,7 @@ def collate(
     width = max((sum(_tokens(examples, unit) for unit in row) for row in rows_of_units), default=1)
     grid = (max(len(bins), 1), width)
     input_ids = np.full(grid, pad_id, np.int32)
-    position_ids, segment_ids, prefix_ids = (np.zeros(grid, np.int32) for _ in range(3))
+    position_ids, segment_ids, prefix_ids, uses = (np.zeros(grid, np.int32) for _ in range(4))
     positions, targets, rows = ([np.zeros(0, t)] for t in (np.int64, np.int32, np.int32))
     coefficients, drawn = [np.zeros(0, np.float32)], [np.zeros(0, np.float32)]
     for b, row in enumerate(rows_of_units):
@@ -58,13 +58,14 @@ def collate(
             span = slice(at, last + 1)
             input_ids[b, span], position_ids[b, span] = prompt, np.arange(len(prompt))
             segment_ids[b, span] = prefix_ids[b, span] = segment
+            uses[b, span] = len(unit)
             at = last + 1
             for i in unit:
                 completion, count = examples[i].completion_ids, len(examples[i].completion_ids)
                 segment += len(unit) > 1
                 span = slice(at, at + count)
                 input_ids[b, span], position_ids[b, span] = completion, len(prompt) + np.arange(count)
-                segment_ids[b, span], prefix_ids[b, span] = segment, prefix
+                segment_ids[b, span], prefix_ids[b, span], uses[b, span] = segment, prefix, 1
                 trained = examples[i].trained_positions
                 positions.append(b * width + np.array([last, *range(at, at + count - 1)], np.int64)[trained])
                 targets.append(np.asarray(completion, np.int32)[trained])
@@ -85,6 +86,7 @@ def collate(
         position_ids=position_ids,
         segment_ids=segment_ids,
         prefix_ids=prefix_ids,
+        uses=uses,
         packed=any(len(row) > 1 for row in rows_of_units),
         shared=any(len(unit) > 1 for row in rows_of_units for unit in row),
         lengths=np.asarray([len(e) for e in chosen], np.int32),

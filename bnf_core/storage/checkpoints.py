@@ -50,6 +50,7 @@ FREE |= {"reference", "data.cache"}  # the same values, wherever they come from
 FREE |= {f"sample.{f.name}" for f in fields(SamplingConfig)}
 # Of the last bits only.
 FREE |= {"micro_batch_size", "auto_batch", "group_by_length", "packing", "share_prompts", "gradient_checkpointing"}
+FREE |= {"hardware.attention_masks"}
 # Of a run that samples its rows, which are drawn by some of these.
 FREE_ONLINE = {name for name in FREE if name.partition(".")[0] not in ("sample", "sample_tokens")}
 FREE_ONLINE |= {
@@ -275,7 +276,8 @@ def run_facts(config: TrainConfig, model: Path, rows: str, held_out: str | None)
 
 def changes(before: Facts, now: Facts) -> list[Change]:
     """The facts that differ; none where only names of the same content do."""
-    before = {"objective": "bnf", "deterministic": False, "balance_labels": False} | dict(before)  # the only ones once
+    unknown = {"objective": "bnf", "deterministic": False, "balance_labels": False, "router_aux_loss": 0.0}  # earlier
+    before = unknown | dict(before)
     changed = [name for name in before | now if before.get(name) != now.get(name)]
     if before.get("data.streaming") or now.get("data.streaming"):
         same_content = all(name in STREAM_SOURCES for name in changed)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,10 +17,12 @@ from rich.console import Console
 from benchmarks import figures as bench
 from benchmarks import growth as bench_growth
 from benchmarks import loss as bench_loss
+from benchmarks import same_bits as bench_same_bits
 from benchmarks import step as bench_step
 from benchmarks.figures import FLOOR, Case, Figures, MeasureConfig, Measurement, lines
 from benchmarks.interleaved import ContenderFailed, Work, apart, repeated, rounds
 from benchmarks.loss import BenchLossConfig
+from benchmarks.same_bits import SameBitsConfig
 from bnf_core import oracle
 from bnf_core.config import DataConfig, HardwareConfig
 from bnf_core.errors import UserError
@@ -269,6 +272,47 @@ def test_the_loss_is_measured_on_each_backend(
         assert {FLOOR, "linear_bnf_loss", "unfused BNF", "unfused cross-entropy"} <= set(figures.rounds[0])
         assert len(figures.rounds) == 2 and all(taken > 0 for each in figures.rounds for taken in each.values())
     assert (tmp_path / "loss.md").exists() and (tmp_path / "loss.png").exists()
+
+
+def test_trls_chunked_loss_is_the_cross_entropy_that_ours_is_measured_beside() -> None:
+    """Rejects a peer that computes another loss, or no gradient."""
+    torch, losses = pytest.importorskip("torch"), bench_step._module("torch", "losses")
+    pytest.importorskip("trl.kernels")
+    draw = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(*shape, generator=draw).requires_grad_() for shape in ((6, 4), (40, 4)))
+    targets = torch.randint(40, (6,), generator=draw)
+    found, expected = (
+        torch.autograd.grad(loss(hidden, head), (hidden, head))
+        for loss in (
+            losses.Benchmark("cpu", "float32")._trl(targets),
+            lambda h, w: torch.nn.functional.cross_entropy(h @ w.T, targets),
+        )
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_the_same_steps_twice_end_with_the_same_bits(tiny_model: Path, feedback: Path, tmp_path: Path) -> None:
+    """On a CPU with and without deterministic algorithms; an operation without one is named, and steps that differ are
+    told from those that do not."""
+    torch = pytest.importorskip("torch")
+    config = SameBitsConfig(
+        str(tiny_model),
+        DataConfig(str(feedback)),
+        HardwareConfig("torch", "cpu", "float32"),
+        rows=4,
+        steps=3,
+        output=str(tmp_path / "same.json"),
+    )
+    found = bench_same_bits.same_bits(config, QUIET)
+    assert [one.same for one in found.values()] == [True, True]
+    assert all(one.seconds and one.seconds > 0 for one in found.values())
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert json.loads((tmp_path / "same.json").read_text())["found"]["as it is"]["same"] is True
+    with mock.patch.object(bench_same_bits, "digest", lambda _: os.urandom(8)):
+        assert bench_same_bits.same_bits(config, QUIET)["as it is"].same is False
+    with mock.patch.object(bench_same_bits, "trained", mock.Mock(side_effect=RuntimeError("cumsum does not have"))):
+        assert bench_same_bits.same_bits(config, QUIET)["deterministic algorithms"].note == "cumsum does not have"
 
 
 def test_the_author_s_form_is_bnf_up_to_its_epsilon(backend_name: str) -> None:

@@ -25,8 +25,10 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from bnf_align.commands import check_model
 from bnf_align.commands.check_model import Result, compare, relative_error, rows, verdict
 from bnf_core import registry
+from bnf_core.config import LoraConfig
 from bnf_core.errors import UserError
 from bnf_core.models import model_config
+from bnf_core.models.model_config import module_path
 from bnf_core.steps.batching import collate
 from bnf_core.types import Array, Example
 from bnf_mlx import corrections, families
@@ -348,6 +350,37 @@ def test_a_verified_family_agrees(family: str, tmp_path: Path) -> None:
     assert result.agree, (result.comparisons, result.divergence)
     assert result.gradients
     MLXBackend().load(tmp_path, device="cpu")  # and is not refused
+
+
+ADAPTED = {"mixtral", "glm4_moe", "granitemoe", "phimoe", "dbrx", "nemotron_h"}  # fast: one of each way to be a mixture
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in ADAPTED else pytest.param(name, marks=pytest.mark.slow) for name in VERIFIED]
+)
+def test_all_linear_adapts_the_same_layers_of_a_family(family: str, tmp_path: Path) -> None:
+    """Rejects PEFT's own choice, which adapts the experts of some mixtures, and mlx-lm's, which adapts routers."""
+    folder = make(tmp_path, family, VERIFIED[family])
+    options: Any = {"device": "cpu", "dtype": "float32", "fine_tune_type": "lora", "lora": LoraConfig(rank=2)}
+    engines: list[Any] = [registry.get(name).load(folder, **options) for name in ("torch", "mlx")]
+    torch_paths = {name for name, module in engines[0].base.named_modules() if hasattr(module, "lora_A")}
+    mlx_paths = {name for name, module in engines[1].model.named_modules() if "lora_a" in module}
+    ours, theirs = ({module_path(name) for name in paths} for paths in (torch_paths, mlx_paths))
+    if family in (
+        "deepseek_v3",
+        "glm4_moe_lite",
+    ):  # mlx-lm keeps this one as matrices by head, which are no linear layers
+        ours = {name for name in ours if not name.endswith("kv_b_proj")}
+    assert ours == theirs
+    assert theirs
+    assert not [name for name in engines[0].trainable if ".experts." in name or ".gate." in name or "router" in name]
+
+
+def test_experts_are_no_target_of_an_adapter(tmp_path: Path) -> None:
+    folder = make(tmp_path, "glm4_moe", VERIFIED["glm4_moe"])  # whose first layer has no experts
+    for name in ("torch", "mlx"):
+        with pytest.raises(UserError, match="no linear layer is called gate_proj; this model has k_proj"):
+            registry.get(name).load(folder, device="cpu", fine_tune_type="lora", lora=LoraConfig(targets=["gate_proj"]))
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from bnf_align.commands import COMMANDS
 from bnf_core.errors import UserError
 
 BENCHMARKS = {"loss": "BenchLossConfig", "step": "BenchStepConfig", "growth": "BenchGrowthConfig"}
+BENCHMARKS |= {"same_bits": "SameBitsConfig"}
 PLACES: list[tuple[Machine, str]] = [("gpu", "cuda"), ("gpu", "cpu"), ("mac", "gpu"), ("mac", "cpu")]
 
 

@@ -24,7 +24,7 @@ from bnf_core.config import DataConfig, FineTuneType, HardwareConfig, LoraConfig
 from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import UserError
 from bnf_core.models.architecture import Architecture, Grid, Memory, Training, memory
-from bnf_core.steps.batching import MicroBatching, Rows
+from bnf_core.steps.batching import MicroBatching, Rows, collate
 from bnf_core.types import Example
 from invariance import write_turns
 
@@ -255,6 +255,33 @@ def test_adapter_parameters_follow_rank_and_targets() -> None:
     assert model.adapter_parameters(LoraConfig(rank=4, targets=["all-linear"])) == 2 * 4 * (
         64 + 48 + 48 + 64 + 96 + 96 + 96
     )
+
+
+def test_masks_are_planned_as_they_are_made() -> None:
+    """On a CPU the mask that transformers makes; none where each row holds one sequence."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.masking_utils import create_causal_mask
+
+    from bnf_torch.attention import LAYOUT, attending
+
+    model, measures = LlamaForCausalLM(LlamaConfig(**LLAMA)).eval(), benchmark(HardwareConfig("torch", "cpu"))
+    planned, training = Architecture.from_config(LLAMA), Training("float32", "lora", LoraConfig())
+    rows = [random_row(i, 20, 10, 300, i) for i in range(4)]
+    packed = collate(rows, 4, bins=[[0, 1], [2, 3]])
+    layout = {name: torch.from_numpy(getattr(packed, name)).long() for name in LAYOUT}
+    with attending(model, **layout) as options:
+        made = create_causal_mask(
+            config=model.config, inputs_embeds=torch.zeros(*packed.input_ids.shape, 32), past_key_values=None, **options
+        )
+    grid = measures.grid(packed)
+    assert memory(planned, training, grid, measures.kept(planned, training, grid)).masks == made.nbytes
+    alone = measures.grid(collate(rows, 4))
+    assert measures.kept(planned, training, alone).masks == 0
+    long = Grid(1, 32768, 100, masked=True)
+    assert measures.kept(planned, training, long).masks == 2**30
+    measures.cuda = True
+    assert measures.kept(planned, training, long).masks == 2 * 4 * 256**2
 
 
 @pytest.mark.parametrize("change", [{"num_experts": 8}, {"intermediate_size": None}, {"mamba_d_state": 16}])

@@ -126,6 +126,7 @@ NOTES = {
     "trained": "what is trained, gradients and moments",
     "activations": "kept for the backward pass",
     "working": "the loss, or a layer's backward pass",
+    "masks": "of attention, for rows that hold more than one sequence",
     "fragments": "lost to the allocator; none with MALLOC_MMAP_THRESHOLD_=1048576, which is slower",
 }
 

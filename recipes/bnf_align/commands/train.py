@@ -127,6 +127,8 @@ def run_training(
             optimizer=config.optimizer,
             objective=config.make_objective(),
             gradient_checkpointing=config.gradient_checkpointing,
+            router_aux_loss=config.router_aux_loss,
+            attention_masks=config.hardware.attention_masks,
             deterministic=config.deterministic,
             seed=config.seed,
         )
