@@ -31,14 +31,9 @@ SIZES: dict[str, Any] = {"vocab_size": 304, "hidden_size": 32, "intermediate_siz
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Path]:
     """Tied, and with norms of heads, of which each process has some."""
-    from transformers import (
-        GPT2Config,
-        GPT2LMHeadModel,
-        Qwen3Config,
-        Qwen3ForCausalLM,
-        Qwen3MoeConfig,
-        Qwen3MoeForCausalLM,
-    )
+    from transformers.models.gpt2 import GPT2Config, GPT2LMHeadModel
+    from transformers.models.qwen3 import Qwen3Config, Qwen3ForCausalLM
+    from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
