@@ -709,7 +709,7 @@ def backend_report(request: pytest.FixtureRequest) -> Iterator[Report]:
         yield run(registry.get(request.param))
 
 
-@pytest.mark.usefixtures("mlx_compiles")
+@pytest.mark.usefixtures("compiled_or_not")
 def test_the_backends_conform(backend_report: Report) -> None:
     assert backend_report.ok, [
         (r.check, r.case, r.dtype, r.quantity, r.error, r.message) for r in backend_report.failures
