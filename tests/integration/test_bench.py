@@ -25,6 +25,7 @@ from bnf_core.config import DataConfig, HardwareConfig
 from bnf_core.errors import UserError
 from bnf_core.steps.batching import pairs
 from bnf_core.types import Example
+from conftest import fast_on
 
 QUIET = Console(quiet=True)
 
@@ -252,6 +253,7 @@ def test_page_and_picture_hold_every_contender() -> None:
 # The three commands
 
 
+@fast_on("mlx")
 def test_the_loss_is_measured_on_each_backend(
     tmp_path: Path, backend_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,6 +300,7 @@ def step_config(model: Path, feedback: Path, backend: str, path: Path, **setting
     )
 
 
+@fast_on("torch")
 def test_a_step_is_measured_on_each_backend(
     tiny_model: Path, feedback: Path, tmp_path: Path, backend_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,6 +315,7 @@ def test_a_step_is_measured_on_each_backend(
     assert peers in figures.notes or peers in figures.rounds[0]
 
 
+@fast_on("torch")
 def test_the_first_epoch_computes_the_reference_in_every_step(
     tiny_model: Path, feedback: Path, tmp_path: Path, backend_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

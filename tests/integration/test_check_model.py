@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 import tiny
+from conftest import slow
 
 pytest.importorskip("torch")
 pytest.importorskip("mlx_lm")
@@ -88,7 +89,7 @@ def test_the_rope_trap_is_found_when_the_loader_does_not_see_to_it(
     assert written["agree"] is False and written["divergence"]["where"] == "layers.0.self_attn"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", slow("float16")])
 def test_where_every_operation_rounds_both_are_as_far_from_float32(
     tiny_model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

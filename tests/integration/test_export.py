@@ -116,6 +116,7 @@ def test_what_says_otherwise_is_not_kept(
     assert "not opened again" in said
 
 
+@pytest.mark.slow
 def test_llama_cpps_own_converter_is_taken_where_it_is(
     run_of_torch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from bnf_align import cli
 from bnf_align.run import tracking
 from bnf_align.run.tracking import Trackers, check_trackers, open_trackers
 from bnf_core.errors import UserError
+from conftest import fast_on
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -84,6 +85,7 @@ def test_a_step_is_on_disk_before_the_next(tmp_path: Path) -> None:
     trackers.close()
 
 
+@fast_on("mlx")
 def test_a_run_sends_what_it_writes(backend_name: str, tiny_model: Path, feedback: Path, tmp_path: Path) -> None:
     """On each backend, through a checkpoint: TensorBoard and metrics.jsonl hold the same numbers."""
     words = [

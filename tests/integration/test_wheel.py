@@ -84,9 +84,8 @@ print(json.dumps([bnf_align.__file__, bnf_align.__version__, [n for n in framewo
 
 
 def test_help_is_shown(installed: Path) -> None:
-    for command in ([installed / "bnf"], [installed / "python", "-m", "bnf_align"]):
-        result = run(*command, "--help")
-        assert result.returncode == 0 and "usage: bnf COMMAND" in result.stdout, result.stderr
+    result = run(installed / "python", "-m", "bnf_align", "--help")
+    assert result.returncode == 0 and "usage: bnf COMMAND" in result.stdout, result.stderr
     result = run(installed / "bnf", "train", "--help")
     assert result.returncode == 0 and "--optimizer.learning_rate" in result.stdout, result.stderr
 
