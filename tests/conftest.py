@@ -57,6 +57,17 @@ def backend_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --dist loadgroup a file's tests run in one process, whose fixtures they share; and those of all files that
+    fork in the same one, so that there is one server of forks."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        module = item.getparent(pytest.Module)
+        forks = module is not None and not vars(module.obj).keys().isdisjoint({"forked", "launch"})
+        item.add_marker(pytest.mark.xdist_group("forks" if forks else str(item.path)))
+
+
 def pytest_collection_finish() -> None:
     """The frameworks are loaded, and stay: each collection of garbage would look through a million of their objects."""
     gc.collect()

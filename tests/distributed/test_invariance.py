@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import BACKENDS, fast_of, fast_on, slow
-from invariance import ALLOWED, BASE, UNSHARED, WAYS, Runs, Trajectory, complaints, launch, write_turns
+from invariance import ALLOWED, BASE, UNSHARED, WAYS, Runs, Trajectory, complaints, launch, ways, write_turns
 
 PACKED = "--packing true --max-length 192"
 UNSORTED = "--micro-batch-size 3 --group-by-length false"
@@ -127,18 +127,13 @@ def pair(runs: Runs, objective_runs: Callable[[str], Runs]) -> Pair:
     return pair
 
 
-PAIRS = [
-    pytest.param(way, marks=mark.marks) for mark in BACKENDS for way, (name, _) in WAYS.items() if name in mark.values
-]
-
-
-@pytest.mark.parametrize("way", PAIRS)
+@pytest.mark.parametrize("way", ways())
 @pytest.mark.parametrize(("kind", "flags"), fast_of(SHARED, SHARED[0]))
 def test_two_processes_take_the_same_road(runs: Runs, pair: Pair, way: str, kind: str, flags: str) -> None:
     assert runs.complaints(WAYS[way][0], kind, pair(way, (kind, flags, ""))) == []
 
 
-@pytest.mark.parametrize("way", PAIRS)
+@pytest.mark.parametrize("way", ways())
 @pytest.mark.parametrize("bug", fast_of(PAIR, PAIR[0]))
 def test_a_bug_of_two_processes_is_caught(runs: Runs, pair: Pair, way: str, bug: str) -> None:
     assert runs.complaints(WAYS[way][0], "lora", pair(way, ("lora", SEVERAL, bug)))
@@ -168,7 +163,7 @@ def objective_runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize(
-    ("name", "flags"), [("dpo", CUTS[3]), ("kto", UNSORTED), slow("dpo", CUTS[1]), slow("dpo", CUTS[2])]
+    ("name", "flags"), [("dpo", CUTS[3]), ("kto", UNSORTED), *(slow("dpo", flags) for flags in CUTS[1:3])]
 )
 def test_other_objectives_take_one_trajectory(
     objective_runs: Callable[[str], Runs], backend_name: str, name: str, flags: str
@@ -198,7 +193,7 @@ def test_a_bug_of_other_objectives_is_caught(
     assert runs.complaints(backend_name, "lora", runs.train(backend_name, "lora", uneven, bug))
 
 
-@pytest.mark.parametrize("way", PAIRS)
+@pytest.mark.parametrize("way", ways())
 @pytest.mark.parametrize("name", ["kto", slow("dpo")])
 def test_two_processes_take_the_same_road_with_other_objectives(
     objective_runs: Callable[[str], Runs], pair: Pair, way: str, name: str
@@ -226,7 +221,7 @@ def test_turns_that_are_trained_by_mistake_are_seen(turns: Runs, backend_name: s
     assert turns.complaints(backend_name, "lora", turns.train(backend_name, "lora", BASE, "turns trained"))
 
 
-@pytest.mark.parametrize("way", fast_of(WAYS, "ddp"))
+@pytest.mark.parametrize("way", ways("ddp"))
 def test_two_processes_take_the_same_road_with_turns_that_are_not_trained(turns: Runs, way: str) -> None:
     """Bit-for-bit the same with tokens that are kept on the disk and with each process's own."""
     backend = WAYS[way][0]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import slow
+from conftest import fast_of, slow
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -100,27 +100,32 @@ def test_what_one_process_cannot_load_none_waits_for(models: dict[str, str], tmp
         assert "llama-elsewhere" in unseen or "model-elsewhere" in unseen, unseen
 
 
-def test_replicas_of_shards_take_the_steps_of_one_process(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", fast_of(CASES, "lora"))
+def test_replicas_of_shards_take_the_steps_of_one_process(name: str, tiny_model: Path, tmp_path: Path) -> None:
     """Two replicas of two shards. Rejects gradients that are not summed over replicas, or summed twice; a checkpoint
     with rows of both replicas, or of neither."""
-    for name, case in CASES.items():
-        torch_worker.train(tiny_model, case, tmp_path / "alone" / name)
-    half = torch_worker.STEPS // 2
-    torch_worker.train(tiny_model, CASES["full"] | {"steps": half}, tmp_path / "first half")
-    cases = CASES | {"resumed": CASES["full"] | {"resume": str(tmp_path / "first half" / "checkpoints")}}
-    together(shards_worker.training, tiny_model, cases, folder=tmp_path / "four")
-    for name in CASES:
-        require_same_steps(steps(tmp_path / "alone" / name), steps(tmp_path / "four" / name), 2e-5)
-        one, four = trained(tmp_path / "alone" / name), trained(tmp_path / "four" / name)
-        assert one.keys() == four.keys()
-        difference = np.concatenate([(four[key] - one[key]).ravel() for key in one])
-        assert np.abs(difference).max() < torch_worker.OPTIMIZER.learning_rate * 0.1
-        assert abs(difference.mean()) < 1e-6 and np.abs(difference).mean() < 2e-6
-    whole = steps(tmp_path / "alone" / "full")
-    require_same_steps(whole[half:], steps(tmp_path / "four" / "resumed"), 2e-5)
-    again = CASES["lora"] | {"resume": str(tmp_path / "four" / "lora" / "checkpoints")}
-    torch_worker.train(tiny_model, again | {"steps": torch_worker.STEPS + 1}, tmp_path / "again")
+    case = CASES[name]
+    torch_worker.train(tiny_model, case, tmp_path / "alone")
+    together(shards_worker.training, tiny_model, {name: case}, folder=tmp_path / "four")
+    require_same_steps(steps(tmp_path / "alone"), steps(tmp_path / "four" / name), 2e-5)
+    one, four = trained(tmp_path / "alone"), trained(tmp_path / "four" / name)
+    assert one.keys() == four.keys()
+    difference = np.concatenate([(four[key] - one[key]).ravel() for key in one])
+    assert np.abs(difference).max() < torch_worker.OPTIMIZER.learning_rate * 0.1
+    assert abs(difference.mean()) < 1e-6 and np.abs(difference).mean() < 2e-6
+    again = case | {"resume": str(tmp_path / "four" / name / "checkpoints"), "steps": torch_worker.STEPS + 1}
+    torch_worker.train(tiny_model, again, tmp_path / "again")
     assert len(steps(tmp_path / "again")) == 1
+
+
+@pytest.mark.slow
+def test_replicas_of_shards_resume_what_one_process_began(tiny_model: Path, tmp_path: Path) -> None:
+    case, half = CASES["full"], torch_worker.STEPS // 2
+    torch_worker.train(tiny_model, case, tmp_path / "alone")
+    torch_worker.train(tiny_model, case | {"steps": half}, tmp_path / "first half")
+    resumed = case | {"resume": str(tmp_path / "first half" / "checkpoints")}
+    together(shards_worker.training, tiny_model, {"resumed": resumed}, folder=tmp_path / "four")
+    require_same_steps(steps(tmp_path / "alone")[half:], steps(tmp_path / "four" / "resumed"), 2e-5)
 
 
 LAYERS, HIDDEN, INNER, VOCABULARY = 20, 1024, 4096, 1000
