@@ -55,9 +55,8 @@ EACH_BUG = [
 SEVERAL = "--micro-batch-size 2 --gradient-checkpointing true"
 SHARED = [("lora", SEVERAL), ("lora", f"--micro-batch-size 8 {PACKED}"), ("full", UNSORTED)]
 PAIR = ["averaged gradients", "per-rank mean"]
+FAST_BUG = {"ddp": PAIR[1], "fsdp": PAIR[0], "mlx": PAIR[0]}
 Key = tuple[str, str, str]  # kind, or another objective; flags; bug
-FAST_PAIR: list[Key] = [("lora", SEVERAL, ""), ("kto", SEVERAL, ""), ("lora", SEVERAL, PAIR[0])]
-SLOW_PAIR: list[Key] = [*((*shared, "") for shared in SHARED[1:]), ("dpo", SEVERAL, ""), ("lora", SEVERAL, PAIR[1])]
 Pair = Callable[[str, Key], Trajectory]
 
 
@@ -102,9 +101,17 @@ def test_a_bug_is_caught(runs: Runs, backend_name: str, bug: str) -> None:
 # Two processes
 
 
+def beside(way: str, key: Key) -> list[Key]:
+    """All runs of the fast tests if it is one of them, or of the slow ones."""
+    fast = [("lora", SEVERAL, ""), ("kto", SEVERAL, ""), ("lora", SEVERAL, FAST_BUG[way])]
+    every = [*((*shared, "") for shared in SHARED), *(("lora", SEVERAL, bug) for bug in PAIR)]
+    every += [(name, SEVERAL, "") for name in ("dpo", "kto")]
+    return fast if key in fast else [other for other in every if other not in fast]
+
+
 @pytest.fixture(scope="module")
 def pair(runs: Runs, objective_runs: Callable[[str], Runs]) -> Pair:
-    """For each way of sharing the work, all runs of the fast tests in one pair of processes, and all of the slow ones
+    """For each way of sharing the work, the runs of the fast tests in one pair of processes, and those of the slow ones
     in another."""
     known: dict[tuple[str, Key], Trajectory] = {}
 
@@ -115,7 +122,7 @@ def pair(runs: Runs, objective_runs: Callable[[str], Runs]) -> Pair:
                 (kind, flags, bug): objective_runs(kind).words(backend, "lora", flags)
                 if kind in OBJECTIVES
                 else runs.words(backend, kind, flags)
-                for kind, flags, bug in (FAST_PAIR if key in FAST_PAIR else SLOW_PAIR)
+                for kind, flags, bug in beside(way, key)
             }
             jobs = [(bug, words) for (_, _, bug), (words, _) in arranged.items()]
             (code, output), (other_code, other_output) = launch(way, jobs, [runs.folder] * 2)
@@ -133,8 +140,16 @@ def test_two_processes_take_the_same_road(runs: Runs, pair: Pair, way: str, kind
     assert runs.complaints(WAYS[way][0], kind, pair(way, (kind, flags, ""))) == []
 
 
-@pytest.mark.parametrize("way", ways())
-@pytest.mark.parametrize("bug", fast_of(PAIR, PAIR[0]))
+@pytest.mark.parametrize(
+    ("way", "bug"),
+    [
+        pytest.param(
+            *way.values, bug, marks=[*way.marks, *([] if bug == FAST_BUG[way.values[0]] else [pytest.mark.slow])]
+        )
+        for way in ways()
+        for bug in PAIR
+    ],
+)
 def test_a_bug_of_two_processes_is_caught(runs: Runs, pair: Pair, way: str, bug: str) -> None:
     assert runs.complaints(WAYS[way][0], "lora", pair(way, ("lora", SEVERAL, bug)))
 
