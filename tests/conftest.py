@@ -57,6 +57,7 @@ def backend_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With --dist loadgroup a file's tests run in one process, whose fixtures they share; and those of all files that
     fork in the same one, so that there is one server of forks."""

@@ -70,6 +70,7 @@ def test_without_it_they_differ(runs: Runs, backend_name: str) -> None:
     assert all(other != first for other in others)
 
 
+@fast_on("torch")
 @pytest.mark.parametrize(
     ("kind", "flags"), [("lora", f"{ARRANGEMENTS[0]} {DETERMINISTIC}"), slow("full", f"{PACKED} {DETERMINISTIC}")]
 )

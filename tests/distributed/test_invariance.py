@@ -236,7 +236,8 @@ def test_turns_that_are_trained_by_mistake_are_seen(turns: Runs, backend_name: s
     assert turns.complaints(backend_name, "lora", turns.train(backend_name, "lora", BASE, "turns trained"))
 
 
-@pytest.mark.parametrize("way", ways("ddp"))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ways())
 def test_two_processes_take_the_same_road_with_turns_that_are_not_trained(turns: Runs, way: str) -> None:
     """Bit-for-bit the same with tokens that are kept on the disk and with each process's own."""
     backend = WAYS[way][0]

@@ -32,7 +32,7 @@ def drawn(run: Path) -> list[Any]:
     return [(row["prompt_ids"], row["completion_ids"], row["label"], row["iteration"], row["sample"]) for row in rows]
 
 
-@pytest.mark.parametrize("way", ways("fsdp", "mlx"))
+@pytest.mark.parametrize("way", ways("fsdp"))
 def test_two_processes_do_what_one_does(way: str, tiny_model: Path, tmp_path: Path) -> None:
     backend = WAYS[way][0]
     alone, whole = words(tiny_model, tmp_path, backend, "alone")

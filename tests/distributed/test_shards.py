@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import fast_of, slow
+from conftest import slow
 
 pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -100,7 +100,8 @@ def test_what_one_process_cannot_load_none_waits_for(models: dict[str, str], tmp
         assert "llama-elsewhere" in unseen or "model-elsewhere" in unseen, unseen
 
 
-@pytest.mark.parametrize("name", fast_of(CASES, "lora"))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_replicas_of_shards_take_the_steps_of_one_process(name: str, tiny_model: Path, tmp_path: Path) -> None:
     """Two replicas of two shards. Rejects gradients that are not summed over replicas, or summed twice; a checkpoint
     with rows of both replicas, or of neither."""

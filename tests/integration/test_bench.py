@@ -355,6 +355,7 @@ def test_peers_get_pairs_of_one_prompt() -> None:
             pairs(bad)
 
 
+@pytest.mark.slow
 def test_growth_is_measured_and_fitted(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_growth, "peak_memory", lambda config, rows, name: float(sum(map(len, rows))))
     monkeypatch.setattr(bench_loss, "apart", lambda name, job, *args: job(*args))

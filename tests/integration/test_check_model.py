@@ -158,21 +158,21 @@ def changed(**changes: Any) -> Callable[[Path], dict[str, Any]]:
             "layers.0.self_attn",
             "attention soft-cap: the config says 3.0, and mlx computes as if it were none",
         ),
-        (
+        slow(
             "gemma2",
             GEMMA2,
             changed(final_logit_softcapping=30.0),
             "the model's output",
             "logit soft-cap: the config says 5.0, and mlx computes as if it were 30.0",
         ),
-        (
+        slow(
             "granite",
             {"logits_scaling": 2.0},
             changed(logits_scaling=1.0),
             "the model's output",
             "logit scale: the config says 2.0, and mlx computes as if it were 1.0",
         ),
-        (
+        slow(
             "granite",
             {"embedding_multiplier": 3.0},
             changed(embedding_multiplier=1.0),

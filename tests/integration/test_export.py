@@ -357,6 +357,7 @@ def sayable() -> dict[str, ollama.Turns]:
     return found
 
 
+@pytest.mark.slow
 def test_most_templates_of_real_models_can_be_said_in_go(tmp_path: Path) -> None:
     """Each is held against Jinja as it is made; here by Go itself, where it is installed."""
     if not chat_templates.template_files():

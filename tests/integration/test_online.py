@@ -141,7 +141,7 @@ def test_every_sample_is_kept_and_learned_from(settings: Callable[..., OnlineCon
     assert f"judged by `{JUDGE}`" in card and "bnf online --config run.yaml" in card and "| `pass_at_1` |" in card
 
 
-@fast_on("mlx")
+@pytest.mark.slow
 def test_training_raises_what_the_judge_likes(settings: Callable[..., OnlineConfig]) -> None:
     made = settings(
         iterations=12,

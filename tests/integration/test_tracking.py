@@ -190,6 +190,7 @@ def test_wandb_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert wandb_run(read_wandb(third)).project == "bnf-align"
 
 
+@pytest.mark.slow
 def test_wandb_without_a_login_says_what_to_do(tmp_path: Path) -> None:
     """In a process of its own: W&B reads the environment once."""
     code = f"""

@@ -95,6 +95,7 @@ def test_feedback_is_checked(installed: Path, feedback: Path) -> None:
     assert result.returncode == 0 and "all 12 rows are good" in result.stdout, result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_a_command_that_needs_a_backend_says_how_to_get_one(installed: Path) -> None:
     result = run(installed / "bnf", "generate", "--model", "nowhere", "--prompt", "a")
     assert result.returncode == 2 and "no backend is installed: pip install" in " ".join(result.stderr.split())
