@@ -58,9 +58,10 @@ $(VENV)/.gemma: $(INSTALLED)
 demo: $(VENV)/.model openblas
 	$(BIN)/bnf demo --backend $(BACKEND)
 
-# Two files at a time, a thread each: threads that wait for each other's cores cost more than they bring.
+# Two files at a time, a thread each: threads that wait for each other's cores cost more than they bring. What forks is
+# one group (tests/conftest.py).
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/integration tests/distributed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/unit tests/integration tests/distributed
 
 test-unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit
@@ -70,10 +71,10 @@ FAST := tests/unit $(patsubst %,tests/integration/%.py,test_train test_mlx_train
   test_adapters test_cli test_generate test_online test_resume test_reference test_quantization test_streaming \
   test_check_model test_conformance)
 
-# With OpenBLAS where it is installed: on MLX's own BLAS the widest models take hours.
+# Of a part: TESTS=tests/distributed. With OpenBLAS where it is installed: on MLX's own BLAS the widest models take hours.
 test-slow: $(VENV)/.model $(VENV)/.gemma
 	LD_PRELOAD="$$($(BIN)/python -c 'from bnf_mlx.blas import find_openblas; print(find_openblas() or "")')" \
-	  $(BIN)/python -m pytest -q -m slow
+	  $(BIN)/python -m pytest -q -m slow $(TESTS)
 
 # uv only says which versions these are; pip installs them.
 OLDEST := .venv-oldest

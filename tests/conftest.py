@@ -3,8 +3,9 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,10 +31,42 @@ BACKENDS = [
 ]
 
 
+def fast_on(backend: str) -> pytest.MarkDecorator:
+    """A test of what both backends share: with this one it is fast, with others slow."""
+    others = [param for param in BACKENDS if backend not in param.values]
+    cases = [param for param in BACKENDS if backend in param.values]
+    cases += [pytest.param(*param.values, marks=[*param.marks, pytest.mark.slow]) for param in others]
+    return pytest.mark.parametrize("backend_name", cases)
+
+
+def fast_of(cases: Iterable[Any], *fast: Any) -> list[Any]:
+    """All cases of a test that are of one kind; those not named are slow."""
+    known = list(cases)
+    assert all(case in known for case in fast), fast
+    return [case if case in fast else slow(*(case if isinstance(case, tuple) else (case,))) for case in known]
+
+
+def slow(*values: Any) -> Any:
+    """One slow case of a test."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend_name(request: pytest.FixtureRequest) -> str:
     """Each backend that can be installed here, in turn."""
     return str(request.param)
+
+
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --dist loadgroup a file's tests run in one process, whose fixtures they share; and those of all files that
+    fork in the same one, so that there is one server of forks."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        module = item.getparent(pytest.Module)
+        forks = module is not None and not vars(module.obj).keys().isdisjoint({"forked", "launch"})
+        item.add_marker(pytest.mark.xdist_group("forks" if forks else str(item.path)))
 
 
 def pytest_collection_finish() -> None:
@@ -58,6 +91,15 @@ def mlx_compiles() -> Iterator[None]:
     mx.enable_compile()
     yield
     mx.disable_compile()
+
+
+@pytest.fixture(
+    params=[pytest.param(False, id="not compiled"), pytest.param(True, id="compiled", marks=pytest.mark.slow)]
+)
+def compiled_or_not(request: pytest.FixtureRequest) -> None:
+    """What is to be compiled as it stands, and, slow, as MLX compiles it: dozens of kernels, a second each."""
+    if request.param:
+        request.getfixturevalue("mlx_compiles")
 
 
 @pytest.fixture(scope="module")

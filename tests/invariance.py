@@ -20,12 +20,14 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 
 import forked
 from bnf_core.steps import batching
 from bnf_core.steps import steps as plan
 from bnf_core.types import Array, Batch, Example
+from conftest import BACKENDS
 
 # A constant, large learning rate: the weights must move, or nothing is shown. AdamW divides by √v + epsilon; with the
 # usual 1e-8 the round-off of a gradient that ought to be zero becomes a whole step, and no scale of the gradient shows
@@ -398,6 +400,16 @@ WAYS: dict[str, tuple[str, dict[str, str]]] = {
     "fsdp": ("torch", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
     "mlx": ("mlx", {}),
 }
+
+
+def ways(*fast: str) -> list[Any]:
+    """The parameters of a test on several processes: each way whose backend is installed. Where some are named, the
+    others are slow."""
+    marks = {str(param.values[0]): list(param.marks) for param in BACKENDS}
+    return [
+        pytest.param(way, marks=[*marks[backend], *([pytest.mark.slow] if fast and way not in fast else [])])
+        for way, (backend, _) in WAYS.items()
+    ]
 
 
 def launch(way: str, jobs: Sequence[tuple[str, list[str]]], folders: Sequence[Path]) -> list[tuple[int, str]]:

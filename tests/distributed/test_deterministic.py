@@ -8,7 +8,7 @@ import pytest
 
 from bnf_core.devices import require_cpu
 from bnf_core.errors import UserError
-from conftest import BACKENDS
+from conftest import fast_of, fast_on, slow
 from invariance import Runs, command, launch
 
 SHORT = "--max-steps 3"
@@ -59,9 +59,10 @@ def on_processes(runs: Runs, backend: str, flags: list[tuple[str, str]], count: 
     return [bits(output) for output in outputs]
 
 
-def test_every_arrangement_gives_the_same_bits(runs: Runs, backend_name: str) -> None:
-    first, *others = (trained(runs, backend_name, f"{flags} {DETERMINISTIC}") for flags in ARRANGEMENTS)
-    assert all(other == first for other in others)
+@pytest.mark.parametrize("flags", fast_of(ARRANGEMENTS[1:], PACKED))
+def test_every_arrangement_gives_the_same_bits(runs: Runs, backend_name: str, flags: str) -> None:
+    first, other = (trained(runs, backend_name, f"{each} {DETERMINISTIC}") for each in (ARRANGEMENTS[0], flags))
+    assert other == first
 
 
 def test_without_it_they_differ(runs: Runs, backend_name: str) -> None:
@@ -69,15 +70,20 @@ def test_without_it_they_differ(runs: Runs, backend_name: str) -> None:
     assert all(other != first for other in others)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_any_number_of_processes_gives_the_same_bits(runs: Runs, runs_on_pairs: Runs, backend: str) -> None:
+@fast_on("torch")
+@pytest.mark.parametrize(
+    ("kind", "flags"), [("lora", f"{ARRANGEMENTS[0]} {DETERMINISTIC}"), slow("full", f"{PACKED} {DETERMINISTIC}")]
+)
+def test_any_number_of_processes_gives_the_same_bits(runs: Runs, backend_name: str, kind: str, flags: str) -> None:
     """Three, which share no step of eight rows evenly; adapters and all weights."""
-    jobs = [("lora", f"{ARRANGEMENTS[0]} {DETERMINISTIC}"), ("full", f"{PACKED} {DETERMINISTIC}")]
-    together = on_processes(runs, backend, jobs, 3)
-    assert together == [trained(runs, backend, flags, kind) for kind, flags in jobs]
-    pairs = [("lora", f"{PACKED} {DETERMINISTIC}")]
-    alone = trained(runs_on_pairs, backend, f"{ARRANGEMENTS[1]} {DETERMINISTIC}")
-    assert on_processes(runs_on_pairs, backend, pairs, 2) == [alone]
+    together = on_processes(runs, backend_name, [(kind, flags)], 3)
+    assert together == [trained(runs, backend_name, flags, kind)]
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_gives_the_same_bits_on_pairs(runs_on_pairs: Runs, backend_name: str) -> None:
+    alone = trained(runs_on_pairs, backend_name, f"{ARRANGEMENTS[1]} {DETERMINISTIC}")
+    assert on_processes(runs_on_pairs, backend_name, [("lora", f"{PACKED} {DETERMINISTIC}")], 2) == [alone]
 
 
 def refused(runs: Runs, capsys: pytest.CaptureFixture[str], backend: str, flags: str) -> str:
@@ -91,6 +97,7 @@ def test_what_cannot_be_had_is_refused(runs: Runs, capsys: pytest.CaptureFixture
     assert "lora.dropout is 0.1: expected 0 with deterministic" in said
 
 
+@fast_on("torch")
 def test_the_settings_that_are_set_aside_are_said(
     runs: Runs, capsys: pytest.CaptureFixture[str], backend_name: str
 ) -> None:

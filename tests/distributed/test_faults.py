@@ -18,8 +18,8 @@ from bnf_align.arguments import parse
 from bnf_align.run.run_folder import RunFolder
 from bnf_core.config import TrainConfig
 from bnf_core.storage.checkpoints import Checkpoints
-from conftest import BACKENDS
-from invariance import BASE, WAYS, Runs, Trajectory, command, launch, write_rows
+from conftest import fast_on
+from invariance import BASE, WAYS, Runs, Trajectory, command, launch, ways, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +75,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(
     refuses(changed(words, model=small, packing=packing, overwrite="true"), run, "tokenizer", "64", r"token.* \d+")
 
 
+@fast_on("mlx")
 def test_a_checkpoint_of_another_rank(runs: Runs, backend_name: str, refuses: Refuses) -> None:
     words, run = runs.words(backend_name, "lora", f"{BASE} --max-steps 1")
     assert command(words) == 0
@@ -83,6 +84,7 @@ def test_a_checkpoint_of_another_rank(runs: Runs, backend_name: str, refuses: Re
     refuses(changed(again, resume_anyway="true"), run, "has rank 4 in the checkpoint and 8 here")
 
 
+@fast_on("mlx")
 def test_a_saved_adapter_of_another_rank(runs: Runs, backend_name: str, refuses: Refuses) -> None:
     words, run = runs.words(backend_name, "lora", f"{BASE} --max-steps 1")
     assert command(words) == 0
@@ -96,6 +98,7 @@ def test_a_saved_adapter_of_another_rank(runs: Runs, backend_name: str, refuses:
     )
 
 
+@fast_on("torch")
 def test_a_reference_of_another_model(runs: Runs, backend_name: str, tmp_path: Path, refuses: Refuses) -> None:
     other, stored = tiny.make_model(tmp_path / "other", seed=1), tmp_path / "reference"
     make = ["reference", "--model", str(other), "--data", str(runs.rows), "--output", str(stored)]
@@ -149,6 +152,7 @@ def out_of_memory(backend: str, monkeypatch: pytest.MonkeyPatch, after: int) -> 
     monkeypatch.setattr(place, name, wrong)
 
 
+@fast_on("torch")
 def test_a_full_device(runs: Runs, backend_name: str, monkeypatch: pytest.MonkeyPatch, refuses: Refuses) -> None:
     """Is named with the plan's figures and what to try; the last checkpoint stays good."""
     words, run = runs.words(backend_name, "full", f"{BASE} --save-every 1")
@@ -164,12 +168,8 @@ def test_a_full_device(runs: Runs, backend_name: str, monkeypatch: pytest.Monkey
 
 # Two processes
 
-PAIRS = [
-    pytest.param(way, marks=mark.marks) for mark in BACKENDS for way, (name, _) in WAYS.items() if name in mark.values
-]
 
-
-@pytest.mark.parametrize("way", PAIRS)
+@pytest.mark.parametrize("way", ways("mlx"))
 def test_two_processes(runs: Runs, way: str, tmp_path: Path) -> None:
     """In one pair of processes, whose imports cost most of the time, one after another: a run that one of them is told
     to end; one that goes on after it was ended on one process; data that differ; a folder that another run has; and a

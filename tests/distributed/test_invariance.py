@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import BACKENDS
-from invariance import ALLOWED, BASE, UNSHARED, WAYS, Runs, Trajectory, complaints, launch, write_turns
+from conftest import BACKENDS, fast_of, fast_on, slow
+from invariance import ALLOWED, BASE, UNSHARED, WAYS, Runs, Trajectory, complaints, launch, ways, write_turns
 
 PACKED = "--packing true --max-length 192"
 UNSORTED = "--micro-batch-size 3 --group-by-length false"
 CHECKPOINTED = "--micro-batch-size 4 --gradient-checkpointing true"
 ARRANGEMENTS = [
-    ("lora", "--micro-batch-size 1"),
-    ("lora", f"{CHECKPOINTED} {UNSHARED}"),
     ("lora", UNSORTED),
     ("lora", CHECKPOINTED),
-    ("lora", f"--micro-batch-size 8 {PACKED}"),
-    ("full", UNSORTED),
     ("full", f"--micro-batch-size 2 {PACKED} --gradient-checkpointing true"),
+    slow("lora", "--micro-batch-size 1"),
+    slow("lora", f"{CHECKPOINTED} {UNSHARED}"),
+    slow("lora", f"--micro-batch-size 8 {PACKED}"),
+    slow("full", UNSORTED),
 ]
 EVERY_ARRANGEMENT = [
     (kind, f"--micro-batch-size {size} {sort} {packing} {sharing} {checkpointing}")
@@ -45,12 +45,19 @@ ALONE = {
     "completions see each other": CHECKPOINTED,
     "packed rows see each other": f"--micro-batch-size 8 {PACKED} {UNSHARED}",
 }
+# On each backend; fast on one of them, in turn.
+EACH_BUG = [
+    pytest.param(name, bug, marks=marks if i % 2 == j else [*marks, pytest.mark.slow])
+    for i, bug in enumerate(ALONE)
+    for j, (name, marks) in enumerate((param.values[0], list(param.marks)) for param in BACKENDS)
+]
 # On two processes: several micro-batches each; a second process that has nothing to do; all weights.
 SEVERAL = "--micro-batch-size 2 --gradient-checkpointing true"
 SHARED = [("lora", SEVERAL), ("lora", f"--micro-batch-size 8 {PACKED}"), ("full", UNSORTED)]
-PAIR = ["per-rank mean", "averaged gradients"]
+PAIR = ["averaged gradients", "per-rank mean"]
+FAST_BUG = {"ddp": PAIR[1], "fsdp": PAIR[0], "mlx": PAIR[0]}
 Key = tuple[str, str, str]  # kind, or another objective; flags; bug
-Pair = Callable[[str], dict[Key, Trajectory]]
+Pair = Callable[[str, Key], Trajectory]
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +81,7 @@ def test_one_trajectory(runs: Runs, backend_name: str, kind: str, flags: str) ->
     assert runs.complaints(backend_name, kind, runs.train(backend_name, kind, flags)) == []
 
 
+@fast_on("torch")
 def test_the_order_of_rows_within_a_step_is_nothing(runs: Runs, backend_name: str) -> None:
     other = runs.train(backend_name, "lora", "--micro-batch-size 3 --group-by-length false", "permuted")
     assert runs.complaints(backend_name, "lora", other) == []
@@ -85,7 +93,7 @@ def test_one_trajectory_in_every_arrangement(runs: Runs, backend_name: str, kind
     assert runs.complaints(backend_name, kind, runs.train(backend_name, kind, flags)) == []
 
 
-@pytest.mark.parametrize("bug", ALONE)
+@pytest.mark.parametrize(("backend_name", "bug"), EACH_BUG)
 def test_a_bug_is_caught(runs: Runs, backend_name: str, bug: str) -> None:
     assert runs.complaints(backend_name, "lora", runs.train(backend_name, "lora", ALONE[bug], bug))
 
@@ -93,43 +101,57 @@ def test_a_bug_is_caught(runs: Runs, backend_name: str, bug: str) -> None:
 # Two processes
 
 
+def beside(way: str, key: Key) -> list[Key]:
+    """All runs of the fast tests if it is one of them, or of the slow ones."""
+    fast = [("lora", SEVERAL, ""), ("kto", SEVERAL, ""), ("lora", SEVERAL, FAST_BUG[way])]
+    every = [*((*shared, "") for shared in SHARED), *(("lora", SEVERAL, bug) for bug in PAIR)]
+    every += [(name, SEVERAL, "") for name in ("dpo", "kto")]
+    return fast if key in fast else [other for other in every if other not in fast]
+
+
 @pytest.fixture(scope="module")
 def pair(runs: Runs, objective_runs: Callable[[str], Runs]) -> Pair:
-    """For each way of sharing the work, all runs in one pair of processes: most of their time goes into imports."""
-    known: dict[str, dict[Key, Trajectory]] = {}
+    """For each way of sharing the work, the runs of the fast tests in one pair of processes, and those of the slow ones
+    in another."""
+    known: dict[tuple[str, Key], Trajectory] = {}
 
-    def pair(way: str) -> dict[Key, Trajectory]:
-        if way not in known:
+    def pair(way: str, key: Key) -> Trajectory:
+        if (way, key) not in known:
             backend = WAYS[way][0]
-            arranged: dict[Key, tuple[list[str], Path]] = {
-                (kind, flags, bug): runs.words(backend, kind, flags)
-                for kind, flags, bug in [(*shared, "") for shared in SHARED] + [("lora", SEVERAL, bug) for bug in PAIR]
-            } | {(name, SEVERAL, ""): objective_runs(name).words(backend, "lora", SEVERAL) for name in ("dpo", "kto")}
+            arranged = {
+                (kind, flags, bug): objective_runs(kind).words(backend, "lora", flags)
+                if kind in OBJECTIVES
+                else runs.words(backend, kind, flags)
+                for kind, flags, bug in beside(way, key)
+            }
             jobs = [(bug, words) for (_, _, bug), (words, _) in arranged.items()]
             (code, output), (other_code, other_output) = launch(way, jobs, [runs.folder] * 2)
             assert code == other_code == 0, output + other_output
             assert output.count("on 2 processes") == len(jobs)
-            known[way] = {key: Trajectory.read(output) for key, (_, output) in arranged.items()}
-        return known[way]
+            known.update({(way, key): Trajectory.read(output) for key, (_, output) in arranged.items()})
+        return known[way, key]
 
     return pair
 
 
-PAIRS = [
-    pytest.param(way, marks=mark.marks) for mark in BACKENDS for way, (name, _) in WAYS.items() if name in mark.values
-]
-
-
-@pytest.mark.parametrize("way", PAIRS)
-@pytest.mark.parametrize(("kind", "flags"), SHARED)
+@pytest.mark.parametrize("way", ways())
+@pytest.mark.parametrize(("kind", "flags"), fast_of(SHARED, SHARED[0]))
 def test_two_processes_take_the_same_road(runs: Runs, pair: Pair, way: str, kind: str, flags: str) -> None:
-    assert runs.complaints(WAYS[way][0], kind, pair(way)[kind, flags, ""]) == []
+    assert runs.complaints(WAYS[way][0], kind, pair(way, (kind, flags, ""))) == []
 
 
-@pytest.mark.parametrize("way", PAIRS)
-@pytest.mark.parametrize("bug", PAIR)
+@pytest.mark.parametrize(
+    ("way", "bug"),
+    [
+        pytest.param(
+            *way.values, bug, marks=[*way.marks, *([] if bug == FAST_BUG[way.values[0]] else [pytest.mark.slow])]
+        )
+        for way in ways()
+        for bug in PAIR
+    ],
+)
 def test_a_bug_of_two_processes_is_caught(runs: Runs, pair: Pair, way: str, bug: str) -> None:
-    assert runs.complaints(WAYS[way][0], "lora", pair(way)["lora", SEVERAL, bug])
+    assert runs.complaints(WAYS[way][0], "lora", pair(way, ("lora", SEVERAL, bug)))
 
 
 # Other objectives: on pairs, and compared with a number of the whole step
@@ -155,7 +177,9 @@ def objective_runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     return runs
 
 
-@pytest.mark.parametrize(("name", "flags"), [*(("dpo", flags) for flags in CUTS[1:]), ("kto", UNSORTED)])
+@pytest.mark.parametrize(
+    ("name", "flags"), [("dpo", CUTS[3]), ("kto", UNSORTED), *(slow("dpo", flags) for flags in CUTS[1:3])]
+)
 def test_other_objectives_take_one_trajectory(
     objective_runs: Callable[[str], Runs], backend_name: str, name: str, flags: str
 ) -> None:
@@ -174,6 +198,7 @@ def test_other_objectives_take_one_trajectory_in_every_cut(
     assert runs.complaints(backend_name, kind, runs.train(backend_name, kind, flags)) == []
 
 
+@fast_on("mlx")
 @pytest.mark.parametrize("bug", ["mean of means", "pairs parted", "dropped tail"])
 def test_a_bug_of_other_objectives_is_caught(
     objective_runs: Callable[[str], Runs], backend_name: str, bug: str
@@ -183,18 +208,17 @@ def test_a_bug_of_other_objectives_is_caught(
     assert runs.complaints(backend_name, "lora", runs.train(backend_name, "lora", uneven, bug))
 
 
-@pytest.mark.parametrize("way", PAIRS)
-@pytest.mark.parametrize("name", ["dpo", "kto"])
+@pytest.mark.parametrize("way", ways())
+@pytest.mark.parametrize("name", ["kto", slow("dpo")])
 def test_two_processes_take_the_same_road_with_other_objectives(
     objective_runs: Callable[[str], Runs], pair: Pair, way: str, name: str
 ) -> None:
-    assert objective_runs(name).complaints(WAYS[way][0], "lora", pair(way)[name, SEVERAL, ""]) == []
+    assert objective_runs(name).complaints(WAYS[way][0], "lora", pair(way, (name, SEVERAL, ""))) == []
 
 
 # Rows with turns that are not trained
 
-TURNS = [UNSORTED, CHECKPOINTED, f"--micro-batch-size 8 {PACKED}"]
-TURNS_TOO = [pytest.param("--micro-batch-size 1", marks=pytest.mark.slow)]
+TURNS = [f"--micro-batch-size 8 {PACKED}", *map(slow, (UNSORTED, CHECKPOINTED, "--micro-batch-size 1"))]
 
 
 @pytest.fixture(scope="module")
@@ -202,16 +226,18 @@ def turns(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tiny_model, tmp_path_factory.mktemp("turns"), rows=write_turns)
 
 
-@pytest.mark.parametrize("flags", TURNS + TURNS_TOO)
+@pytest.mark.parametrize("flags", TURNS)
 def test_rows_with_turns_that_are_not_trained_take_one_trajectory(turns: Runs, backend_name: str, flags: str) -> None:
     assert turns.complaints(backend_name, "lora", turns.train(backend_name, "lora", flags)) == []
 
 
+@fast_on("torch")
 def test_turns_that_are_trained_by_mistake_are_seen(turns: Runs, backend_name: str) -> None:
     assert turns.complaints(backend_name, "lora", turns.train(backend_name, "lora", BASE, "turns trained"))
 
 
-@pytest.mark.parametrize("way", PAIRS)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ways())
 def test_two_processes_take_the_same_road_with_turns_that_are_not_trained(turns: Runs, way: str) -> None:
     """Bit-for-bit the same with tokens that are kept on the disk and with each process's own."""
     backend = WAYS[way][0]

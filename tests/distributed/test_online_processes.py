@@ -7,15 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from conftest import BACKENDS
-from invariance import WAYS, command, launch
+from invariance import WAYS, command, launch, ways
 
 FLAGS = "--iterations 3 --prompts-per-iteration 3 --samples-per-prompt 4 --updates-per-batch 2 --sample-tokens 6"
 FLAGS += " --rank 4 --alpha 8 --lr 5e-3 --warmup-steps 1 --epsilon 1e-2 --max-length 64 --micro-batch-size 3"
 FLAGS += " --stop [a,e,i] --reference-policy previous --device cpu --dtype float32 --sample-batch-size 4 --eval-every 2"
-PAIRS = [
-    pytest.param(way, marks=mark.marks) for mark in BACKENDS for way, (name, _) in WAYS.items() if name in mark.values
-]
 
 
 def words(model: Path, folder: Path, backend: str, output: str) -> tuple[list[str], Path]:
@@ -36,7 +32,7 @@ def drawn(run: Path) -> list[Any]:
     return [(row["prompt_ids"], row["completion_ids"], row["label"], row["iteration"], row["sample"]) for row in rows]
 
 
-@pytest.mark.parametrize("way", PAIRS)
+@pytest.mark.parametrize("way", ways("fsdp"))
 def test_two_processes_do_what_one_does(way: str, tiny_model: Path, tmp_path: Path) -> None:
     backend = WAYS[way][0]
     alone, whole = words(tiny_model, tmp_path, backend, "alone")

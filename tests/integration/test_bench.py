@@ -28,6 +28,7 @@ from bnf_core.config import DataConfig, HardwareConfig
 from bnf_core.errors import UserError
 from bnf_core.steps.batching import pairs
 from bnf_core.types import Example
+from conftest import fast_on
 
 QUIET = Console(quiet=True)
 
@@ -255,6 +256,7 @@ def test_page_and_picture_hold_every_contender() -> None:
 # The three commands
 
 
+@fast_on("mlx")
 def test_the_loss_is_measured_on_each_backend(
     tmp_path: Path, backend_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -342,6 +344,7 @@ def step_config(model: Path, feedback: Path, backend: str, path: Path, **setting
     )
 
 
+@fast_on("torch")
 def test_a_step_is_measured_on_each_backend(
     tiny_model: Path, feedback: Path, tmp_path: Path, backend_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +359,7 @@ def test_a_step_is_measured_on_each_backend(
     assert peers in figures.notes or peers in figures.rounds[0]
 
 
+@fast_on("torch")
 def test_the_first_epoch_computes_the_reference_in_every_step(
     tiny_model: Path, feedback: Path, tmp_path: Path, backend_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -395,6 +399,7 @@ def test_peers_get_pairs_of_one_prompt() -> None:
             pairs(bad)
 
 
+@pytest.mark.slow
 def test_growth_is_measured_and_fitted(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_growth, "peak_memory", lambda config, rows, name: float(sum(map(len, rows))))
     monkeypatch.setattr(bench_loss, "apart", lambda name, job, *args: job(*args))

@@ -158,7 +158,7 @@ def test_flex_attention_itself_takes_these_masks(monkeypatch: pytest.MonkeyPatch
     (part,) = micro_batches(rows()[:6], MicroBatching(1, pack_to=600, share_prompts=True))
     for masks in ("dense", "blocks"):
         made = engine("llama", attention_masks="dense")
-        attention.use_masks(made.base, masks)  # type: ignore[arg-type]
+        attention.use_masks(made.base, masks)
         found[masks] = made.evaluate(part, np.zeros(len(part.targets), np.float32)).log_odds
     np.testing.assert_allclose(found["blocks"], found["dense"], rtol=1e-4, atol=1e-4)
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from bnf_align import cli
 from bnf_align.commands import chat as module
 from bnf_core.sampling import Completion
+from conftest import fast_on
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 ASKED = "What is 2?"
@@ -58,6 +59,7 @@ def generated(model: Path, run: Path, backend: str, capsys: pytest.CaptureFixtur
     return capsys.readouterr().out.removesuffix("\n")
 
 
+@fast_on("torch")
 def test_both_sides_say_what_they_say_alone(
     runs: Any, said: Any, tiny_model: Path, backend_name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ from bnf_align.run.run_folder import recorded_setting
 from bnf_core.config import DataConfig, EvaluateConfig, HardwareConfig, ReferenceConfig
 from bnf_core.data.tokenization import load_tokenizer, stop_ids
 from bnf_core.errors import UserError
+from conftest import fast_on
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -50,6 +51,7 @@ def on(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     return set_day
 
 
+@fast_on("mlx")
 def test_a_run_a_reference_and_an_evaluation_keep_the_day_they_began(
     model: Path, feedback: Path, tmp_path: Path, on: Callable[[str], None], backend_name: str
 ) -> None:

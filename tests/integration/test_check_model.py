@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 import tiny
+from conftest import slow
 
 pytest.importorskip("torch")
 pytest.importorskip("mlx_lm")
@@ -88,7 +89,7 @@ def test_the_rope_trap_is_found_when_the_loader_does_not_see_to_it(
     assert written["agree"] is False and written["divergence"]["where"] == "layers.0.self_attn"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", slow("float16")])
 def test_where_every_operation_rounds_both_are_as_far_from_float32(
     tiny_model: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -157,21 +158,21 @@ def changed(**changes: Any) -> Callable[[Path], dict[str, Any]]:
             "layers.0.self_attn",
             "attention soft-cap: the config says 3.0, and mlx computes as if it were none",
         ),
-        (
+        slow(
             "gemma2",
             GEMMA2,
             changed(final_logit_softcapping=30.0),
             "the model's output",
             "logit soft-cap: the config says 5.0, and mlx computes as if it were 30.0",
         ),
-        (
+        slow(
             "granite",
             {"logits_scaling": 2.0},
             changed(logits_scaling=1.0),
             "the model's output",
             "logit scale: the config says 2.0, and mlx computes as if it were 1.0",
         ),
-        (
+        slow(
             "granite",
             {"embedding_multiplier": 3.0},
             changed(embedding_multiplier=1.0),

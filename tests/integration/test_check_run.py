@@ -15,6 +15,7 @@ from bnf_align.commands.check_run import compare, read_run, update_error
 from bnf_core import registry
 from bnf_core.models.adapters import LowRank
 from bnf_core.types import Array
+from conftest import slow
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -66,13 +67,9 @@ def check(capsys: pytest.CaptureFixture[str], a: Path, b: Path) -> tuple[int, st
     ("kind", "objective"),
     [
         ("lora", "bnf"),
-        pytest.param("dora", "bnf", marks=pytest.mark.slow),
-        ("full", "bnf"),
-        ("lora", "kto"),
-        *(
-            pytest.param("lora", name, marks=pytest.mark.slow)
-            for name in ("nll", "bco", "apo_zero_unpaired", "bnf + 0.2*npo")
-        ),
+        slow("dora", "bnf"),
+        slow("full", "bnf"),
+        *(slow("lora", name) for name in ("kto", "nll", "bco", "apo_zero_unpaired", "bnf + 0.2*npo")),
     ],
 )
 def test_both_backends_take_the_same_road(

@@ -1,14 +1,12 @@
 """The conformance suite accepts what is right, rejects what is wrong for the right reason, and its files rebuild."""
 
 import json
-import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from html.parser import HTMLParser
@@ -29,6 +27,7 @@ from bnf_conformance.tolerances import Tolerances
 from bnf_core import registry
 from bnf_core.errors import UserError
 from bnf_core.protocol import BatchResult, DenseResult
+from conftest import slow
 from wrong_backends import NumpyBackend, OracleLosses
 
 ROOT = Path(__file__).parents[2]
@@ -168,6 +167,9 @@ def small_suite() -> list[checks.Check]:
     return [small(check) for check in checks.suite()]
 
 
+SLOW_SUITE = pytest.param(checks.suite, id="every case", marks=pytest.mark.slow)
+
+
 @pytest.fixture
 def small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "suite", small_suite)
@@ -190,10 +192,20 @@ class Seen(OracleLosses):
 
 
 @cache
+def mistakes_suite() -> list[checks.Check]:
+    """Without float16, in which a mistake shows as in bfloat16."""
+    return [check._replace(cases=[without_float16(case) for case in check.cases]) for check in small_suite()]
+
+
+def without_float16(case: vectors.Case) -> vectors.Case:
+    return replace(case, dtypes=tuple(dtype for dtype in case.dtypes if dtype != "float16"))
+
+
+@cache
 def parts_used() -> dict[str, set[str]]:
     """By each check of a backend's losses."""
     found = {}
-    for check in small_suite():
+    for check in mistakes_suite():
         Seen.parts = set()
         report_of(Seen, [check])
         found[check.name] = Seen.parts
@@ -210,23 +222,27 @@ def report_of(losses: type[OracleLosses], checked: list[checks.Check]) -> Report
 def small_report(losses: type[OracleLosses] = OracleLosses) -> Report:
     """Computed once. A check that uses nothing of what a backend does otherwise has the oracle's results."""
     if losses is OracleLosses:
-        return report_of(losses, small_suite())
+        return report_of(losses, mistakes_suite())
     own = {name for kind in losses.__mro__[: losses.__mro__.index(OracleLosses)] for name in vars(kind)}
     touched = {name for name, parts in parts_used().items() if parts & own - {"__module__", "__doc__"}}
-    report = report_of(losses, [check for check in small_suite() if check.name in touched])
+    report = report_of(losses, [check for check in mistakes_suite() if check.name in touched])
     rest = [result for result in small_report().results if result.check not in touched]
     return replace(report, results=[*report.results, *rest])
 
 
+@pytest.fixture(scope="module", params=[pytest.param(small_suite, id="small cases"), SLOW_SUITE])
+def suite_of_oracle(request: pytest.FixtureRequest) -> list[checks.Check]:
+    return request.param()
+
+
 @pytest.fixture(scope="module")
-def looked_up() -> set[tuple[str, str]]:
-    """Levels and quantities whose tolerance `whole_report` needed."""
+def looked_up(suite_of_oracle: list[checks.Check]) -> set[tuple[str, str]]:
+    """Levels and quantities whose tolerance `oracle_report` needed."""
     return set()
 
 
 @pytest.fixture(scope="module")
-def whole_report(looked_up: set[tuple[str, str]]) -> Report:
-    """The oracle's, on every case."""
+def oracle_report(suite_of_oracle: list[checks.Check], looked_up: set[tuple[str, str]]) -> Report:
     original = Tolerances.__call__
 
     def spy(self: Tolerances, level: str, quantity: str, dtype: str) -> tuple[float, float]:
@@ -235,11 +251,11 @@ def whole_report(looked_up: set[tuple[str, str]]) -> Report:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tolerances, "__call__", spy)
-        return run(NumpyBackend())
+        return report_of(OracleLosses, suite_of_oracle)
 
 
-def test_the_oracle_passes(whole_report: Report) -> None:
-    report = whole_report
+def test_the_oracle_passes(oracle_report: Report) -> None:
+    report = oracle_report
     assert report.ok, report.failures
     assert set(report.counts()) == {"pass"}
     # Float64 must be far inside every tolerance, or the checks measure something else than the backend; gradients
@@ -505,7 +521,7 @@ def test_all_checks_every_installed_backend_and_says_what_it_left_out(
 # Tolerances ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("whole_report")
+@pytest.mark.usefixtures("oracle_report")
 def test_every_tolerance_has_its_reason_and_every_reason_is_used(looked_up: set[tuple[str, str]]) -> None:
     levels = tomllib.loads(tolerances.FILE.read_text())
     tiers = levels.pop("tier")
@@ -558,7 +574,7 @@ def test_the_tf32_tier_has_room_for_tf32_and_not_for_less() -> None:
 # The contract -------------------------------------------------------------------------------------------------
 
 
-def test_every_clause_names_its_checks_and_every_check_its_clause(whole_report: Report) -> None:
+def test_every_clause_names_its_checks_and_every_check_its_clause(oracle_report: Report) -> None:
     text = (ROOT / "conformance" / "SPEC.md").read_text()
     clauses = re.findall(r"^\*\*([A-Z]\d+)\*\*(.*?)(?=^\*\*[A-Z]\d+\*\*|^#|\Z)", text, re.MULTILINE | re.DOTALL)
     assert len(clauses) >= 20 and len({name for name, _ in clauses}) == len(clauses)
@@ -567,10 +583,13 @@ def test_every_clause_names_its_checks_and_every_check_its_clause(whole_report: 
         found = re.findall(r"`(L\d [a-z ]+) / (\w+)`", clause)
         assert found, f"clause {name} names no check"
         named.update(found)
-    assert named == {(r.check, r.quantity) for r in whole_report.results}
+    assert named == {(r.check, r.quantity) for r in oracle_report.results}
 
 
-def test_the_example_backend_conforms_once_it_is_installed(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small_cases")
+def test_the_example_backend_conforms_once_it_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """It is found by its entry point, read from its pyproject.toml as an installation would record it."""
     example = ROOT / "conformance" / "example"
     project = tomllib.loads((example / "pyproject.toml").read_text())["project"]
@@ -581,21 +600,15 @@ def test_the_example_backend_conforms_once_it_is_installed(tmp_path: Path) -> No
     lines = [f"{name} = {value}" for name, value in points.items()]
     (record / "entry_points.txt").write_text("\n".join(["[bnf.backends]", *lines]) + "\n")
 
-    command = [
-        sys.executable,
-        "-m",
-        "bnf_align",
-        "conformance",
-        "--backend",
-        "example",
-        "--report",
-        "report.json",
-    ]
-    path = os.pathsep.join([str(tmp_path), str(example)])
-    result = subprocess.run(
-        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    for folder in (tmp_path, example):
+        monkeypatch.syspath_prepend(folder)
+    registry._points.cache_clear()
+    try:
+        code = cli.run(["conformance", "--backend", "example", "--report", str(tmp_path / "report.json")])
+    finally:
+        registry._points.cache_clear()
+    said = capsys.readouterr()
+    assert code == 0, said.out + said.err
     (entry,) = json.loads((tmp_path / "report.json").read_text())["runs"]
     assert entry["backend"] == "example"
     verdicts = {level: verdicts["float32"] for level, verdicts in entry["levels"].items()}
@@ -694,22 +707,26 @@ def test_cases_reach_what_they_are_for() -> None:
 # Backends -----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["torch", "mlx"])
-def backend_report(request: pytest.FixtureRequest) -> Iterator[Report]:
-    if absent := registry.missing(request.param):
-        pytest.skip(f"{', '.join(absent)} not installed")
-    if request.param == "torch":
+@pytest.fixture(params=["small cases", slow("every case")])
+def backend_report(backend_name: str, request: pytest.FixtureRequest) -> Report:
+    """On every case as a user has it: what MLX compiles is compiled."""
+    small = request.param == "small cases"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "suite", small_suite if small else checks.suite)
+        if backend_name == "mlx":
+            if not small:
+                request.getfixturevalue("mlx_compiles")
+            return run(registry.get("mlx"))
         import torch
 
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # thousands of tiny operations: more threads only wait for each other
-        yield run(registry.get("torch"), "cpu")
-        torch.set_num_threads(threads)
-    else:
-        yield run(registry.get(request.param))
+        try:
+            return run(registry.get("torch"), "cpu")
+        finally:
+            torch.set_num_threads(threads)
 
 
-@pytest.mark.usefixtures("mlx_compiles")
 def test_the_backends_conform(backend_report: Report) -> None:
     assert backend_report.ok, [
         (r.check, r.case, r.dtype, r.quantity, r.error, r.message) for r in backend_report.failures

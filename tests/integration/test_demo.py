@@ -9,10 +9,12 @@ from test_online import at_hand, lines, samples  # noqa: F401  (fixtures)
 
 from bnf_align.commands.demo import SIGNS, DemoConfig, demo
 from bnf_core.config import HardwareConfig
+from conftest import fast_on
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
+@fast_on("torch")
 @pytest.mark.usefixtures("at_hand")
 def test_the_road_is_whole(tiny_model: Path, tmp_path: Path, backend_name: str) -> None:
     console = Console(record=True, width=200, file=io.StringIO())

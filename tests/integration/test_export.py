@@ -116,6 +116,7 @@ def test_what_says_otherwise_is_not_kept(
     assert "not opened again" in said
 
 
+@pytest.mark.slow
 def test_llama_cpps_own_converter_is_taken_where_it_is(
     run_of_torch: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -356,6 +357,7 @@ def sayable() -> dict[str, ollama.Turns]:
     return found
 
 
+@pytest.mark.slow
 def test_most_templates_of_real_models_can_be_said_in_go(tmp_path: Path) -> None:
     """Each is held against Jinja as it is made; here by Go itself, where it is installed."""
     if not chat_templates.template_files():

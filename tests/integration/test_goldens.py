@@ -16,6 +16,7 @@ from bnf_conformance.goldens import Comparison, Golden, Result, beside
 from bnf_core import registry
 from bnf_core.errors import UserError
 from bnf_core.steps import batching
+from conftest import fast_on
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,6 +37,7 @@ def test_this_code_computes_what_the_golden_has(backend_name: str) -> None:
     assert comparison.ok, list(command.told(comparison))
 
 
+@fast_on("torch")
 def test_the_same_run_gives_the_same_bits(backend_name: str) -> None:
     comparison = beside(taken(backend_name), goldens.take(registry.get(backend_name)))
     assert comparison.same_bits and not comparison.other
@@ -48,6 +50,7 @@ def test_the_backends_take_one_road() -> None:
     assert all(0 < worst[name][0] <= worst[name][1] for name in ("loss", "grad_norm"))
 
 
+@fast_on("torch")
 def test_a_bug_is_seen(backend_name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The mean of a micro-batch's own rows, instead of the step's."""
     right = batching.collate

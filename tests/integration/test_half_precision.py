@@ -13,6 +13,7 @@ from bnf_core.processes import ALONE
 from bnf_core.steps.batching import collate
 from bnf_core.steps.scaling import SMALLER, loss_scales
 from bnf_core.types import Array, Batch, Example
+from conftest import slow
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-3, epsilon=1.0, warmup_steps=0, schedule="constant")
 BOUNDS = {"float16": 1e-2, "bfloat16": 4e-2}
@@ -49,7 +50,7 @@ def update(name: str, model: Path, dtype: str, sequences: int) -> tuple[Array, f
     return np.concatenate([(after[key] - before[key]).ravel() for key in names]), norm
 
 
-@pytest.mark.parametrize("sequences", [4, 512, 32768])
+@pytest.mark.parametrize("sequences", [slow(4), slow(512), 32768])
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_small_coefficients_cost_nothing(model: Path, backend_name: str, dtype: str, sequences: int) -> None:
     """Coefficients of 6e-3, 5e-5 and 8e-7. Rejects float16 without loss scaling, or with gradients left scaled."""

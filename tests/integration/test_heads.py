@@ -14,6 +14,7 @@ from bnf_core.config import LoraConfig, OptimizerConfig
 from bnf_core.objectives import parse
 from bnf_core.steps.batching import collate
 from bnf_core.types import Array, Batch, Example
+from conftest import fast_on
 
 VOCABULARY = 12_000
 SIZES: dict[str, Any] = {
@@ -93,6 +94,7 @@ OTHERS = [
 ]
 
 
+@fast_on("mlx")
 @pytest.mark.parametrize(("family", "objective"), PAIRED + OTHERS)
 def test_the_fused_head_computes_what_the_models_own_logits_give(
     folders: dict[str, Path], backend_name: str, family: str, objective: str
@@ -111,6 +113,7 @@ def test_the_fused_head_computes_what_the_models_own_logits_give(
         np.testing.assert_allclose(got[name], x, atol=1e-4 * largest, err_msg=name)
 
 
+@fast_on("torch")
 @pytest.mark.parametrize(("family", "objective"), PAIRED + OTHERS)
 def test_no_array_has_all_tokens_and_the_whole_vocabulary(
     folders: dict[str, Path], backend_name: str, family: str, objective: str, monkeypatch: pytest.MonkeyPatch

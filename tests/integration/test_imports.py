@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import bnf_align
+from conftest import slow
 
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = {"torch", "mlx", "mlx_lm", "peft"}
@@ -108,9 +109,12 @@ def test_no_framework_is_loaded_before_one_is_needed(statement: str) -> None:
     assert loaded_after(statement).isdisjoint(FRAMEWORKS | {"transformers"})
 
 
-def test_a_backend_never_loads_the_other() -> None:
-    assert loaded_after("import bnf_torch.backend, bnf_torch.engine").isdisjoint({"mlx", "mlx_lm", "bnf_mlx"})
-    assert loaded_after("import bnf_mlx.backend, bnf_mlx.engine").isdisjoint({"torch", "peft", "bnf_torch"})
+@pytest.mark.parametrize(
+    ("backend", "others"),
+    [("bnf_mlx", {"torch", "peft", "bnf_torch"}), slow("bnf_torch", {"mlx", "mlx_lm", "bnf_mlx"})],
+)
+def test_a_backend_never_loads_the_other(backend: str, others: set[str]) -> None:
+    assert loaded_after(f"import {backend}.backend, {backend}.engine").isdisjoint(others)
 
 
 def test_the_face_gives_what_it_names() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import tiny
+from conftest import fast_on
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
@@ -61,6 +62,7 @@ def said(capsys: pytest.CaptureFixture[str], *command: object) -> str:
     return " ".join(capsys.readouterr().err.split())
 
 
+@fast_on("torch")
 def test_a_row_beyond_the_positions_is_refused_before_the_first_step(
     gpt2: Path, backend_name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import slow
+
 mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
 
@@ -215,7 +217,9 @@ def loss_of(*inputs, **options):
     return linear_bnf_loss(*inputs, **options)[0]
 
 
-@pytest.mark.parametrize("mode", ["frozen head", "trained head", "head asked for unannounced", "statistics alone"])
+@pytest.mark.parametrize(
+    "mode", ["trained head", slow("statistics alone"), slow("frozen head"), slow("head asked for unannounced")]
+)
 @pytest.mark.parametrize("dtype", [mx.float32, pytest.param(mx.bfloat16, marks=pytest.mark.slow)])
 def test_memory_does_not_grow_with_the_number_of_tokens(mode, dtype):
     def peak(n: int) -> int:
@@ -241,7 +245,7 @@ def test_memory_does_not_grow_with_the_number_of_tokens(mode, dtype):
     assert growth < 7 * chunk, f"{small / chunk:.1f} chunks grew by {growth / chunk:.1f}"
 
 
-@pytest.mark.usefixtures("mlx_compiles")
+@pytest.mark.usefixtures("compiled_or_not")
 def test_the_head_gradient_is_right_announced_or_not_and_under_compile():
     inputs = fused_inputs(37)
 

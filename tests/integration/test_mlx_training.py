@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import tiny
+from conftest import slow
 
 mx = pytest.importorskip("mlx.core")
 pytest.importorskip("mlx_lm")
@@ -299,7 +300,7 @@ def test_checkpointing_takes_less_memory_and_leaves_the_model_as_it_was():
 
 @pytest.mark.usefixtures("mlx_compiles")
 @pytest.mark.parametrize(
-    ("kind", "compiled", "part"), [("lora", False, 0.8), ("dora", False, 0.95), ("lora", True, 0.9)]
+    ("kind", "compiled", "part"), [slow("lora", False, 0.8), slow("dora", False, 0.95), slow("lora", True, 0.9)]
 )
 def test_an_adapter_keeps_its_inputs_in_half_precision_and_learns_the_same(monkeypatch, kind, compiled, part):
     """Rejects a product, or a gradient of it, computed in bfloat16."""
@@ -633,7 +634,7 @@ def test_what_cannot_be_loaded_says_what_to_do(checkpoint, quantised):
 # Compiled
 
 
-@pytest.mark.usefixtures("mlx_compiles")
+@pytest.mark.usefixtures("compiled_or_not")
 @pytest.mark.parametrize(
     ("kind", "bits", "batching"),
     [("lora", 4, MicroBatching(8)), ("full", None, MicroBatching(8, pack_to=24))],

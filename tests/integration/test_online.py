@@ -30,6 +30,7 @@ from bnf_core.data.sources import load_feedback
 from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import TrainingStopped
 from bnf_core.types import Example
+from conftest import fast_on, slow
 
 pytestmark = pytest.mark.usefixtures("undrawn", "at_hand")
 
@@ -109,6 +110,7 @@ def samples(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
+@fast_on("torch")
 def test_every_sample_is_kept_and_learned_from(settings: Callable[..., OnlineConfig]) -> None:
     result = online(settings(), QUIET)
     rows, train = samples(result.folder), lines(result.folder)
@@ -139,6 +141,7 @@ def test_every_sample_is_kept_and_learned_from(settings: Callable[..., OnlineCon
     assert f"judged by `{JUDGE}`" in card and "bnf online --config run.yaml" in card and "| `pass_at_1` |" in card
 
 
+@pytest.mark.slow
 def test_training_raises_what_the_judge_likes(settings: Callable[..., OnlineConfig]) -> None:
     made = settings(
         iterations=12,
@@ -190,6 +193,7 @@ def judge(prompt, completion, row):
 """
 
 
+@fast_on("mlx")
 def test_a_judge_that_fails_is_counted_shown_and_at_last_ends_the_run(
     settings: Callable[..., OnlineConfig], tmp_path: Path
 ) -> None:
@@ -206,6 +210,7 @@ def test_a_judge_that_fails_is_counted_shown_and_at_last_ends_the_run(
         online(settings("other", judge=judge, max_failed=0.1), QUIET)
 
 
+@fast_on("mlx")
 def test_an_objective_of_pairs_learns_from_prompts_with_both_labels(settings: Callable[..., OnlineConfig]) -> None:
     result = online(settings(objective="dpo", iterations=2, updates_per_batch=1, valid=None), QUIET)
     for i, line in enumerate(lines(result.folder)):
@@ -219,6 +224,7 @@ def test_an_objective_of_pairs_learns_from_prompts_with_both_labels(settings: Ca
         assert line["tokens"] == sum(len(row["completion_ids"]) for row in learned) > 0
 
 
+@fast_on("mlx")
 def test_what_grpo_asks_of_samples_comes_with_them(settings: Callable[..., OnlineConfig], tmp_path: Path) -> None:
     (tmp_path / "size.py").write_text("def judge(prompt, completion, row):\n    return len(completion)\n")
     made = settings(judge=f"{tmp_path}/size.py:judge", label="score > mean", objective="grpo", iterations=1, valid=None)
@@ -242,6 +248,7 @@ def test_what_grpo_asks_of_samples_comes_with_them(settings: Callable[..., Onlin
     assert first["loss"] == pytest.approx(0.0, abs=1e-5) and first["kl"] < 1e-9 < second["kl"]
 
 
+@fast_on("mlx")
 def test_nothing_to_learn_from_ends_the_run(
     settings: Callable[..., OnlineConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -252,6 +259,7 @@ def test_nothing_to_learn_from_ends_the_run(
     assert len(samples(Path(made.output))) == 3 * 12
 
 
+@fast_on("torch")
 def test_labels_may_compare_the_samples_of_a_prompt(settings: Callable[..., OnlineConfig], tmp_path: Path) -> None:
     (tmp_path / "size.py").write_text("def judge(prompt, completion, row):\n    return len(completion)\n")
     made = settings(judge=f"{tmp_path}/size.py:judge", label="score in top 1", iterations=1, valid=None)
@@ -262,6 +270,7 @@ def test_labels_may_compare_the_samples_of_a_prompt(settings: Callable[..., Onli
     assert {row["label"] for row in rows} >= {True, False}
 
 
+@fast_on("mlx")
 def test_the_reference_of_all_weights_is_a_copy(settings: Callable[..., OnlineConfig]) -> None:
     made = settings(fine_tune_type="full", iterations=2, updates_per_batch=1, valid=None, save_every=1)
     result = online(made, QUIET)
@@ -273,6 +282,7 @@ def test_the_reference_of_all_weights_is_a_copy(settings: Callable[..., OnlineCo
     assert samples(result.folder)[: len(whole)] == whole
 
 
+@fast_on("torch")
 def test_an_adapter_that_is_trained_on_is_where_the_reference_stays(settings: Callable[..., OnlineConfig]) -> None:
     common = {"valid": None, "iterations": 1, "lora": LoraConfig(rank=4, alpha=8)}
     first = online(settings("first", **common), QUIET)
@@ -282,7 +292,7 @@ def test_an_adapter_that_is_trained_on_is_where_the_reference_stays(settings: Ca
     assert before["sampler_gap"] < 1e-4 < abs(after["log_odds_shift/chosen"])
 
 
-@pytest.mark.parametrize("objective", ["bnf", "grpo"])
+@pytest.mark.parametrize("objective", ["grpo", slow("bnf")])
 def test_both_backends_take_the_same_road(tiny_model: Path, prompts: Path, tmp_path: Path, objective: str) -> None:
     runs = {}
     for name in ("torch", "mlx"):
@@ -312,6 +322,7 @@ def test_both_backends_take_the_same_road(tiny_model: Path, prompts: Path, tmp_p
                 assert b[metric] == pytest.approx(a[metric], rel=1e-3, abs=1e-4), metric
 
 
+@fast_on("torch")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -336,6 +347,7 @@ def test_what_cannot_be_done_is_said(
     assert message in " ".join(capsys.readouterr().err.split())
 
 
+@fast_on("torch")
 def test_prompts_are_held_out(settings: Callable[..., OnlineConfig]) -> None:
     made = settings(iterations=1, valid=None, valid_fraction=0.4, eval_samples=2)
     result = online(made, QUIET)
@@ -347,12 +359,12 @@ def test_prompts_are_held_out(settings: Callable[..., OnlineConfig]) -> None:
 @pytest.mark.parametrize(
     ("backend_name", "policy"),
     [
-        ("torch", "frozen"),
         ("mlx", "previous"),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("mlx", "frozen"), ("torch", "previous"), ("torch", "refreshed"), ("mlx", "refreshed"))
-        ),
+        slow("torch", "frozen"),
+        slow("mlx", "frozen"),
+        slow("torch", "previous"),
+        slow("torch", "refreshed"),
+        slow("mlx", "refreshed"),
     ],
 )
 def test_a_run_that_is_stopped_anywhere_ends_as_one_that_was_not(
@@ -398,6 +410,7 @@ def _online(made: OnlineConfig, quick: bool) -> None:
     online(made, QUIET)
 
 
+@fast_on("torch")
 @pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(settings: Callable[..., OnlineConfig], kills: int) -> None:
     made = settings(iterations=8 if kills == 1 else 12, valid=None, reference_policy="previous")

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import tiny
+from conftest import fast_of
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
@@ -73,6 +74,11 @@ LORA_SETTINGS: dict[str, tuple[dict[str, Any], str | None]] = {
     "ensure_weight_tying": ({"target_modules": ["embed_tokens"], "ensure_weight_tying": True}, None),
 }
 
+# Fast of each: what is refused when it is made, and one of each way to be switched off and saved.
+FAST_KINDS = {"IA3", "LOHA", "OFT", "TRAINABLE_TOKENS", "VBLORA", "VERA", *AROUND_THE_MODEL} & set(KINDS)
+FAST_SETTINGS = ["bias all", "layer_replication", "dora", "modules_to_save", "embed_tokens", "ensure_weight_tying"]
+REFUSED = [name for name, (_, refusal) in LORA_SETTINGS.items() if refusal]
+
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
@@ -131,7 +137,7 @@ def assert_off_and_saved(folder: Path, model: Any, saved: Path) -> None:
         assert torch.equal(logits(again.get_base_model()), base)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", fast_of(KINDS, *FAST_KINDS))
 def test_every_kind(tiny_model: Path, kind: str, tmp_path: Path) -> None:
     """Rejects an adapter saved without what it does not train, such as random projections."""
     if kind in AROUND_THE_MODEL:
@@ -141,7 +147,7 @@ def test_every_kind(tiny_model: Path, kind: str, tmp_path: Path) -> None:
     assert_off_and_saved(tiny_model, made(tiny_model, config_of(kind)), tmp_path / "saved")
 
 
-@pytest.mark.parametrize("name", LORA_SETTINGS)
+@pytest.mark.parametrize("name", fast_of(LORA_SETTINGS, *REFUSED, *FAST_SETTINGS))
 def test_every_setting_of_lora(model: Path, name: str, tmp_path: Path) -> None:
     settings, refusal = LORA_SETTINGS[name]
     if refusal is None:
@@ -158,7 +164,7 @@ def by_peft(folder: Path, saved: Path, settings: dict[str, Any], *, embeddings: 
     return logits(PeftModel.from_pretrained(loaded(folder), saved))
 
 
-@pytest.mark.parametrize("name", LORA_SETTINGS)
+@pytest.mark.parametrize("name", fast_of(LORA_SETTINGS, *FAST_SETTINGS))
 def test_a_saved_adapter_is_refused_or_can_be_switched_off(model: Path, name: str, tmp_path: Path) -> None:
     """And either way it can be fused: nothing needs to be switched off then."""
     settings, refusal = LORA_SETTINGS[name]

@@ -11,6 +11,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from bnf_align.run.pictures import CHOSEN, REJECTED, run_figure, run_picture
+from conftest import slow
 
 
 def train(step: int, good: float | None = 0.1, bad: float | None = -0.2, **more: Any) -> dict[str, Any]:
@@ -97,8 +98,8 @@ def test_one_step_shows_as_a_dot() -> None:
     [
         [],
         [train(1)],
-        [evaluation(0, 0.5, 0.5)],
-        [train(1, good=None, bad=None)],
+        slow([evaluation(0, 0.5, 0.5)]),
+        slow([train(1, good=None, bad=None)]),
         [{"kind": "other"}],
         [{"kind": "train"}],
     ],

@@ -260,8 +260,8 @@ def test_adapter_parameters_follow_rank_and_targets() -> None:
 def test_masks_are_planned_as_they_are_made() -> None:
     """On a CPU the mask that transformers makes; none where each row holds one sequence."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.masking_utils import create_causal_mask
+    from transformers.models.llama import LlamaConfig, LlamaForCausalLM
 
     from bnf_torch.attention import LAYOUT, attending
 

@@ -29,6 +29,7 @@ from bnf_core.storage import reference_folder as module
 from bnf_core.storage.files import held
 from bnf_core.storage.reference_folder import ReferenceWriter, StoredReference, fingerprint, open_reference
 from bnf_core.types import Array, Batch, Example
+from conftest import fast_on
 from invariance import launch
 
 pytestmark = pytest.mark.usefixtures("undrawn")
@@ -696,6 +697,7 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
+@fast_on("mlx")
 def test_training_reads_the_reference_and_never_computes_it(
     made: Callable[[str], Path],
     tiny_model: Path,

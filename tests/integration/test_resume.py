@@ -39,6 +39,7 @@ from bnf_core.storage.checkpoints import Checkpoints
 from bnf_core.storage.digests import rows_digest
 from bnf_core.storage.shards import REFERENCE, StoredArrays, write_state
 from bnf_core.storage.tensors import TensorWriter
+from conftest import fast_on, slow
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -143,6 +144,7 @@ def stopped(
 # The same bits
 
 
+@fast_on("torch")
 def test_a_run_stopped_after_every_step_ends_as_one_that_was_not(
     tiny_model: Path,
     feedback: Path,
@@ -180,10 +182,10 @@ def test_dropout_and_the_second_epoch_are_put_to_the_test(
 @pytest.mark.parametrize(
     ("backend_name", "objective"),
     [
-        ("torch", "bco"),
         ("mlx", "bco"),
-        ("torch", "bnf + 0.5*kto"),
-        pytest.param("mlx", "bnf + 0.5*kto", marks=pytest.mark.slow),
+        slow("torch", "bco"),
+        slow("torch", "bnf + 0.5*kto"),
+        slow("mlx", "bnf + 0.5*kto"),
     ],
 )
 def test_what_an_objective_compares_with_runs_on(
@@ -272,6 +274,7 @@ def _train_until(run: TrainConfig, operation: int, count: Any) -> None:
     train(run, QUIET)
 
 
+@fast_on("mlx")
 @pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(
     tiny_model: Path,
@@ -429,9 +432,9 @@ def test_without_a_checkpoint_a_run_starts_from_the_beginning_and_says_so(
     [
         ({"optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=2, epsilon=1e-5)},
          "optimizer.learning_rate: 0.005 → 0.001"),
-        ({"batch_size": 4}, "batch_size: 5 → 4"),
-        ({"epochs": 3}, "epochs: 2 → 3"),
         ({"seed": 1}, "seed: 0 → 1"),
+        slow({"batch_size": 4}, "batch_size: 5 → 4"),
+        slow({"epochs": 3}, "epochs: 2 → 3"),
     ],
 )  # fmt: skip
 def test_changed_settings_are_listed_and_refused_unless_told(
@@ -494,6 +497,7 @@ optimizer.epsilon optimizer.weight_decay optimizer.max_grad_norm epochs max_step
 FACTS_OF_OLD += ["training rows", "held-out rows", "weights of the model"]
 
 
+@fast_on("mlx")
 def test_a_run_of_an_older_version_is_resumed_to_the_bit(
     stopped: Callable[..., TrainConfig], backend_name: str, whole: Callable[[str], Path]
 ) -> None:
@@ -556,6 +560,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(
     assert_same(tmp_path / "run", whole("torch"))
 
 
+@fast_on("torch")
 def test_a_file_that_the_system_cuts_short_is_noticed_by_every_writer(
     tiny_model: Path, feedback: Path, tmp_path: Path, backend_name: str, whole: Callable[[str], Path]
 ) -> None:

@@ -30,8 +30,9 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny mixtral, whose routers send tokens to every expert and to some of them more often."""
     sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    sizes["initializer_range"] = 0.4
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["mixtral"](**sizes, initializer_range=0.4))
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["mixtral"](**sizes))
     folder = tmp_path_factory.mktemp("routing") / "mixtral"
     model.save_pretrained(folder)
     return folder

@@ -15,6 +15,7 @@ from bnf_core.errors import UserError
 from bnf_core.steps.batching import MicroBatching, Rows, collate, micro_batches
 from bnf_core.types import Batch, Example
 from bnf_mlx.pages import pages
+from conftest import fast_of, slow
 
 PAD = 99
 
@@ -283,7 +284,10 @@ def assert_close(got: dict[str, Any], want: dict[str, Any], tolerance: float) ->
         assert np.abs(got[name] - want[name]).max() < tolerance * top, name
 
 
-@pytest.mark.parametrize(("backend", "family"), FAMILIES)
+@pytest.mark.parametrize(
+    ("backend", "family"),
+    fast_of(FAMILIES, ("torch", "gemma3_text"), ("mlx", "llama-sliding")),
+)
 def test_gradients_are_those_of_prompts_computed_each_time(backend: str, family: str) -> None:
     """Rejects completions that see each other or padding, positions that begin anew or go on from one completion to the
     next, windows in the grid, and a prompt whose gradient is counted for one completion only."""
@@ -294,7 +298,7 @@ def test_gradients_are_those_of_prompts_computed_each_time(backend: str, family:
             assert_close(model.gradients(micro_batches(rows, batching)), apart, 1e-5)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+@pytest.mark.parametrize("kind", ["lora", slow("dora"), slow("full")])
 @pytest.mark.parametrize("backend", ENGINES)
 def test_gradient_checkpointing_goes_with_shared_prompts(backend: str, kind: str) -> None:
     family = "llama"
@@ -310,7 +314,7 @@ def test_either_attention_of_torch_takes_shared_prompts() -> None:
     assert_close(eager.gradients(batches), sdpa.gradients(micro_batches(MIXED, APART)), 1e-5)
 
 
-@pytest.mark.usefixtures("mlx_compiles")
+@pytest.mark.usefixtures("compiled_or_not")
 def test_a_compiled_step_of_mlx_takes_shared_prompts() -> None:
     """Whose grids are padded, so that there are few shapes."""
     apart = MLX("llama").gradients(micro_batches(MIXED, APART))

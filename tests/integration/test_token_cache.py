@@ -30,6 +30,7 @@ from bnf_core.data.messages import RowError
 from bnf_core.data.token_cache import TokenCache, cache_folder
 from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import UserError
+from conftest import fast_on
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -49,6 +50,7 @@ def unread(*args: object) -> Any:
     raise AssertionError("text is read")
 
 
+@fast_on("torch")
 def test_a_run_is_the_same_with_kept_tokens_and_without(
     tiny_model: Path,
     feedback: Path,

@@ -34,6 +34,7 @@ from bnf_torch.backend import TorchBackend
 from bnf_torch.engine import TorchEngine
 from bnf_torch.optimizer import Optimizer, adamw
 from bnf_torch.probes import head_transform
+from conftest import slow
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant")
 LORA = LoraConfig(rank=4, alpha=8)
@@ -369,7 +370,7 @@ def test_a_trained_model_is_a_folder_that_transformers_and_mlx_lm_load(tiny_mode
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", slow("dora")])
 def test_an_adapter_is_saved_loaded_and_trained_on(tiny_model, tmp_path, kind):
     engine = load(tiny_model, kind)
     fit(engine)

@@ -18,6 +18,7 @@ from bnf_align import cli
 from bnf_align.run import tracking
 from bnf_align.run.tracking import Trackers, check_trackers, open_trackers
 from bnf_core.errors import UserError
+from conftest import fast_on
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -84,6 +85,7 @@ def test_a_step_is_on_disk_before_the_next(tmp_path: Path) -> None:
     trackers.close()
 
 
+@fast_on("mlx")
 def test_a_run_sends_what_it_writes(backend_name: str, tiny_model: Path, feedback: Path, tmp_path: Path) -> None:
     """On each backend, through a checkpoint: TensorBoard and metrics.jsonl hold the same numbers."""
     words = [
@@ -188,6 +190,7 @@ def test_wandb_goes_on_with_the_same_run(tmp_path: Path, monkeypatch: pytest.Mon
     assert wandb_run(read_wandb(third)).project == "bnf-align"
 
 
+@pytest.mark.slow
 def test_wandb_without_a_login_says_what_to_do(tmp_path: Path) -> None:
     """In a process of its own: W&B reads the environment once."""
     code = f"""

@@ -18,6 +18,7 @@ from bnf_core.config import DataConfig, HardwareConfig, LoraConfig, OptimizerCon
 from bnf_core.errors import TrainingStopped, UserError
 from bnf_core.storage.checkpoints import Checkpoints
 from bnf_core.types import Array, Batch
+from conftest import fast_on
 
 pytestmark = pytest.mark.usefixtures("undrawn")
 
@@ -53,6 +54,7 @@ def adapter_weights(folder: Path) -> dict[str, np.ndarray]:
     return result
 
 
+@fast_on("torch")
 @pytest.mark.usefixtures("drawn")
 def test_training_moves_good_rows_up_and_bad_rows_down(
     tiny_model: Path, feedback: Path, tmp_path: Path, backend_name: str
@@ -75,6 +77,7 @@ def test_training_moves_good_rows_up_and_bad_rows_down(
     assert facts["training rows"] in text and "epochs: 6" in text
 
 
+@fast_on("mlx")
 def test_the_cut_into_micro_batches_does_not_matter(
     tiny_model: Path, feedback: Path, tmp_path: Path, backend_name: str
 ) -> None:
@@ -109,6 +112,7 @@ def test_both_backends_take_the_same_road(tiny_model: Path, feedback: Path, tmp_
         np.testing.assert_allclose(weights_b[name], value, atol=5e-4, err_msg=name)
 
 
+@fast_on("mlx")
 def test_a_saved_adapter_scores_as_the_trained_one(
     tiny_model: Path, feedback: Path, tmp_path: Path, backend_name: str
 ) -> None:
@@ -125,6 +129,7 @@ def test_a_saved_adapter_scores_as_the_trained_one(
         assert scored[name] == pytest.approx(value, abs=1e-5), name
 
 
+@fast_on("torch")
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_adapter(
     tiny_model: Path, feedback: Path, tmp_path: Path, backend_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

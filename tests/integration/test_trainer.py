@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from conftest import slow
+
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 
@@ -83,8 +85,8 @@ def weights(trainer: BNFTrainer) -> dict[str, np.ndarray]:
 # Data and models
 
 
-@pytest.mark.parametrize("rows", [chat(), PLAIN, PAIRS], ids=["chat", "plain", "pairs"])
-@pytest.mark.parametrize("kind", ["list", "Dataset", "IterableDataset", "file"])
+@pytest.mark.parametrize("rows", [chat(), slow(PLAIN), PAIRS], ids=["chat", "plain", "pairs"])
+@pytest.mark.parametrize("kind", ["list", slow("Dataset"), "IterableDataset", "file"])
 def test_data_in_every_form_is_the_same_rows(tiny_model, tmp_path, rows, kind):
     feed: Any = rows
     extra: dict[str, Any] = {}
@@ -294,7 +296,7 @@ def no_pickles(folder: Path) -> bool:
     return not [p for p in folder.rglob("*") if p.suffix in (".bin", ".pt", ".pth", ".pkl")]
 
 
-@pytest.mark.parametrize("kind", ["lora", "full", "streamed"])
+@pytest.mark.parametrize("kind", ["full", "streamed", slow("lora")])
 def test_training_goes_on_from_a_checkpoint_to_the_bit(tiny_model, tmp_path, kind):
     """From the middle of the second epoch, with dropout. Rejects optimizer moments, schedule, random numbers, the
     place in the data or the reference left out."""

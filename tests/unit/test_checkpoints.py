@@ -28,6 +28,7 @@ from bnf_core.storage.files import agreed, replacing
 from bnf_core.storage.shards import Shard, State, StoredArrays, require_same_shapes, under
 from bnf_core.storage.tensors import TensorWriter
 from bnf_core.types import Array, Example
+from conftest import slow
 
 
 class Together(Processes):
@@ -515,7 +516,7 @@ def run_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable
     yield run
 
 
-@pytest.mark.parametrize("dying", [0, 1])
+@pytest.mark.parametrize("dying", [0, slow(1)])
 def test_a_process_killed_in_the_middle_leaves_the_last_checkpoint(
     tmp_path: Path, run_processes: Callable[..., list[int]], together: Callable[..., list[Any]], dying: int
 ) -> None:

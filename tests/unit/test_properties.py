@@ -270,7 +270,7 @@ def losses(request: pytest.FixtureRequest) -> Iterator[Losses]:
 
 @pytest.mark.parametrize("check", PROPERTIES, ids=lambda check: check.__name__)
 def test_backends_have_the_property(losses: Losses, check: Callable[..., None]) -> None:
-    hold(check, losses)
+    hold(check, losses, examples=10)
 
 
 @pytest.mark.slow
