@@ -133,6 +133,17 @@ def _problems(count: int, rng: random.Random, banned: Collection[str] = (), dist
     raise ValueError(f"{count} prompts asked for, but there are only about {len(problems)} to tell apart")
 
 
+def calculations() -> list[str]:
+    """The right answers that there are to all that `draw` can ask, as `solve` gives them."""
+    pairs = {op: range(2, 7) if op == "*" else range(2, 10) for op in OPERATIONS}
+    return [
+        _worked(a, op, b, OPERATIONS[op](a, b))
+        for op, values in pairs.items()
+        for b in values
+        for a in (values if op == "*" else range(b + 1, 16))
+    ]
+
+
 def draw(rng: random.Random) -> Problem:
     """One random problem; its answer lies between 1 and 36."""
     text, operation = rng.choice(TEMPLATES)

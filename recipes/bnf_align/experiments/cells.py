@@ -32,7 +32,7 @@ from bnf_core.steps.steps import Step
 from bnf_core.storage.digests import json_digest
 from bnf_core.types import Array, Batch, Example, TokenScores
 
-VERSION = 1  # of what is measured and how: cells of another are not used
+VERSION = 2  # of what is measured and how: cells of another are not used
 # Fields that came later: results without them stay good.
 LATER = {"answers": "given", "task": "problems", "share": None}
 CHECKS = 4  # how often held-out rows are scored on the way
@@ -227,6 +227,7 @@ class Alignment:
             "rows": len(self.examples),
             "diverged": self.diverged,
             "correct": self.held_out.answered(self.engine),
+            "groups": self.held_out.groups,
             "others": others,
             "text": [round(float(x), 5) for x in self.nats],
             "moved_chosen": rows["chosen"],

@@ -8,6 +8,7 @@ from pathlib import Path
 from bnf_align.experiments import tasks
 from bnf_align.experiments.rows import pair, tokenized, two_answers
 from bnf_align.experiments.scales import SCALES, Scale
+from bnf_align.word_problems import solve
 from bnf_core.data.tokenization import load_tokenizer, pad_id, prompt_ids, stop_ids
 from bnf_core.protocol import Engine
 from bnf_core.steps.batching import MicroBatching, micro_batches
@@ -42,6 +43,12 @@ class HeldOut:
     def _batches(self, rows: Sequence[Example]) -> list[Batch]:
         return micro_batches(rows, MicroBatching(SCORED_AT_ONCE, unit="pair" if rows[0].pair else "row"), self.pad)
 
+    @property
+    def groups(self) -> list[int]:
+        """Of each problem the number of its calculation: those of one stand or fall together."""
+        numbers: dict[str, int] = {}
+        return [numbers.setdefault(solve(problem), len(numbers)) for problem in self.problems]
+
     def answered(self, engine: Engine) -> list[int]:
         """Which problems are answered right, greedily: 1 or 0 each."""
         texts = self._answers(engine, [problem.question for problem in self.problems])
@@ -73,6 +80,10 @@ class HeldOutTask(HeldOut):
         scored = self.asked[: scale.scored_pairs]
         rows = [two_answers(scale, one.question, one.answer, tasks.misplaced(one, rng)) for one in scored]
         self.pairs = self._batches(tokenized(rows, model))
+
+    @property
+    def groups(self) -> list[int]:
+        return list(range(len(self.asked)))
 
     def answered(self, engine: Engine) -> list[int]:
         texts = self._answers(engine, [task.question for task in self.asked])

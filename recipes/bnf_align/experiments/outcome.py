@@ -131,11 +131,13 @@ def line_of(cells: Sequence[Result], beside: Sequence[Result], start: Result) ->
         start: the cell without steps.
     """
     cell = cells[0]["cell"]
-    others = _table(cells, _others)
+    others, groups = _table(cells, _others), np.array(cells[0]["groups"])
     numbers = {
-        "accuracy": interval(_table(cells, lambda c: c["correct"])),
-        "gain": interval(_table(cells, lambda c: c["correct"]) - np.array(start["correct"])),
-        "beside": interval(_table(cells, lambda c: c["correct"]) - _table(beside, lambda c: c["correct"])),
+        "accuracy": interval(_table(cells, lambda c: c["correct"]), groups=groups),
+        "gain": interval(_table(cells, lambda c: c["correct"]) - np.array(start["correct"]), groups=groups),
+        "beside": interval(
+            _table(cells, lambda c: c["correct"]) - _table(beside, lambda c: c["correct"]), groups=groups
+        ),
         "others": interval(others),
         "tax": interval(others - np.array(_others(start))),
         "surprise": _exp(interval(_table(cells, lambda c: c["text"]) - np.array(start["text"]))),

@@ -23,17 +23,21 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-def interval(values: Array, seed: int = 0) -> Interval:
+def interval(values: Array, seed: int = 0, groups: Array | None = None) -> Interval:
     """By a bootstrap over both seeds and items (Efron, 1979; percentiles).
 
     Args:
         values: (seeds, items) of one method, or the differences of two on the same seeds and items: then it is paired.
+        groups: (items,) from 0: items of one group, such as questions with one answer, are drawn together.
     """
     seeds, items = values.shape
+    groups = np.arange(items) if groups is None else groups
+    sizes = np.bincount(groups)
+    sums = np.array([np.bincount(groups, row, len(sizes)) for row in values])  # (seeds, groups)
     rng = np.random.default_rng(seed)
     of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), DRAWS) / seeds  # (draws, seeds)
-    of_items = rng.multinomial(items, np.full(items, 1 / items), DRAWS) / items
-    means = ((of_seeds @ values) * of_items).sum(axis=1)
+    of_groups = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), DRAWS)  # (draws, groups)
+    means = ((of_seeds @ sums) * of_groups).sum(axis=1) / (of_groups @ sizes)
     low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Interval(float(values.mean()), float(low), float(high))
 
