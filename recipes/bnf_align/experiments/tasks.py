@@ -10,8 +10,8 @@ from typing import Literal
 
 from bnf_align.word_problems import OPERATIONS, Problem, calculations, draw, last_number, slip, solve
 
-# Which calculations a question is from. None is in two parts, so that no held-out answer can be looked up; the parts have
-# the operations in equal shares, so that what helps on one helps on another.
+# Which calculations a question is from. None is in two parts, so that no held-out answer can be looked up; the parts
+# have the operations in equal shares, so that what helps on one helps on another.
 Part = Literal["train", "valid", "test"]
 
 # Ways of asking that the pre-training text mostly gets wrong, always in the same manner: what there is to be aligned.
