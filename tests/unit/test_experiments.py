@@ -17,7 +17,7 @@ from bnf_align.experiments.rows import Mix, feedback
 from bnf_align.experiments.runner import Plan, choose_rates
 from bnf_align.experiments.scales import SCALES
 from bnf_align.experiments.statistics import gini, interval
-from bnf_align.word_problems import solve
+from bnf_align.word_problems import OPERATIONS, draw, solve
 from bnf_core.errors import UserError
 from bnf_core.objectives import parse
 from bnf_core.steps.balance import balanced
@@ -39,6 +39,21 @@ def test_no_calculation_is_in_two_parts() -> None:
         and not found["train"] & found["test"]
         and not found["valid"] & found["test"]
     )
+
+
+def test_held_out_parts_have_every_operation_alike() -> None:
+    """Rejects a split by chance, of which one part asked for twice as many sums as the other: what helps there did not
+    help here. And one of calculations that nobody asks for, or not of all."""
+    rng = random.Random(0)
+    assert {solve(draw(rng)) for _ in range(20_000)} == tasks.parts().keys()
+    counts = {
+        (part, operation): sum(tasks.parts()[worked] == part and f" {operation} " in worked for worked in tasks.parts())
+        for part in ("train", "valid", "test")
+        for operation in OPERATIONS
+    }
+    for operation in OPERATIONS:
+        assert 0 <= counts["valid", operation] - counts["test", operation] <= 1
+        assert counts["test", operation] == len([w for w in tasks.parts() if f" {operation} " in w]) // 4
 
 
 def test_right_answers_are_right_and_wrong_ones_wrong() -> None:
@@ -157,6 +172,15 @@ def test_an_interval_holds_the_mean_as_often_as_it_says() -> None:
     assert 51 <= held <= 60  # 95% of 60, less what few seeds cost a bootstrap
 
 
+def test_an_interval_of_questions_that_stand_or_fall_together() -> None:
+    """Four copies of each question say no more than one. Rejects drawing them one by one."""
+    values = np.random.default_rng(0).random((5, 20))
+    copies, groups = np.repeat(values, 4, axis=1), np.repeat(np.arange(20), 4)
+    one, four, apart = interval(values), interval(copies, groups=groups), interval(copies)
+    assert (one.low, one.high) == pytest.approx((four.low, four.high))
+    assert apart.high - apart.low < 0.8 * (one.high - one.low)
+
+
 def test_an_interval_of_differences_is_narrower_than_of_what_they_have_alike() -> None:
     rng = np.random.default_rng(1)
     hard = rng.random(200)
@@ -175,6 +199,7 @@ def cell(method: str = "BNF", seed: int = 0, rate: float = 1e-3, right: int = 5,
         "cell": {"setting": "pairs", "method": method, "objective": method, "learning_rate": rate, "seed": seed},
         "diverged": None,
         "correct": [1] * right + [0] * (10 - right),
+        "groups": list(range(10)),
         "others": {"sort": [1, 1, 0, 0]},
         "text": [1.0, 1.2],
         "moved_chosen": [0.1, 0.2],

@@ -78,8 +78,8 @@ def explained(outcome: Outcome) -> str:
     return (
         f"Before alignment: {outcome.start['accuracy']:.0%} right, {outcome.start['others']:.0%} in the other tasks, "
         f"perplexity {outcome.start['perplexity']:.2f}. Means over {max(x.seeds for x in outcome.lines)} seeds with "
-        "95% intervals of a bootstrap over seeds and items, paired where two are compared; “beside the first” and "
-        "“other tasks” are in points. Collapsed: a perplexity over "
+        "95% intervals of a bootstrap over seeds and questions, those of one calculation together, paired where two "
+        "are compared; “beside the first” and “other tasks” are in points. Collapsed: a perplexity over "
         f"{PERPLEXITY_FACTOR:g} times, or fewer than {ACCURACY_FACTOR:g} times the right answers, as before, or a "
         "gradient that is not finite."
     )
