@@ -220,7 +220,7 @@ except UserError as error:
 
 TRACKIO = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {helpers!r}]
 from pathlib import Path
 from test_tracking import train
 for folder, start, stop, loss in {calls}:
@@ -233,7 +233,9 @@ def test_trackio_goes_on_with_the_same_run(tmp_path: Path) -> None:
     calls = [("a/mine", 0, 2, 0.5), ("b/mine", 0, 1, 5.0), ("a/mine", 1, 2, 10.0)]
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    code = TRACKIO.format(tests=str(Path(__file__).parent), calls=calls, root=str(tmp_path))
+    code = TRACKIO.format(
+        tests=str(Path(__file__).parent), helpers=str(Path(__file__).parents[1]), calls=calls, root=str(tmp_path)
+    )
     environment = {"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     environment |= {"TRACKIO_DIR": str(tmp_path / "trackio"), "TRACKIO_PROJECT": "arithmetic"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
