@@ -30,14 +30,7 @@ EXPERIMENT = Experiment(
     },
     settings={f"{share:.0%}": {"mix": Mix(paired=0.0, chosen=share)} for share in SHARES},
     seen=seen,
-    pictures={
-        "result": (
-            pictures.accuracy_by_setting,
-            pictures.chosen_by_setting,
-            pictures.rejected_by_setting,
-            pictures.surprise_by_setting,
-        )
-    },
+    pictures={"result": pictures.BY_SETTING},
     axis="share of chosen rows",
     seeds=5,
 )

@@ -3,7 +3,7 @@
 from bnf_align.experiments import pictures
 from bnf_align.experiments.base import Experiment, Method
 from bnf_align.experiments.outcome import Outcome
-from bnf_align.experiments.words import beside, share
+from bnf_align.experiments.words import beside, drawn_right, share
 
 METHODS = {
     "BNF": Method("bnf"),
@@ -17,11 +17,11 @@ METHODS = {
 def seen(outcome: Outcome) -> str:
     bnf = outcome.line("BNF")
     assert bnf is not None
-    first, last = (bnf.curves["right"][part] for part in (slice(0, 5), slice(-5, None)))
+    first, last = drawn_right(bnf)
     return (
         f"From {outcome.start['accuracy']:.0%} held-out questions right, BNF came to {share(bnf.numbers['accuracy'])}; "
-        f"{beside(outcome)}. Of its own answers {sum(first) / len(first):.0%} were right in the first five steps and "
-        f"{sum(last) / len(last):.0%} in the last."
+        f"{beside(outcome)}. Of its own answers {first:.0%} were right in the first five steps and "
+        f"{last:.0%} in the last."
     )
 
 

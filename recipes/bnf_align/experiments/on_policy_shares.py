@@ -3,7 +3,7 @@
 from bnf_align.experiments import pictures
 from bnf_align.experiments.base import Experiment, Method
 from bnf_align.experiments.outcome import Line, Outcome
-from bnf_align.experiments.words import share
+from bnf_align.experiments.words import drawn_right, share
 
 SHARES = (0.05, 0.5, 0.95)
 METHODS = {"BNF": Method("bnf"), "NLL on right ones": Method("nll"), "KTO": Method("kto")}
@@ -17,11 +17,11 @@ def seen(outcome: Outcome) -> str:
 def _of(outcome: Outcome, setting: str) -> str:
     line = outcome.line("BNF", setting)
     assert line is not None
-    first, last = (line.curves["right"][part] for part in (slice(0, 5), slice(-5, None)))
+    first, last = drawn_right(line)
     return (
-        f"{share(line.numbers['accuracy'])} where {sum(first) / len(first):.0%} of its answers were right in the first "
-        f"five steps and {sum(last) / len(last):.0%} in the last, which moved right answers by "
-        f"{_nats(line, 'moved_chosen')} and wrong ones by {_nats(line, 'moved_rejected')} nats"
+        f"{share(line.numbers['accuracy'])} where {first:.0%} of its answers were right in the first five steps and "
+        f"{last:.0%} in the last, which moved right answers by {_nats(line, 'moved_chosen')} and wrong ones by "
+        f"{_nats(line, 'moved_rejected')} nats"
     )
 
 
@@ -37,14 +37,7 @@ EXPERIMENT = Experiment(
     settings={f"{share:.0%}": {"share": share} for share in SHARES},
     common={"answers": "policy"},
     seen=seen,
-    pictures={
-        "result": (
-            pictures.accuracy_by_setting,
-            pictures.chosen_by_setting,
-            pictures.rejected_by_setting,
-            pictures.surprise_by_setting,
-        )
-    },
+    pictures={"result": pictures.BY_SETTING},
     axis="share of right answers at the start",
     seeds=5,
 )

@@ -93,6 +93,7 @@ rejected_by_setting = by_setting(
     "moved_rejected", "Rejected rows held out", "log-likelihood, change in nats", lambda _: 0.0
 )
 surprise_by_setting = by_setting("surprise", "Text never trained on", "perplexity, times that before", lambda _: 1.0)
+BY_SETTING = (accuracy_by_setting, chosen_by_setting, rejected_by_setting, surprise_by_setting)
 
 
 def path(name: str, title: str, quantity: str) -> Draw:

@@ -37,3 +37,9 @@ def beside(outcome: Outcome, setting: str | None = None) -> str:
     parts += [f"{listed(worse)} less often"] if worse else []
     parts += [f"{listed(rest)} could not be told from it"] if rest else []
     return "; ".join(parts)
+
+
+def drawn_right(line: Line) -> tuple[float, float]:
+    """Of the answers that a method drew, which share was right in the first five steps and in the last five."""
+    right = line.curves["right"]
+    return sum(right[:5]) / len(right[:5]), sum(right[-5:]) / len(right[-5:])
