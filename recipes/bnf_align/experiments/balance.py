@@ -15,8 +15,8 @@ def seen(outcome: Outcome) -> str:
         bnf, weighed = outcome.line("BNF", setting), outcome.line("BNF, balanced", setting)
         assert bnf is not None and weighed is not None
         parts.append(
-            f"with {setting} of the rows chosen BNF answered {share(bnf.numbers['accuracy'])} right; weighing both labels "
-            f"alike changed that by {change(weighed.numbers['beside'])}"
+            f"with {setting} of the rows chosen BNF answered {share(bnf.numbers['accuracy'])} right; weighing both "
+            f"labels alike changed that by {change(weighed.numbers['beside'])}"
         )
     return f"From {share(outcome.start['accuracy'])} right answers: {'; '.join(parts)}."
 
