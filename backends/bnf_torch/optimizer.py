@@ -20,7 +20,7 @@ def adamw(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> to
     for p in parameters.values():
         groups.setdefault(p.device_mesh if isinstance(p, DTensor) else None, []).append(p)
     return torch.optim.AdamW(
-        [{"params": group} for group in groups.values()] or [],
+        [{"params": group} for group in groups.values()],
         lr=config.learning_rate,
         betas=(config.beta1, config.beta2),
         eps=config.epsilon,

@@ -27,6 +27,8 @@ OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "*": lambda a, b: a * b,
 }
 
+FACTORS, SECONDS = range(2, 7), range(2, 10)  # of products; of sums and differences
+
 NAMES = "Mia Tom Ana Ben Eva Sam Lea Max Zoe Leo Amy Dan".split()
 THINGS = "pens apples books coins cards stamps shells eggs beads nuts".split()
 EXAMPLE = (
@@ -135,23 +137,27 @@ def _problems(count: int, rng: random.Random, banned: Collection[str] = (), dist
 
 def calculations() -> list[str]:
     """The right answers that there are to all that `draw` can ask, as `solve` gives them."""
-    pairs = {op: range(2, 7) if op == "*" else range(2, 10) for op in OPERATIONS}
     return [
-        _worked(a, op, b, OPERATIONS[op](a, b))
-        for op, values in pairs.items()
-        for b in values
-        for a in (values if op == "*" else range(b + 1, 16))
+        _worked(a, operation, b, OPERATIONS[operation](a, b))
+        for operation in OPERATIONS
+        for b in (FACTORS if operation == "*" else SECONDS)
+        for a in (FACTORS if operation == "*" else _larger(b))
     ]
+
+
+def _larger(b: int) -> range:
+    """The first numbers of the sums and differences with `b`."""
+    return range(b + 1, 16)
 
 
 def draw(rng: random.Random) -> Problem:
     """One random problem; its answer lies between 1 and 36."""
     text, operation = rng.choice(TEMPLATES)
     if operation == "*":
-        a, b = rng.randint(2, 6), rng.randint(2, 6)
+        a, b = rng.choice(FACTORS), rng.choice(FACTORS)
     else:
-        b = rng.randint(2, 9)
-        a = rng.randint(b + 1, 15)
+        b = rng.choice(SECONDS)
+        a = rng.choice(_larger(b))
     question = text.format(name=rng.choice(NAMES), things=rng.choice(THINGS), a=a, b=b)
     return Problem(question, a, operation, b)
 

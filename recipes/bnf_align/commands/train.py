@@ -191,7 +191,9 @@ class Training:
         self.saved_at: int | None = None
 
     def run(self) -> RunResult:
-        trace = registry.get(self.config.hardware.backend).tracing(self.folder.path / TRACE) if self._profiles else None
+        trace = None
+        if self.config.profile and self.first:
+            trace = registry.get(self.config.hardware.backend).tracing(self.folder.path / TRACE)
         self._try()
         start = self._start()
         self.console.print(
@@ -225,10 +227,6 @@ class Training:
                 replace_file(self.folder.trained / "README.md", text)
                 picture = run_picture(self.folder.path)
         return RunResult(self.folder.path, self.folder.trained, picture, self.evaluations.get(0), after, self.first)
-
-    @property
-    def _profiles(self) -> bool:
-        return self.config.profile and self.first
 
     def _try(self) -> None:
         """Score the row with the highest token id, beside padding, and the longest: what the model refuses it refuses

@@ -32,8 +32,7 @@ def run_picture(run_folder: Path) -> Path:
 
 
 def run_figure(lines: Sequence[Line]) -> Figure:
-    """Loss (of samples how many are right), rewards and target weight by step, and held-out results before and
-    after.
+    """Loss (of samples how many are right), rewards and target weight by step, and held-out results before and after.
 
     Args:
         lines: what metrics.jsonl holds; `kind` is "train" or "eval", a metric may be null or absent.
