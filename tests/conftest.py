@@ -75,7 +75,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_unconfigure() -> None:
+def pytest_sessionfinish() -> None:  # the last that a process of xdist's comes to
     forked.stop()
     shutil.rmtree(os.environ["BNF_CACHE"], ignore_errors=True)
 
