@@ -144,8 +144,8 @@ def trained(rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
     @cache
     def train(model: Path, name: str, dtype: str, rows: int) -> Path:
         run = tmp_path_factory.mktemp("runs") / f"{model.name}-{name}-{dtype}-{rows}"
-        settings = f"--batch-size {rows} --epochs 50 --max-steps {STEPS} --rank 4 --alpha 8 --lr {RATE} --schedule constant"
-        where = f"--device cpu --backend {name} --dtype {dtype} --save-every {STEPS}"
+        settings = f"--batch-size {rows} --epochs 50 --max-steps {STEPS} --lr {RATE} --schedule constant"
+        where = f"--rank 4 --alpha 8 --device cpu --backend {name} --dtype {dtype} --save-every {STEPS}"
         bnf("train", "--model", model, "--data", rows_file, "--output", run, *settings.split(), *where.split())
         return run
 
