@@ -6,7 +6,7 @@ from bnf_align.run import pictures
 
 def leave_no_pictures() -> None:
     """In this process."""
-    train.run_picture = lambda folder: folder / "run.png"
+    train.run_picture = lambda run_folder: run_folder / "run.png"
     check_run.save = lambda figure, path: path
 
 
