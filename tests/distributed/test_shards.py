@@ -161,12 +161,11 @@ def test_4_bit_weights_take_the_steps_of_one_process(shards: bool, tiny_model: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shards", [False, True], ids=["ddp", "fsdp"])
-def test_compiled_layers_take_the_steps_of_one_process(shards: bool, tiny_model: Path, tmp_path: Path) -> None:
-    """One that runs them as they are written. Rejects layers that are compiled with what shards them, or instead."""
+def test_traced_layers_take_the_steps_of_one_process(shards: bool, tiny_model: Path, tmp_path: Path) -> None:
+    """One that runs them as they are written. Rejects layers that are traced with what shards them, or instead."""
     case = {"type": "lora", "gradient_checkpointing": True}
     torch_worker.train(tiny_model, case, tmp_path / "one")
-    two = {"two": case | {"compile": True}}
-    together(shards_worker.training, tiny_model, two, None, folder=tmp_path, count=2, shards=shards)
+    together(shards_worker.training_traced, tiny_model, case, folder=tmp_path / "two", count=2, shards=shards)
     require_same_steps(steps(tmp_path / "one"), steps(tmp_path / "two"), 2e-5)
     require_same_weights(tmp_path / "one", tmp_path / "two")
 
