@@ -16,6 +16,7 @@ from bnf_mlx.model import DTYPES, resolve_device, resolve_dtype
 from bnf_mlx.pages import pages
 
 Job = Callable[[], None]  # does its work and waits until it is done
+AHEAD = 4  # layers, as far as MLX was seen to begin before it is done with the first
 CHUNK = 128 * 2**20  # of logits, as in linear.py
 
 
@@ -69,6 +70,8 @@ class MLXMeasures:
         # Low-rank products, their sums and gradients are wider than half precision.
         outputs = sum(o for _, o in model.adapted(training.lora.targets).values())
         widened = 10 * outputs if training.half else 0
+        if training.half and self.device == mx.Device(mx.cpu):  # float32 copies of what is multiplied
+            matrices += 4 * model.linear_parameters * min(1.0, AHEAD / model.layers)
         weights: float = model.parameters * size
         if model.bits is not None and not full:  # they stay packed, and the head is widened once, for the loss
             weights = model.parameters * model.bits / 8 + model.vocab * d * size

@@ -134,7 +134,8 @@ WIDE: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _WideLinear, nn.Embed
 
 @mx.checkpoint  # or both float32 copies of every layer would be kept for the backward pass
 def _wide_product(x: mx.array, weight: mx.array) -> mx.array:
-    return x.astype(mx.float32) @ weight.astype(mx.float32).T
+    needed = mx.depends(weight, x)  # or copies would be made as far ahead as MLX can see
+    return x.astype(mx.float32) @ needed.astype(mx.float32).T
 
 
 def head_weight(model: nn.Module) -> mx.array:

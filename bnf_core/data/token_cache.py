@@ -95,11 +95,13 @@ class TokenCache:
             held = lock(path, wait=True)
         if not held.is_locked:
             raise OSError(f"the file system of {self.folder} has no locks")
-        with held:
+        try:
             if (found := self._found(place, lambda message: None)) is None:
                 with replacing(place) as partial:
                     _write(partial, of, make())
                 found = _open(place)
+        finally:  # `with` would take the lock a second time, and let go of it once
+            held.release()
         return found
 
     def entries(self) -> list["Entry"]:
@@ -124,10 +126,12 @@ class TokenCache:
             held = lock(self.folder / f"{entry.folder.name.strip('.').partition('.')[0]}.lock", wait=False)
         except Timeout:
             return False
-        with held:
+        try:
             gone = self.folder / f".{entry.folder.name.strip('.')}.removed"  # a kill leaves nothing half there
             entry.folder.rename(gone)
             shutil.rmtree(gone)
+        finally:
+            held.release()
         return True
 
     def _found(self, place: Path, say: Callable[[str], None]) -> Columns | None:

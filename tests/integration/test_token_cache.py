@@ -30,6 +30,7 @@ from bnf_core.data.messages import RowError
 from bnf_core.data.token_cache import TokenCache, cache_folder
 from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import UserError
+from bnf_core.storage.files import lock
 from conftest import fast_on
 
 
@@ -83,6 +84,19 @@ def test_a_run_is_the_same_with_kept_tokens_and_without(
     assert said[0] == said[1] == said[2]
     assert any("skipped 1 bad rows" in line for line in said[0])
     assert len(empty.entries()) == 1
+
+
+def test_a_failure_while_tokens_are_made_keeps_nobody_out(empty: TokenCache) -> None:
+    """Rejects a lock that is let go of as its object goes, which the error's traceback holds on to."""
+
+    def fail() -> Any:
+        raise UserError("a bad row")
+
+    with pytest.raises(UserError, match="a bad row") as kept:
+        empty.table({"source": "one"}, fail, print)
+    (path,) = empty.folder.glob("*.lock")
+    lock(path, wait=False).release()
+    assert kept.traceback
 
 
 def ask(data: str, model: str, report: str) -> None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from filelock import UnixFileLock
 
 from bnf_align.run.run_folder import RunFolder
 from bnf_core.errors import UserError
@@ -56,10 +55,10 @@ def test_the_system_lets_go_of_the_folder_of_a_run_that_was_killed(tmp_path: Pat
 def test_a_file_system_without_locks_keeps_nobody_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    def refuse(_: int) -> bool:
+    def refuse(*_: int) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(sys.modules[UnixFileLock.__module__], "lock_fd_nonblocking", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     with folder(tmp_path / "run").held(), folder(tmp_path / "run").held():
         pass
 
