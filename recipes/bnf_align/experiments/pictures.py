@@ -80,8 +80,11 @@ def by_setting(name: str, title: str, quantity: str, start: Callable[[Outcome], 
             _bars(axes, at, [n for _, n in found], method, style[method])
         if start is not None:
             axes.axhline(start(outcome), color=PLAIN, linestyle=":", linewidth=1)
+        if not title:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         label_axes(axes, title or outcome.counted.capitalize(), quantity)
         axes.set_xticks(range(len(settings)), settings)
+        axes.set_xlim(-0.5, len(settings) - 0.5)
         axes.set_xlabel(outcome.axis)
 
     return draw

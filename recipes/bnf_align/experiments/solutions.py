@@ -11,18 +11,15 @@ SINGLE = ("BNF", "balanced BNF", "KTO", "NLL")  # methods that need no pairs
 
 
 def seen(outcome: Outcome) -> str:
-    parts = []
+    parts = [f"Of held-out pairs the right solution was the likelier one in {share(outcome.start['accuracy'])} before"]
     for setting in outcome.settings:
         bnf = outcome.line("BNF", setting)
         assert bnf is not None
         told = beside(outcome, setting, "preferred right solutions more often")
-        parts.append(f"with {setting} {share(bnf.numbers['accuracy'])}" + (f" ({told})" if told else ""))
-    fallen = [m for s in outcome.settings for m in which(outcome, lambda line: line.collapsed > 0, s)]
-    return (
-        f"The right solution was the likelier one of {outcome.start['accuracy']:.0%} of held-out pairs before, and "
-        f"after BNF, {'; '.join(parts)}; "
-        + (f"{listed(sorted(set(fallen)))} collapsed in some seed." if fallen else "no method collapsed.")
-    )
+        parts += [f"with {setting} BNF came to {share(bnf.numbers['accuracy'])}", *filter(None, [told])]
+    fallen = {m for setting in outcome.settings for m in which(outcome, lambda line: line.collapsed > 0, setting)}
+    parts.append(f"{listed(sorted(fallen))} collapsed in some seed" if fallen else "no method collapsed")
+    return f"{'; '.join(parts)}."
 
 
 EXPERIMENT = Experiment(
@@ -34,20 +31,7 @@ EXPERIMENT = Experiment(
     },
     settings={PAIRS: {"mix": Mix()}, UNPAIRED: {"mix": Mix(paired=0.0, chosen=0.38)}},
     seen=seen,
-    pictures={
-        "result": (
-            pictures.accuracy_by_setting,
-            pictures.surprise_by_setting,
-            pictures.chosen_by_setting,
-            pictures.rejected_by_setting,
-        ),
-        "course": (
-            pictures.path("log_p_chosen", "Right solutions held out", "log-likelihood, nats"),
-            pictures.path("log_p_rejected", "Wrong solutions held out", "log-likelihood, nats"),
-            pictures.path("perplexity", "Text never trained on", "perplexity"),
-            pictures.gradient_norms,
-        ),
-    },
+    pictures={"result": pictures.BY_SETTING, "pairs": (pictures.moved, pictures.gradient_norms)},
     axis="rows",
     # Pairs are balanced as they are.
     applies=lambda method, setting: method in SINGLE if setting == UNPAIRED else method != "balanced BNF",
