@@ -11,6 +11,7 @@ import pytest
 
 import forked
 import tiny
+import undrawn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing under test may reach for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -75,7 +76,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_unconfigure() -> None:
+def pytest_sessionfinish() -> None:  # the last that a process of xdist's comes to
     forked.stop()
     shutil.rmtree(os.environ["BNF_CACHE"], ignore_errors=True)
 
@@ -102,22 +103,17 @@ def compiled_or_not(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("mlx_compiles")
 
 
-@pytest.fixture(scope="module")
-def undrawn() -> Iterator[None]:
-    """Runs of this module, and what compares them, leave no picture: drawing it takes as long as the rest."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bnf_align.commands.train.run_picture", lambda folder: folder / "run.png")
-        patch.setattr("bnf_align.commands.check_run.save", lambda figure, path: path)
-        yield
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures() -> None:
+    undrawn.leave_no_pictures()
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+def drawn() -> Iterator[None]:
     """But this test's do."""
-    from bnf_align.run import pictures
-
-    monkeypatch.setattr("bnf_align.commands.train.run_picture", pictures.run_picture)
-    monkeypatch.setattr("bnf_align.commands.check_run.save", pictures.save)
+    undrawn.draw()
+    yield
+    undrawn.leave_no_pictures()
 
 
 @pytest.fixture(scope="session")

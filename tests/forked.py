@@ -10,6 +10,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from undrawn import leave_no_pictures
+
 PRELOADED = ["bnf_align.commands.train", "bnf_torch.engine", "peft", "bnf_mlx.engine", "mlx_lm", "datasets", "pytest"]
 PRELOADED += ["frozen"]
 
@@ -52,6 +54,7 @@ def _become(
     output: Path | None,
 ) -> None:  # fmt: skip
     os.environ.update(environment)
+    leave_no_pictures()
     if folder is not None:
         os.chdir(folder)
     if output is not None:

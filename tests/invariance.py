@@ -386,7 +386,6 @@ def command(words: Sequence[str], patch: str = "") -> int:
 
     with (
         PATCHES[patch](),
-        mock.patch("bnf_align.commands.train.run_picture"),  # drawing takes as long as the rest
         mock.patch.dict(os.environ, LD_PRELOAD=os.environ.get("LD_PRELOAD", "")),
     ):
         return cli.run(words)

@@ -66,6 +66,8 @@ def load_model(folder: Path, device: mx.Device, dtype: mx.Dtype | None) -> nn.Mo
             correct(model, config, folder)
             if dtype is not None:
                 cast_weights(model, dtype)
+            if device == mx.Device(mx.cpu):
+                multiply_in_float32(model)
             mx.eval(model.parameters())
         model.freeze()
     except UserError:
@@ -105,6 +107,34 @@ def cast_weights(model: nn.Module, dtype: mx.Dtype) -> None:
         return x.astype(dtype) if mx.issubdtype(x.dtype, mx.floating) and castable(path) else x
 
     model.update(tree_map_with_path(cast_one, model.parameters()))
+
+
+def multiply_in_float32(model: nn.Module) -> None:
+    """Have the linear layers of half precision multiply in float32 and round once. MLX adds up in float32 as well, but
+    on a CPU without vector instructions: of 70 tokens the same product takes it twelve times as long."""
+    for module in model.modules():
+        kind = WIDE.get(type(module))  # a class derived from these computes in a way of its own
+        if kind is not None and module.weight.dtype in (mx.bfloat16, mx.float16):
+            module.__class__ = kind
+
+
+class _WideLinear(nn.Linear):
+    def __call__(self, x: mx.array) -> mx.array:
+        product: mx.array = _wide_product(x, self.weight)
+        return (product + self.bias if "bias" in self else product).astype(x.dtype)
+
+
+class _WideEmbedding(nn.Embedding):
+    def as_linear(self, x: mx.array) -> mx.array:
+        return _wide_product(x, self.weight).astype(x.dtype)
+
+
+WIDE: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _WideLinear, nn.Embedding: _WideEmbedding}
+
+
+@mx.checkpoint  # or both float32 copies of every layer would be kept for the backward pass
+def _wide_product(x: mx.array, weight: mx.array) -> mx.array:
+    return x.astype(mx.float32) @ weight.astype(mx.float32).T
 
 
 def head_weight(model: nn.Module) -> mx.array:

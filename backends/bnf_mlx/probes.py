@@ -12,7 +12,7 @@ from bnf_core.models.model_config import HeadTransform, head_transforms
 from bnf_core.steps.probing import heeds_layout, packing_probe, sharing_probe
 from bnf_core.types import Array, Batch
 from bnf_mlx.attention import Layout, PageTable, paged_caches, segments_of
-from bnf_mlx.model import completion_logits, output_head, text_model
+from bnf_mlx.model import WIDE, completion_logits, output_head, text_model
 from bnf_mlx.optimizer import flat
 from bnf_mlx.pages import Pages, pages
 
@@ -45,7 +45,7 @@ def head_transform(model: nn.Module) -> HeadTransform | None:
     return None
 
 
-MATRICES = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
+MATRICES = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding, *WIDE.values())
 
 
 class _Answering(nn.Module):

@@ -32,8 +32,6 @@ from bnf_mlx import model as mlx_model
 from bnf_torch import adapter as torch_adapter
 from bnf_torch import model as torch_model
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 CPU = torch.device("cpu")
 IDS = np.random.default_rng(0).integers(1, 300, (2, 24))
 SCALE = 3.0

@@ -14,7 +14,6 @@ from bnf_align.commands import chat as module
 from bnf_core.sampling import Completion
 from conftest import fast_on
 
-pytestmark = pytest.mark.usefixtures("undrawn")
 ASKED = "What is 2?"
 
 

@@ -23,8 +23,6 @@ from bnf_core.data.tokenization import load_tokenizer, stop_ids
 from bnf_core.errors import UserError
 from conftest import fast_on
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 # Today's date in the prompt, and turns that end in what is not EOS.
 TEMPLATE = "{{ strftime_now('%d %b %Y') }}" + tiny.TEMPLATE.replace("<|end|>", "<|system|>")
 

@@ -17,8 +17,6 @@ from bnf_core.models.adapters import LowRank
 from bnf_core.types import Array
 from conftest import slow
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 STEPS = 20
 
 

@@ -14,8 +14,6 @@ from bnf_align import cli
 from bnf_conformance import checks, runner
 from bnf_mlx import blas
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 
 def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
     code = cli.run([str(word) for word in words])

@@ -24,7 +24,6 @@ gguf = pytest.importorskip("gguf")
 torch = pytest.importorskip("torch")
 pytest.importorskip("peft")
 pytest.importorskip("mlx_lm")
-pytestmark = pytest.mark.usefixtures("undrawn")
 
 SAME = "32 of 32 tokens the same"
 

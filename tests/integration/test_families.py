@@ -612,7 +612,6 @@ def test_modules_go_by_one_path(torch_name: str, mlx_name: str, path: str) -> No
 # Training
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_training_a_family_that_was_not_compared_says_so(
     tiny_model: Path,
     feedback: Path,

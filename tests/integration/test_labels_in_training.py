@@ -11,8 +11,6 @@ from safetensors.numpy import load_file
 
 from bnf_align import cli
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 Run = Callable[..., tuple[str, list[dict[str, Any]]]]
 
 

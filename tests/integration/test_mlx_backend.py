@@ -32,7 +32,7 @@ from bnf_mlx.backend import MLXBackend
 from bnf_mlx.engine import MLXEngine
 from bnf_mlx.linear import detached_log_odds, linear_bnf_loss, linear_log_odds
 from bnf_mlx.losses import accurate_sum, token_log_odds
-from bnf_mlx.model import head_weight, load_model
+from bnf_mlx.model import head_weight, load_model, multiply_in_float32
 from bnf_mlx.optimizer import Optimizer
 from bnf_mlx.probes import head_transform
 from bnf_mlx.scored import MicroStep
@@ -172,6 +172,41 @@ def test_a_mild_cap_is_not_lost_in_half_precision(checkpoint):
     logits = mx.abs(model(mx.arange(8)[None])).max().item()
     model.final_logit_softcapping = 5 * logits  # changes the largest by about one part in 75
     assert head_transform(model) is None  # and not the one of the config
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_half_precision_is_multiplied_in_float32_and_rounded_once(dtype):
+    """Rejects a product that is rounded before the bias is added, a gradient rounded on the way, and a float32 copy of
+    every layer's weights that is kept for the backward pass."""
+    mx.random.seed(0)
+    inputs, outputs, tokens = 640, 1024, 40
+    model = nn.Sequential(nn.Linear(inputs, outputs), nn.Embedding(outputs, inputs))
+    model.set_dtype(dtype)
+    multiply_in_float32(model)
+    linear, embedding = model.layers
+    x, g = (mx.random.normal((tokens, n)).astype(dtype) for n in (inputs, outputs))
+    wide = mx.float32
+
+    def rounded(y: Any) -> list[Any]:
+        return y.astype(dtype).astype(wide).tolist()
+
+    with mx.stream(CPU):
+        weight, tied = linear.weight.astype(wide), embedding.weight.astype(wide)
+        assert rounded(linear(x)) == rounded(x.astype(wide) @ weight.T + linear.bias.astype(wide))
+        assert rounded(embedding.as_linear(x)) == rounded(x.astype(wide) @ tied.T)
+        for product, matrix in ((linear, weight), (embedding.as_linear, tied)):
+            (found,) = mx.vjp(product, [x], [g])[1]
+            assert found.dtype == dtype and rounded(found) == rounded(g.astype(wide) @ matrix)
+
+        layers = nn.Sequential(*(nn.Linear(inputs, inputs) for _ in range(30)))
+        layers.set_dtype(dtype)
+        multiply_in_float32(layers)
+        mx.eval(layers.parameters(), x)
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(mx.grad(lambda x: layers(x).astype(wide).square().sum())(x))
+        copies = (mx.get_peak_memory() - before) / (4 * inputs**2)
+        assert copies < 20  # MLX runs some ten operations ahead
 
 
 def test_loading_errors_say_what_to_do(checkpoint, tmp_path):

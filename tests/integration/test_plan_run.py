@@ -28,8 +28,6 @@ from bnf_core.steps.batching import MicroBatching, Rows, collate
 from bnf_core.types import Example
 from invariance import write_turns
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 VOCAB = 4000
 
 

@@ -18,7 +18,6 @@ from bnf_core.storage.files import lock
 
 pytest.importorskip("peft")
 pytest.importorskip("mlx_lm")
-pytestmark = pytest.mark.usefixtures("undrawn")
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
 
 

@@ -26,8 +26,6 @@ from bnf_core.steps.batching import collate
 from bnf_core.types import Example
 from bnf_torch.model import load_model, resolve_device, resolve_dtype
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_values_are_unpacked_across_words(bits: int) -> None:

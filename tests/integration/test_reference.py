@@ -32,8 +32,6 @@ from bnf_core.types import Array, Batch, Example
 from conftest import fast_on
 from invariance import launch
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 QUIET = Console(quiet=True)
 FINGERPRINT = {"model": "a", "tokenizer": "b"}
 

@@ -56,11 +56,9 @@ def check(text: str) -> None:
 @pytest.fixture(scope="module")
 def run_folder(tiny_model: Path, feedback: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("runs") / "first"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bnf_align.commands.train.run_picture", lambda folder: folder / "run.png")
-        argv = ["train", str(feedback), "--model", str(tiny_model), "--output", str(folder), "--valid-fraction", "0.5"]
-        argv += ["--max-steps", "2", "--batch-size", "4", "--sample-every", "1", "--sample-tokens", "4"]
-        assert cli.run([*argv, "--hardware.backend", "torch"]) == 0
+    argv = ["train", str(feedback), "--model", str(tiny_model), "--output", str(folder), "--valid-fraction", "0.5"]
+    argv += ["--max-steps", "2", "--batch-size", "4", "--sample-every", "1", "--sample-tokens", "4"]
+    assert cli.run([*argv, "--hardware.backend", "torch"]) == 0
     return folder
 
 

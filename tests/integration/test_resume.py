@@ -41,8 +41,6 @@ from bnf_core.storage.shards import REFERENCE, StoredArrays, write_state
 from bnf_core.storage.tensors import TensorWriter
 from conftest import fast_on, slow
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 TIMES = ("seconds", "tokens_per_second")
 STATE = "state-00001-of-00001.safetensors"
 STEPS = 6  # two epochs of 12 rows in batches of 5, 5 and 2

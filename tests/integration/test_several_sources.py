@@ -33,8 +33,6 @@ from bnf_core.errors import UserError
 from bnf_core.types import Example
 from conftest import fast_on
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 
 def said_by(work: Any, *args: Any) -> str:
     console = Console(record=True, file=io.StringIO(), width=200)

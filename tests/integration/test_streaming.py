@@ -22,8 +22,6 @@ from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import UserError
 from bnf_core.types import Example, Position
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 Batches = Iterator[tuple[list[Example], Position]]
 
 

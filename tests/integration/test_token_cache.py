@@ -32,8 +32,6 @@ from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import UserError
 from conftest import fast_on
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 
 @pytest.fixture
 def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TokenCache:

@@ -20,8 +20,6 @@ from bnf_align.run.tracking import Trackers, check_trackers, open_trackers
 from bnf_core.errors import UserError
 from conftest import fast_on
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 SETTINGS = {"model": "tiny", "max_steps": None, "lora": {"rank": 4, "targets": ["q_proj", "v_proj"]}}
 FLAT = {"model": "tiny", "max_steps": None, "lora.rank": 4, "lora.targets": "q_proj, v_proj"}
 

@@ -20,8 +20,6 @@ from bnf_core.storage.checkpoints import Checkpoints
 from bnf_core.types import Array, Batch
 from conftest import fast_on
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 QUIET = Console(quiet=True)
 
 

@@ -31,8 +31,6 @@ from bnf_core.errors import UserError
 from bnf_core.steps.batching import Rows
 from bnf_torch.trainer import REFUSED, BNFConfig, BNFTrainer
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 QUIET = Console(quiet=True)
 
 
