@@ -14,7 +14,7 @@ import numpy as np
 from rich.console import Console
 
 from bnf_align.experiments.answers import Answers
-from bnf_align.experiments.held_out import HeldOut, Look, held_out, log_p, row_means, scores_of
+from bnf_align.experiments.held_out import LONG_AT_ONCE, HeldOut, Look, held_out, log_p, row_means, scores_of
 from bnf_align.experiments.references import reference_model
 from bnf_align.experiments.rows import Mix, training_rows
 from bnf_align.experiments.scales import SCALES, Scale
@@ -269,6 +269,6 @@ def before_training(model: Path, backend_name: str, rows: tuple[Example, ...], p
     """What the model says of rows, computed once for all methods that are trained on them."""
     engine = registry.get(backend_name).load(model, device="cpu", dtype="float32")
     found = ReferenceCache(lambda batch: scores_of(engine, batch).log_odds)
-    for batch in micro_batches(rows, MicroBatching(8, share_prompts=engine.shares_prompts), pad):
+    for batch in micro_batches(rows, MicroBatching(LONG_AT_ONCE, share_prompts=engine.shares_prompts), pad):
         found(batch)
     return found

@@ -19,6 +19,7 @@ from bnf_core.steps.batching import MicroBatching, micro_batches
 from bnf_core.types import Array, Batch, Example, TokenScores, Unit
 
 SCORED_AT_ONCE = 64
+LONG_AT_ONCE = 8  # of lengths that differ: less padding
 
 
 @lru_cache(2)
@@ -138,7 +139,7 @@ class HeldOutSolutions(HeldOut):
     """Solutions of GSM8K in place of the word problems, which are the other task here. A small model solves next to
     none itself, so that a question counts as answered right where its right solution is the likelier one."""
 
-    at_once, share_prompts = 8, True  # of lengths that differ: less padding
+    at_once, share_prompts = LONG_AT_ONCE, True
 
     def __init__(self, model: Path, scale: Scale, part: tasks.Part, solutions: Solutions):
         super().__init__(model, scale, part)
