@@ -181,6 +181,7 @@ def trained(
         optimizer=config.optimizer,
         gradient_checkpointing=config.gradient_checkpointing,
         attention_masks=config.hardware.attention_masks,
+        compile=config.hardware.compile,
         seed=config.seed,
     )
     reference = ReferenceCache(engine.reference_log_odds)

@@ -103,6 +103,9 @@ class HardwareConfig:
     attention_masks: AttentionMasks = "auto"
     """Of packed and shared-prompt rows in training on PyTorch: `blocks` of 128 tokens (FlexAttention), or `dense`, of
     every two tokens; `auto`: blocks on CUDA where the model's code takes them, each sequence by itself on a CPU."""
+    compile: bool = False
+    """In training on PyTorch: compile the decoder layers (torch.compile), for some minutes at first, to be faster after
+    that; results are the same but for round-off."""
 
 
 @dataclass
@@ -377,6 +380,7 @@ class TrainConfig:
         )
         _require(self.resume or not self.resume_anyway, "resume_anyway", True, "resume as well")
         if self.deterministic:
+            _require(not self.hardware.compile, "hardware.compile", True, "false with deterministic")
             _require(self.lora.dropout == 0, "lora.dropout", self.lora.dropout, "0 with deterministic")
             self.micro_batch_size = 1
             self.auto_batch = self.packing = self.group_by_length = self.share_prompts = False

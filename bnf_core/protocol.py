@@ -339,6 +339,7 @@ class Backend(Protocol):
         gradient_checkpointing: bool = False,
         router_aux_loss: float = 0.0,
         attention_masks: AttentionMasks = "auto",
+        compile: bool = False,
         deterministic: bool = False,
         seed: int = 0,
     ) -> Engine:
@@ -346,7 +347,7 @@ class Backend(Protocol):
 
         With `fine_tune_type` it is there to be trained: `lora` or `dora` add a fresh adapter (or train the saved
         one on), `full` trains all weights. Whatever is trained is float32. The objective is BNF by default.
-        `attention_masks` is as `HardwareConfig` says.
+        `attention_masks` and `compile` are as `HardwareConfig` says.
         With `router_aux_loss` above 0, the load-balancing loss of a mixture-of-experts model's routers over the global
         batch is added with this coefficient.
         With `deterministic` each micro-batch's gradient is added by itself, in the order of the step's micro-batches,

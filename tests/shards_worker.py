@@ -106,6 +106,22 @@ def training(model: Path, cases: dict[str, dict[str, Any]], replicas: int | None
         torch_worker.train(model, case, folder / name)
 
 
+def training_traced(model: Path, case: dict[str, Any], folder: Path) -> None:
+    """As `training`, with layers that are traced and then run as they are, which takes no C++ compiler."""
+    from bnf_torch import compiling
+
+    compiling.COMPILER = "eager"
+    torch_worker.train(model, case | {"compile": True}, folder)
+
+
+def training_in_4bit(model: Path, case: dict[str, Any], folder: Path) -> None:
+    """As `training`, of weights that bitsandbytes quantises on the CPU."""
+    from bnf_torch import model as loading
+
+    loading.IN_4BIT = ("cpu",)
+    torch_worker.train(model, case | {"load_in_4bit": True}, folder)
+
+
 def refusals(experts: str, unseen: str, folder: Path) -> None:
     """What each process says of checkpoints that cannot be loaded: of six experts, and one that only the first sees."""
     group = processes()

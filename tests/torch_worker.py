@@ -33,7 +33,8 @@ def rows() -> list[Example]:
 
 def train(model: Path, case: dict[str, Any], output: Path) -> None:
     """Leaves in `output`: steps.json (on the first process), a checkpoint, and what was trained."""
-    options = {name: case[name] for name in ("gradient_checkpointing", "dtype") if name in case}
+    known = ("gradient_checkpointing", "dtype", "router_aux_loss", "load_in_4bit", "compile")
+    options = {name: case[name] for name in known if name in case}
     engine = TorchBackend().load(
         model, device="cpu", fine_tune_type=case["type"], lora=LoraConfig(rank=4), optimizer=OPTIMIZER, **options
     )

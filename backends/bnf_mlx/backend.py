@@ -69,6 +69,7 @@ class MLXBackend(Backend):
         gradient_checkpointing: bool = False,
         router_aux_loss: float = 0.0,
         attention_masks: AttentionMasks = "auto",
+        compile: bool = False,
         deterministic: bool = False,
         seed: int = 0,
     ) -> Engine:
@@ -89,6 +90,11 @@ class MLXBackend(Backend):
             raise UserError(
                 f"hardware.attention_masks is {attention_masks}, a setting of the torch backend: on mlx a batch is "
                 "computed in pages, without such masks. Leave it out"
+            )
+        if compile:
+            raise UserError(
+                "hardware.compile is true, a setting of the torch backend: mlx compiles what gains by it anyway. Leave "
+                "it out"
             )
         if router_aux_loss:
             raise UserError(

@@ -63,6 +63,9 @@ class MLXMeasures:
         if grid.seen > 1:
             scores, copies = size * model.heads * grid.width * grid.seen, 2 * size * kv * grid.seen
         block = size * (4 * f + 2 * d + 2 * q + 2 * kv) + scores + copies
+        if model.experts is not None:  # of each expert that is chosen: its sorted input, what is between, its output
+            experts = model.experts
+            block += experts.chosen * size * (4 * experts.inner + 3 * d) + 4 * experts.count
         # Low-rank products, their sums and gradients are wider than half precision.
         outputs = sum(o for _, o in model.adapted(training.lora.targets).values())
         widened = 10 * outputs if training.half else 0

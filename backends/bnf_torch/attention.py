@@ -148,13 +148,27 @@ def _attend_by_layout() -> None:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
     ) -> tuple[Tensor, None]:
         if isinstance(attention_mask, BlockMask):
-            flex, scale = ALL_ATTENTION_FUNCTIONS["flex_attention"], options.get("scaling")  # all that "sdpa" heeds
-            return flex(module, query, key, value, attention_mask, scaling=scale)[0], None
+            return by_blocks(module, query, key, value, attention_mask, **options)
         rows = getattr(attention_mask, "segments", None)
         if rows is None or attention_mask is None or options.get("position_bias") is not None:
             return right(module, query, key, value, attention_mask, **options)
+        return by_segments(module, query, key, value, attention_mask, rows, **options)
+
+    # Outside of layers that are compiled, or each new layout would have them compiled again.
+
+    @torch.compiler.disable
+    def by_blocks(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, **options: Any
+    ) -> tuple[Tensor, None]:
+        flex, scale = ALL_ATTENTION_FUNCTIONS["flex_attention"], options.get("scaling")  # all that "sdpa" heeds
+        return flex(module, query, key, value, mask, scaling=scale)[0], None
+
+    @torch.compiler.disable
+    def by_segments(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, masks: Tensor, rows: list[Row], **options: Any
+    ) -> tuple[Tensor, None]:
         found = []
-        for row, q_row, k_row, v_row, mask in zip(rows, query, key, value, attention_mask, strict=True):
+        for row, q_row, k_row, v_row, mask in zip(rows, query, key, value, masks, strict=True):
             # split, not slices: the gradient of each slice would be as large as the row
             q, k, v = (x.unsqueeze(0).split(row.lengths, 2) for x in (q_row, k_row, v_row))  # (1, heads, L, D) each
             spans = [slice(*edges) for edges in pairwise(accumulate(row.lengths, initial=0))]

@@ -64,6 +64,7 @@ class TorchBackend(Backend):
         gradient_checkpointing: bool = False,
         router_aux_loss: float = 0.0,
         attention_masks: AttentionMasks = "auto",
+        compile: bool = False,
         deterministic: bool = False,
         seed: int = 0,
     ) -> Engine:
@@ -121,6 +122,7 @@ class TorchBackend(Backend):
             gradient_checkpointing=gradient_checkpointing,
             router_aux_loss=router_aux_loss,
             attention_masks=attention_masks,
+            compile=compile,
             deterministic=deterministic,
             fill=fill if unfilled else None,
         )

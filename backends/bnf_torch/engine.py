@@ -40,6 +40,7 @@ from bnf_core.storage.shards import (
 from bnf_core.types import Array, Batch, TokenScores
 from bnf_torch import adapter
 from bnf_torch.attention import LAYOUT, masks_of
+from bnf_torch.compiling import compile_layers, uncompiled
 from bnf_torch.errors import FULL
 from bnf_torch.model import head_weight
 from bnf_torch.ops import tensors
@@ -61,6 +62,7 @@ class TorchEngine:
         source: the folder that the model is from, for the files that `save` leaves as they are.
         router_aux_loss: coefficient of the load-balancing loss of a mixture-of-experts model's routers; 0: none.
         attention_masks: of packed and shared-prompt batches, as `HardwareConfig` says.
+        compile: the decoder layers, as `HardwareConfig` says, where something is trained.
         deterministic: add each micro-batch's gradient by itself, in the order of the step's micro-batches.
         fill: gives weights to a model that has none yet, once it is sharded.
     Raises:
@@ -80,6 +82,7 @@ class TorchEngine:
         gradient_checkpointing: bool = False,
         router_aux_loss: float = 0.0,
         attention_masks: AttentionMasks = "auto",
+        compile: bool = False,
         deterministic: bool = False,
         fill: Callable[[], None] | None = None,
     ):
@@ -94,6 +97,8 @@ class TorchEngine:
         self.reference_weights: dict[str, Tensor] = {}  # by name; empty: those that training starts from
         if gradient_checkpointing:
             checkpoint_activations(self.base)
+        if compile and any(p.requires_grad for p in model.parameters()):
+            compile_layers(self.base, self.device)
         autocast = None if dtype in (None, torch.float32, self.base.dtype) else dtype
         sharded = getattr(processes, "sharded", False)
         self.objective = objective or BNF()
@@ -109,7 +114,8 @@ class TorchEngine:
         wanted = attention_masks if any(p.requires_grad for p in model.parameters()) else "dense"
         if wanted == "auto":
             wanted = "blocks" if self.device.type == "cuda" else "auto"
-        self.scored.probe(None if wanted == "auto" else wanted)
+        with uncompiled():
+            self.scored.probe(None if wanted == "auto" else wanted)
         self._reshard()
         if attention_masks == wanted == "blocks" and not (self.scored.shares and masks_of(self.base) == "blocks"):
             raise UserError(
@@ -172,6 +178,7 @@ class TorchEngine:
         self.scored.eval()
         autocast = self.scored.autocast
         with (
+            uncompiled(),
             _without_settings(self.base),
             torch.autocast(self.device.type, autocast) if autocast else nullcontext(),
         ):
@@ -338,13 +345,13 @@ class TorchEngine:
 
     def load_random_state(self, state: Mapping[str, Array]) -> None:
         """This process's generators; one that has no part in the state keeps its own."""
-        cpu, rank = torch.tensor(state["random/cpu"]), self.processes.rank
-        if rank < len(cpu):
-            torch.set_rng_state(cpu[rank])
-        if "random/device" in state and self.device.type in ("cuda", "mps"):
-            device = torch.tensor(state["random/device"])
-            if rank < len(device):
-                getattr(torch, self.device.type).set_rng_state(device[rank], *self._cuda_index())
+        states, rank = {name: state[name] for name in state if name.startswith("random/")}, self.processes.rank
+        # Copies: of a view PyTorch 2.13 looks for the state as far behind its place as that is behind the first.
+        mine = {name: torch.tensor(rows[rank]) for name, rows in states.items() if rank < len(rows)}
+        if "random/cpu" in mine:
+            torch.set_rng_state(mine["random/cpu"])
+        if "random/device" in mine and self.device.type in ("cuda", "mps"):
+            getattr(torch, self.device.type).set_rng_state(mine["random/device"], *self._cuda_index())
 
     def _cuda_index(self) -> tuple[torch.device, ...]:
         """Which of several GPUs; MPS has one and takes no argument."""

@@ -61,12 +61,18 @@ class TorchMeasures:
         # it; queries, keys, values, attention; gate, its activation and up.
         stream = 4 * (4 if full else 2) * d
         layer = stream + size * (3 * f + 2 * q + 2 * kv) + 4 * (model.heads + 2) + inputs + products
+        if model.normed_heads:  # in float32
+            layer += 4 * (2 if full else 1) * (q + kv)
+        transient: float = 2 * size * f
+        if model.experts is not None:
+            routed, backward = _routed(model, training)
+            layer, transient = layer + routed, transient + backward
         logits = _chunked(grid.completion_tokens * model.vocab * 4, CUDA_CHUNK if self.cuda else CPU_CHUNK)
         return Kept(
             _weights(model, training),
             layer,
             size * d,
-            2 * size * f,
+            transient,
             matrices,
             logits + grid.completion_tokens * d * size,
             self._fragments(model, training, grid, layer),
@@ -187,6 +193,19 @@ def _weights(model: Architecture, training: Training) -> float:
         rest = model.parameters - model.linear_parameters
         return rest * training.size + model.linear_parameters * (4 + 8 / 64 + 32 / (64 * 256)) / 8
     return model.parameters * training.size
+
+
+def _routed(model: Architecture, training: Training) -> tuple[float, float]:
+    """Bytes a token of what a layer's experts keep, and beside that in their backward pass. Of each that is chosen:
+    gate and up, which are one tensor, the activation and the output; and where experts are trained their inputs and
+    that of the product that makes the output. These are in float32: autocast passes grouped products by."""
+    experts, d = model.experts, model.hidden
+    assert experts is not None
+    full = training.kind == "full"
+    size = 4 if full else training.size
+    indices, shared = 40, 2 * training.size * d if model.inner else 0
+    kept = size * ((4 if full else 3) * experts.inner + (2 if full else 1) * d) + indices
+    return experts.chosen * kept + 4 * experts.count + shared, experts.chosen * size * (2 * experts.inner + 2 * d)
 
 
 def _chunked(bytes_: float, most: float) -> float:

@@ -21,6 +21,7 @@ from bnf_torch.attention import attending
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 VALUES = 1 << 22  # to unpack at a time
+IN_4BIT = ("cuda",)  # devices that have what bitsandbytes needs; on a CPU it is there for tests
 QUANTIZED = ("quantization", "quantization_config")  # keys of the config of a model that MLX quantised
 
 
@@ -163,7 +164,7 @@ class _Packed:
 
 
 def _in_4bit(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    if device.type != "cuda":
+    if device.type not in IN_4BIT:
         raise UserError(f"hardware.load_in_4bit needs a CUDA device, and this run is on {device.type}: leave it out")
     try:
         import bitsandbytes  # noqa: F401

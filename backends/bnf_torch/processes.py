@@ -1,6 +1,7 @@
 """The processes of a run, as torchrun or accelerate launched them, and a model spread over them by DDP or FSDP2."""
 
 import atexit
+import ctypes
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from bnf_torch.scored import ScoredModel
 
 # What torch.distributed says, in messages of no class of their own, when another process is gone.
 LOST = ("Connection closed by peer", "Connection reset", "Broken pipe", "imed out", "imeout", "NCCL", "ncclRemoteError")
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 TENSOR = "tensor"  # the dimension of a mesh along which processes compute a layer together
 
 
@@ -181,6 +183,8 @@ def spread(scored: ScoredModel, group: Processes, device: torch.device, dtype: t
             return scored
         here = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(scored, device_ids=here, gradient_as_bucket_view=True)
+    if device.type == "cpu":
+        _give_back_what_is_freed()
     mesh = group.mesh(device.type, group.replicas, group.together)
     if group.together > 1:
         mesh = mesh["shards"]
@@ -193,6 +197,15 @@ def spread(scored: ScoredModel, group: Processes, device: torch.device, dtype: t
     whole = MixedPrecisionPolicy(policy.param_dtype, policy.reduce_dtype, cast_forward_inputs=False)
     fully_shard(scored, mesh=mesh, mp_policy=whole)
     return scored
+
+
+def _give_back_what_is_freed() -> None:
+    """Have glibc give blocks of a MiB and more back to the system. It would keep them, and does not find an aligned one
+    again for the next layer that is gathered: after one forward pass a process would hold as much as the whole model
+    takes."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "gnu_get_libc_version"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 @contextmanager

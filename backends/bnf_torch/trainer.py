@@ -81,7 +81,7 @@ REFUSED: Mapping[str, str] = {
         *("ddp_static_graph", "ddp_timeout", "debug", "enable_jit_checkpoint", "eval_accumulation_steps"),
         *("eval_do_concat_batches", "eval_use_gather_object", "gradient_checkpointing_kwargs", "include_for_metrics"),
         *("label_names", "label_smoothing_factor", "length_column_name", "liger_kernel_config", "optim_target_modules"),
-        *("parallelism_config", "prediction_loss_only", "save_on_each_node", "torch_compile", "torch_compile_backend"),
+        *("parallelism_config", "prediction_loss_only", "save_on_each_node", "torch_compile_backend"),
         *("torch_compile_mode", "torch_empty_cache_steps", "use_cache", "use_liger_kernel"),
     ),
     "",
@@ -143,7 +143,9 @@ class BNFConfig(TrainingArguments):
                 instead = f": {hint}" if hint else ""
                 raise UserError(f"{name} is {value!r}, which BNFTrainer does not support{instead}")
         processes()  # joined on our terms, before accelerate would on its own
+        compiles, self.torch_compile = self.torch_compile, False  # which would also switch TF32 on
         super().__post_init__()
+        self.torch_compile = compiles
 
     @property
     def data(self) -> DataConfig:
@@ -571,6 +573,7 @@ def _engine(
         source=folder if named else None,
         gradient_checkpointing=checkpointing,
         router_aux_loss=args.router_aux_loss,
+        compile=args.torch_compile,
         fill=fill if unfilled else None,
     )
 

@@ -12,17 +12,31 @@ from typing import Any
 
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
+from bnf_core.models.lora import unadapted
 from bnf_core.models.quantization import bits_per_weight
 from bnf_core.types import Batch
+
+MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # families whose every layer may be one of experts
+NORMED_HEADS = ("gemma3_text", "olmo2", "olmo3", "olmoe", "qwen3", "qwen3_moe")  # norms of queries and keys
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Of every layer of a mixture-of-experts model."""
+
+    count: int  # E
+    chosen: int  # k, for each token
+    inner: int  # F of each
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The sizes of a decoder-only transformer with attention and a gated MLP: llama, qwen, mistral, smollm, …"""
+    """The sizes of a decoder-only transformer with attention and a gated MLP: llama, qwen, mistral, smollm, …; or, in
+    the place of the MLP, with a mixture of experts."""
 
     layers: int
     hidden: int  # D
-    inner: int  # F, of the MLP
+    inner: int  # F, of the MLP; of a mixture's the shared expert, 0 where there is none
     heads: int  # of queries
     kv_heads: int
     head_dim: int
@@ -30,6 +44,8 @@ class Architecture:
     tied: bool  # the head's weights are the embeddings'
     dtype: str = "float32"  # that the checkpoint is in
     bits: float | None = None  # a weight, scales included, where mlx-lm quantised the checkpoint
+    normed_heads: bool = False
+    experts: Experts | None = None
 
     @classmethod
     def of(cls, folder: Path) -> "Architecture":
@@ -49,23 +65,30 @@ class Architecture:
     def from_config(cls, config: Mapping[str, Any], name: str = "config") -> "Architecture":
         """
         Raises:
-            UserError: a size is missing, the layers are mixtures of experts or recurrent, or quantised as MLX cannot.
+            UserError: a size is missing, the layers are recurrent, of a family of mixtures of experts that is not known
+                here, not all alike, or quantised as MLX cannot.
         """
         bits = bits_per_weight(config, name)
         config = config.get("text_config", config)
         needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         absent = [key for key in needed if not isinstance(config.get(key), int)]
-        other = [key for key in config if "expert" in key or key.startswith(("ssm", "mamba", "conv_"))]
+        family = config.get("model_type")
+        mixture = family in MIXTURES
+        other = [key for key in config if key.startswith(("ssm", "mamba", "conv_"))]
+        other += [key for key in config if "expert" in key and not mixture]
+        other += [key for key in ("mlp_only_layers",) if mixture and config.get(key)]
+        other += [key for key in ("decoder_sparse_step",) if mixture and config.get(key, 1) != 1]
         if absent or other:
             why = f"lacks {', '.join(absent)}" if absent else f"has {', '.join(other[:3])}"
             raise UserError(
-                f"{name} {why}: the formulae of memory are of dense transformers with attention and a gated MLP"
+                f"{name} {why}: the formulae of memory are of dense transformers with attention and a gated MLP, and "
+                f"of mixtures of experts in every layer ({', '.join(MIXTURES)})"
             )
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         return cls(
             layers=config["num_hidden_layers"],
             hidden=hidden,
-            inner=config["intermediate_size"],
+            inner=config.get("shared_expert_intermediate_size", 0) if mixture else config["intermediate_size"],
             heads=heads,
             kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or hidden // heads,
@@ -73,45 +96,72 @@ class Architecture:
             tied=bool(config.get("tie_word_embeddings", False)),
             dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
             bits=bits,
+            normed_heads=family in NORMED_HEADS,
+            experts=_experts(config, name) if mixture else None,
         )
 
     @property
     def linear(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of the linear layers of one decoder layer."""
+        """(inputs, outputs) of the linear layers of one decoder layer that every token goes through."""
         d, q, kv = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
-        return {
-            "q_proj": (d, q),
-            "k_proj": (d, kv),
-            "v_proj": (d, kv),
-            "o_proj": (q, d),
-            "gate_proj": (d, self.inner),
-            "up_proj": (d, self.inner),
-            "down_proj": (self.inner, d),
-        }
+        attention = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
+        if not self.inner:
+            return attention
+        return attention | {"gate_proj": (d, self.inner), "up_proj": (d, self.inner), "down_proj": (self.inner, d)}
 
     @property
     def linear_parameters(self) -> int:
-        """Weights of the linear layers of all decoder layers."""
+        """Weights of the linear layers of all decoder layers, without experts and routers."""
         return self.layers * sum(i * o for i, o in self.linear.values())
+
+    @property
+    def expert_parameters(self) -> int:
+        """Of all experts and routers, and of what decides how much a shared expert says."""
+        if self.experts is None:
+            return 0
+        one = 3 * self.hidden * self.experts.inner + self.hidden  # an expert, and its row of the router
+        return self.layers * (self.experts.count * one + (self.hidden if self.inner else 0))
 
     @property
     def parameters(self) -> int:
         """All weights; biases, which some families have, are too few to count."""
         norms = (2 * self.layers + 1) * self.hidden
-        return self.linear_parameters + norms + self.vocab * self.hidden * (1 if self.tied else 2)
+        return (
+            self.linear_parameters + self.expert_parameters + norms + self.vocab * self.hidden * (1 if self.tied else 2)
+        )
 
     def adapted(self, targets: list[str]) -> dict[str, tuple[int, int]]:
-        """The linear layers with an adapter: the targets, or with `all-linear` every one."""
-        return {name: shape for name, shape in self.linear.items() if targets == ["all-linear"] or name in targets}
+        """The linear layers with an adapter: the targets, or with `all-linear` every one that may have one."""
+        never = unadapted("", self.experts is not None)
+        everywhere = targets == ["all-linear"]
+        return {n: shape for n, shape in self.linear.items() if n not in never and (everywhere or n in targets)}
 
     def adapter_parameters(self, lora: LoraConfig, *, dora: bool = False) -> int:
         """Of all layers; DoRA has a magnitude for each output."""
         return self.layers * sum(lora.rank * (i + o) + dora * o for i, o in self.adapted(lora.targets).values())
 
+    def layer_products(self, tokens: int) -> list[tuple[int, int, int]]:
+        """(tokens, inputs, outputs) of the matrix products of one decoder layer."""
+        products = [(tokens, i, o) for i, o in self.linear.values()]
+        if self.experts is not None:
+            d, f, chosen = self.hidden, self.experts.inner, tokens * self.experts.chosen
+            products += [(tokens, d, self.experts.count), (chosen, d, f), (chosen, d, f), (chosen, f, d)]
+        return products
+
     def products(self, tokens: int, completion_tokens: int) -> list[tuple[int, int, int]]:
-        """(tokens, inputs, outputs) of every linear layer in a step, the head on completion tokens alone."""
-        layer = [(tokens, i, o) for i, o in self.linear.values()]
-        return layer * self.layers + [(completion_tokens, self.hidden, self.vocab)]
+        """Of all layers in a step, and of the head on completion tokens alone."""
+        return self.layer_products(tokens) * self.layers + [(completion_tokens, self.hidden, self.vocab)]
+
+
+def _experts(config: Mapping[str, Any], name: str) -> Experts:
+    sizes = [
+        config.get("num_experts", config.get("num_local_experts")),
+        config.get("num_experts_per_tok"),
+        config.get("moe_intermediate_size", config["intermediate_size"]),
+    ]
+    if not all(isinstance(size, int) for size in sizes):
+        raise UserError(f"{name}: expected num_experts and num_experts_per_tok as integers")
+    return Experts(*sizes)
 
 
 @dataclass(frozen=True)

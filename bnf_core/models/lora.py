@@ -15,6 +15,12 @@ MAMBA_REFUSED = frozenset(("out_proj",))
 # `router`, and its only `layer`) are linear layers to mlx-lm alone.
 EXPERT_NAMES = frozenset("gate_proj up_proj down_proj w1 w2 w3 gate router layer".split())
 
+# mlx-lm keeps this one of these families as matrices by head, which are no linear layer.
+BY_HEAD = frozenset(
+    "bailing_hybrid deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa kimi_linear longcat_flash mistral4".split()
+)
+KEPT_BY_HEAD = frozenset(("kv_b_proj",))
+
 
 def unadapted(model_type: str, mixture: bool) -> frozenset[str]:
     """Names of linear layers that no adapter is put on, the same on every backend.
@@ -22,8 +28,8 @@ def unadapted(model_type: str, mixture: bool) -> frozenset[str]:
     Args:
         mixture: whether the model has mixtures of experts.
     """
-    mamba = MAMBA_REFUSED if model_type in MAMBAS else frozenset()
-    return UNADAPTED | mamba | (EXPERT_NAMES if mixture else frozenset())
+    own = MAMBA_REFUSED if model_type in MAMBAS else KEPT_BY_HEAD if model_type in BY_HEAD else frozenset()
+    return UNADAPTED | own | (EXPERT_NAMES if mixture else frozenset())
 
 
 def initial_lora_a(module: str, rank: int, in_features: int, seed: int) -> NDArray[Any]:

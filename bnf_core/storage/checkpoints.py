@@ -50,7 +50,7 @@ FREE |= {"reference", "data.cache"}  # the same values, wherever they come from
 FREE |= {f"sample.{f.name}" for f in fields(SamplingConfig)}
 # Of the last bits only.
 FREE |= {"micro_batch_size", "auto_batch", "group_by_length", "packing", "share_prompts", "gradient_checkpointing"}
-FREE |= {"hardware.attention_masks"}
+FREE |= {"hardware.attention_masks", "hardware.compile"}
 # Of a run that samples its rows, which are drawn by some of these.
 FREE_ONLINE = {name for name in FREE if name.partition(".")[0] not in ("sample", "sample_tokens")}
 FREE_ONLINE |= {

@@ -33,17 +33,20 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def together(target: Callable[..., None], *args: Any, folder: Path, count: int = COUNT, **sizes: int) -> None:
+def together(
+    target: Callable[..., None], *args: Any, folder: Path, count: int = COUNT, shards: bool = True, **sizes: int
+) -> None:
     """On all processes, which must end well.
 
     Args:
+        shards: by FSDP2, or else by DDP.
         sizes: of accelerate's `parallelism_config`, such as tp_size.
     """
     port = str(free_ports(1)[0])
     shared = {f"PARALLELISM_CONFIG_{name.upper()}": str(size) for name, size in sizes.items()}
     shared |= {"ACCELERATE_USE_PARALLELISM_CONFIG": "true"} if sizes else {}
     shared |= {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": ""}
-    shared |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+    shared |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if shards else {}
     folder.mkdir(parents=True, exist_ok=True)
     outputs = [folder / f"output-{rank}" for rank in range(count)]
     started = [
@@ -116,14 +119,18 @@ def test_replicas_of_shards_take_the_steps_of_one_process(name: str, tiny_model:
     torch_worker.train(tiny_model, case, tmp_path / "alone")
     together(shards_worker.training, tiny_model, {name: case}, 2, folder=tmp_path / "four")
     require_same_steps(steps(tmp_path / "alone"), steps(tmp_path / "four" / name), 2e-5)
-    one, four = trained(tmp_path / "alone"), trained(tmp_path / "four" / name)
-    assert one.keys() == four.keys()
-    difference = np.concatenate([(four[key] - one[key]).ravel() for key in one])
-    assert np.abs(difference).max() < torch_worker.OPTIMIZER.learning_rate * 0.1
-    assert abs(difference.mean()) < 1e-6 and np.abs(difference).mean() < 2e-6
+    require_same_weights(tmp_path / "alone", tmp_path / "four" / name)
     again = case | {"resume": str(tmp_path / "four" / name / "checkpoints"), "steps": torch_worker.STEPS + 1}
     torch_worker.train(tiny_model, again, tmp_path / "again")
     assert len(steps(tmp_path / "again")) == 1
+
+
+def require_same_weights(alone: Path, others: Path) -> None:
+    one, several = trained(alone), trained(others)
+    assert one.keys() == several.keys()
+    difference = np.concatenate([(several[key] - one[key]).ravel() for key in one])
+    assert np.abs(difference).max() < torch_worker.OPTIMIZER.learning_rate * 0.1
+    assert abs(difference.mean()) < 1e-6 and np.abs(difference).mean() < 2e-6
 
 
 @pytest.mark.slow
@@ -134,6 +141,53 @@ def test_replicas_of_shards_resume_what_one_process_began(tiny_model: Path, tmp_
     resumed = case | {"resume": str(tmp_path / "first half" / "checkpoints")}
     together(shards_worker.training, tiny_model, {"resumed": resumed}, 2, folder=tmp_path / "four")
     require_same_steps(steps(tmp_path / "alone")[half:], steps(tmp_path / "four" / "resumed"), 2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [False, True], ids=["ddp", "fsdp"])
+def test_4_bit_weights_take_the_steps_of_one_process(shards: bool, tiny_model: Path, tmp_path: Path) -> None:
+    """LoRA on them, with gradient checkpointing as QLoRA has it. Rejects packed weights that FSDP2 casts or cuts within
+    a block, and scales that do not go with them."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install bitsandbytes")
+    case = {"type": "lora", "gradient_checkpointing": True, "dtype": "float32"}
+    together(shards_worker.training_in_4bit, tiny_model, case, folder=tmp_path / "one", count=1, shards=False)
+    together(shards_worker.training_in_4bit, tiny_model, case, folder=tmp_path / "two", count=2, shards=shards)
+    torch_worker.train(tiny_model, case, tmp_path / "whole")
+    one, whole = steps(tmp_path / "one"), steps(tmp_path / "whole")
+    assert abs(one[0]["norm"] / whole[0]["norm"] - 1) > 1e-3, "the weights are quantised"
+    require_same_steps(one, steps(tmp_path / "two"), 2e-5)
+    require_same_weights(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [False, True], ids=["ddp", "fsdp"])
+def test_traced_layers_take_the_steps_of_one_process(shards: bool, tiny_model: Path, tmp_path: Path) -> None:
+    """One that runs them as they are written. Rejects layers that are traced with what shards them, or instead."""
+    case = {"type": "lora", "gradient_checkpointing": True}
+    torch_worker.train(tiny_model, case, tmp_path / "one")
+    together(shards_worker.training_traced, tiny_model, case, folder=tmp_path / "two", count=2, shards=shards)
+    require_same_steps(steps(tmp_path / "one"), steps(tmp_path / "two"), 2e-5)
+    require_same_weights(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shards", [False, True], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize("coefficient", [0.0, 0.5], ids=["off", "on"])
+def test_routers_take_the_steps_of_one_process(
+    shards: bool, coefficient: float, models: dict[str, str], tmp_path: Path
+) -> None:
+    """All weights of a mixture of experts, with the load-balancing loss over the whole step and without. Rejects
+    experts that are counted on one process alone, and a loss that is added by each of them whole."""
+    mixture = Path(models["8 experts"])
+    case = {"type": "full", "router_aux_loss": coefficient}
+    torch_worker.train(mixture, case, tmp_path / "one")
+    if coefficient:
+        torch_worker.train(mixture, case | {"router_aux_loss": 0.0}, tmp_path / "without")
+        norms = [steps(tmp_path / name)[0]["norm"] for name in ("one", "without")]
+        assert abs(norms[0] / norms[1] - 1) > 1e-3, "the routers' loss has its part in the gradient"
+    together(shards_worker.training, mixture, {"two": case}, None, folder=tmp_path, count=2, shards=shards)
+    require_same_steps(steps(tmp_path / "one"), steps(tmp_path / "two"), 2e-5)
+    require_same_weights(tmp_path / "one", tmp_path / "two")
 
 
 def test_the_trainer_reads_its_shard(tiny_model: Path, tmp_path: Path) -> None:

@@ -372,21 +372,18 @@ def test_all_linear_adapts_the_same_layers_of_a_family(family: str, tmp_path: Pa
     torch_paths = {name for name, module in engines[0].base.named_modules() if hasattr(module, "lora_A")}
     mlx_paths = {name for name, module in engines[1].model.named_modules() if "lora_a" in module}
     ours, theirs = ({module_path(name) for name in paths} for paths in (torch_paths, mlx_paths))
-    if family in (
-        "deepseek_v3",
-        "glm4_moe_lite",
-    ):  # mlx-lm keeps this one as matrices by head, which are no linear layers
-        ours = {name for name in ours if not name.endswith("kv_b_proj")}
     assert ours == theirs
     assert theirs
     assert not [name for name in engines[0].trainable if ".experts." in name or ".gate." in name or "router" in name]
 
 
-def test_experts_are_no_target_of_an_adapter(tmp_path: Path) -> None:
-    folder = make(tmp_path, "glm4_moe", VERIFIED["glm4_moe"])  # whose first layer has no experts
+@pytest.mark.parametrize(("family", "target"), [("glm4_moe", "gate_proj"), ("deepseek_v3", "kv_b_proj")])
+def test_what_one_backend_could_not_adapt_is_no_target(family: str, target: str, tmp_path: Path) -> None:
+    """Experts, of a model whose first layer has none; and what is kept as matrices by head."""
+    folder = make(tmp_path, family, VERIFIED[family])
     for name in ("torch", "mlx"):
-        with pytest.raises(UserError, match="no linear layer is called gate_proj; this model has k_proj"):
-            registry.get(name).load(folder, device="cpu", fine_tune_type="lora", lora=LoraConfig(targets=["gate_proj"]))
+        with pytest.raises(UserError, match=rf"no linear layer is called {target}; this model has k"):
+            registry.get(name).load(folder, device="cpu", fine_tune_type="lora", lora=LoraConfig(targets=[target]))
 
 
 @pytest.mark.parametrize(

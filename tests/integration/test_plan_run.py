@@ -45,6 +45,26 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_model(tmp_path_factory.mktemp("planned") / "model", **sizes)
 
 
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """With a shared expert and without."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    sizes: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "num_experts_per_tok": 2, "max_position_embeddings": 1024}
+    families = {
+        "mixtral": {"intermediate_size": 384, "num_local_experts": 8},
+        "qwen2_moe": {"moe_intermediate_size": 192, "shared_expert_intermediate_size": 384, "num_experts": 8},
+        "qwen3_moe": {"moe_intermediate_size": 192, "num_experts": 8, "num_experts_per_tok": 4, "head_dim": 64},
+    }
+    folder = tmp_path_factory.mktemp("mixtures")
+    for family, own in families.items():
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**sizes | own))
+        model.save_pretrained(folder / family)
+        assert Architecture.of(folder / family).parameters == pytest.approx(model.num_parameters(), rel=0.002)
+    return {family: folder / family for family in families}
+
+
 def settings(model: Path, backend: str, dtype: Any, **overrides: Any) -> TrainConfig:
     hardware = HardwareConfig(backend=backend, device="cpu", dtype=dtype)
     return TrainConfig(str(model), DataConfig(""), hardware=hardware, batch_size=16, micro_batch_size=16, **overrides)
@@ -89,8 +109,62 @@ def test_the_predicted_peak_is_that_of_a_run(
     completions: int,
     checkpointing: bool,
 ) -> None:
+    require_predicted(
+        model, runtime, backend_name, kind, dtype, dropout=dropout, completions=completions, checkpointing=checkpointing
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "kind", "dtype", "checkpointing"),
+    [
+        ("mixtral", "lora", "float32", False),
+        ("qwen2_moe", "lora", "float32", False),
+        ("qwen3_moe", "lora", "float32", False),
+        ("mixtral", "lora", "bfloat16", False),
+        ("mixtral", "lora", "float32", True),
+        ("mixtral", "full", "float32", False),
+    ],
+)
+def test_so_it_is_of_mixtures_of_experts(
+    mixtures: dict[str, Path],
+    runtime: Callable[[str], float],
+    backend_name: str,
+    family: str,
+    kind: FineTuneType,
+    dtype: str,
+    checkpointing: bool,
+) -> None:
+    """Rejects experts that are counted once, whatever number is chosen, and adapters on them."""
+    if backend_name == "mlx" and (dtype != "float32" or kind == "full"):
+        pytest.skip("MLX trains adapters of mixtures alone, and on a CPU multiplies experts in float32")
+    require_predicted(mixtures[family], runtime, backend_name, kind, dtype, checkpointing=checkpointing)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_so_it_is_of_a_long_row(runtime: Callable[[str], float], checkpointing: bool, tmp_path: Path) -> None:
+    """Of 6,000 tokens on PyTorch. Rejects attention that keeps a number for every two tokens, 144 MiB a head."""
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 6}
+    model = tiny.make_model(tmp_path / "long", **sizes, vocab_size=VOCAB, max_position_embeddings=8192)
+    rows = [random_row(0, 5500, 500, VOCAB)]
+    require_predicted(model, runtime, "torch", "lora", "float32", checkpointing=checkpointing, rows=rows)
+
+
+def require_predicted(
+    model: Path,
+    runtime: Callable[[str], float],
+    backend_name: str,
+    kind: FineTuneType,
+    dtype: str,
+    *,
+    dropout: float = 0.0,
+    completions: int = 1,
+    checkpointing: bool = False,
+    rows: list[Example] | None = None,
+) -> None:
     count = 16 if backend_name == "torch" else completions  # MLX counts what it allocates, without the libraries
-    rows = [random_row(i // completions, 110, 40, VOCAB, i % completions) for i in range(count)]
+    rows = rows or [random_row(i // completions, 110, 40, VOCAB, i % completions) for i in range(count)]
     lora = LoraConfig(dropout=dropout)
     config = settings(model, backend_name, dtype, fine_tune_type=kind, lora=lora, gradient_checkpointing=checkpointing)
     predicted = auto_batch.peak(
@@ -98,8 +172,8 @@ def test_the_predicted_peak_is_that_of_a_run(
         auto_batch.training_of(config, benchmark(config.hardware)),
         benchmark(config.hardware),
         held_in_memory(rows),
-        count,
-        MicroBatching(count, share_prompts=True),
+        len(rows),
+        MicroBatching(len(rows), share_prompts=True),
         runtime(backend_name),
     )
     # What glibc leaves lying about differs from run to run, and only ever adds.

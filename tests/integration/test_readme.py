@@ -24,7 +24,7 @@ def test_the_tree_names_every_module() -> None:
 
 def test_the_backends_mirror_each_other() -> None:
     torch, mlx = ({path.name for path in (ROOT / "backends" / f"bnf_{name}").glob("*.py")} for name in ("torch", "mlx"))
-    assert torch - mlx == {"trainer.py", "sharding.py", "saving.py", "tensor_parallel.py", "routing.py"}
+    assert torch - mlx == {"trainer.py", "sharding.py", "saving.py", "tensor_parallel.py", "routing.py", "compiling.py"}
     assert mlx - torch == {"families.py", "corrections.py", "pages.py", "blas.py"}
 
 

@@ -331,6 +331,20 @@ def test_fit_draws_nothing_but_dropout(tiny_model):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_each_process_resumes_its_own_random_numbers(tiny_model: Path) -> None:
+    """Rejects those of another process, and of none."""
+    engine = load(tiny_model)
+    engine.processes = Processes()
+    states = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        states.append(torch.get_rng_state().numpy())
+    for rank, state in enumerate(states):
+        engine.processes.rank = rank
+        engine.load_random_state({"random/cpu": np.stack(states)})
+        assert np.array_equal(torch.get_rng_state().numpy(), state)
+
+
 def test_the_reference_of_full_fine_tuning_is_computed_before_the_first_step(tiny_model):
     engine = load(tiny_model, "full")
     batch = collate(rows(3), 3)

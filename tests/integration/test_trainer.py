@@ -427,7 +427,7 @@ TAKEN = set(
     save_only_model save_strategy save_steps save_total_limit push_to_hub hub_token hub_private_repo hub_model_id
     hub_strategy hub_always_push hub_revision load_best_model_at_end metric_for_best_model greater_is_better
     restore_callback_states_from_checkpoint full_determinism seed data_seed use_cpu skip_memory_metrics
-    remove_unused_columns do_train do_eval do_predict resume_from_checkpoint local_rank""".split()
+    remove_unused_columns do_train do_eval do_predict resume_from_checkpoint local_rank torch_compile""".split()
 )
 
 

@@ -96,7 +96,7 @@ def products_seconds(model: Architecture, tokens: int, completion_tokens: int, m
         job()
         return time.perf_counter() - started
 
-    layer = seconds([(few, i, o) for i, o in model.linear.values()])
+    layer = seconds(model.layer_products(few))
     head = seconds([(few, model.hidden, model.vocab)])
     return (layer * model.layers + head * share) * tokens / few
 

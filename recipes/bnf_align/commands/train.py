@@ -129,6 +129,7 @@ def run_training(
             gradient_checkpointing=config.gradient_checkpointing,
             router_aux_loss=config.router_aux_loss,
             attention_masks=config.hardware.attention_masks,
+            compile=config.hardware.compile,
             deterministic=config.deterministic,
             seed=config.seed,
         )
