@@ -121,9 +121,11 @@ docs-check: docs
 release-check: $(INSTALLED)
 	PYTHON=$(BIN)/python bash .ci/release_check.sh
 
-# CPU hours on two cores; what is done is kept, so it may be stopped at any time.
+# CPU hours on two cores; what is done is kept, so it may be stopped at any time. Those that need no other model or data.
+DIDACTIC := from bnf_align.experiments import EXPERIMENTS, experiment as e; \
+  print(*(name for name in EXPERIMENTS if "didactic" in e(name).scales))
 evidence: $(INSTALLED)
-	for name in $$($(BIN)/python -c 'from bnf_align.experiments import EXPERIMENTS; print(*EXPERIMENTS)'); do \
+	for name in $$($(BIN)/python -c '$(DIDACTIC)'); do \
 	  $(BIN)/bnf experiment $$name --backend torch --jobs 2 --resume || exit 1; \
 	done
 	$(BIN)/python docs/evidence_pages.py runs/experiments

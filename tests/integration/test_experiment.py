@@ -14,6 +14,8 @@ from bnf_align.experiments import didactic, scales
 from bnf_align.experiments.base import METHODS
 from bnf_align.experiments.cells import Cell, run
 from bnf_align.experiments.references import TEMPERATURES, reference_model
+from bnf_align.experiments.rows import Mix
+from bnf_align.experiments.subjects import Solutions
 from bnf_core import registry
 from bnf_core.data.records import parse_row
 from bnf_core.data.tokenization import load_tokenizer, tokenize
@@ -117,6 +119,13 @@ def test_the_models_own_answers(made: Path, monkeypatch: pytest.MonkeyPatch, ans
         assert found["path"][-1]["step"] == 2
 
 
+def test_graded_rows_train(made: Path) -> None:
+    graded, plain = (Mix(paired=0.0, graded=graded) for graded in (True, False))
+    for objective in ("bnf", "kto"):
+        norms = [run(cell(objective=objective, mix=mix), made, "torch")["grad_norms"] for mix in (graded, plain)]
+        assert norms[0] != norms[1] and all(norm > 0 for norm in norms[0])
+
+
 def test_without_steps_nothing_moves(made: Path) -> None:
     found = run(cell(steps=0), made, "torch")
     assert found["gini"] == 0.0 and not any(found["moved_chosen"] + found["moved_rejected"])
@@ -184,7 +193,14 @@ def test_an_experiment_is_run_resumed_and_refused(
     [
         (["stabilty"], "did you mean stability?"),
         (["stability", "--jobs", "0"], "expected an integer of at least 1"),
-        (["stability", "--scale", "huge"], "expected didactic or smollm2"),
+        (["stability", "--scale", "huge"], "expected didactic or smollm2 or gsm8k"),
+        (["stability", "--scale", "gsm8k"], "stability is run at didactic or smollm2"),
+        (["solutions", "--scale", "smollm2"], "solutions is run at gsm8k"),
+        (["stability", "--methods", "BNF,PPO"], "methods has 'PPO': stability compares BNF, DPO,"),
+        (["stability", "--methods", "DPO,KTO"], "methods lacks BNF, which stability compares the others with"),
+        (["solutions"], "solutions needs the file of https://github.com/openai/grade-school-math"),
+        (["solutions", "--solutions", "none.jsonl"], "solutions none.jsonl: no such file"),
+        (["stability", "--solutions", "some.jsonl"], "scale didactic has word problems, expected no file"),
         (["stability", "--learning-rates", "fast"], "expected numbers above 0"),
         (["stability", "--hardware.device", "cuda"], "expected cpu and float32"),
     ],
@@ -193,6 +209,76 @@ def test_bad_settings(argv: list[str], message: str, tmp_path: Path, capsys: pyt
     assert cli.run(["experiment", *argv, "--output", str(tmp_path / "new")]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "new").exists()
+
+
+# Solutions of GSM8K
+
+
+@pytest.fixture
+def solutions(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A made-up file, and the scale that is about it with LoRA on the tiny model."""
+    small = replace(
+        scales.SCALES["gsm8k"], steps=2, batch_size=4, learning_rates=(1e-3,), max_tokens=3, **SMALL | {"sentences": 0}
+    )
+    monkeypatch.setitem(scales.SCALES, "gsm8k", replace(small, model=lambda folder, backend, console: made))
+    path = tmp_path / "example_model_solutions.jsonl"
+    with path.open("w") as file:
+        for i in range(80):
+            right, wrong = ({"is_correct": ok, "solution": f"{i} + 3 = {i + 3 + (not ok)}"} for ok in (True, False))
+            file.write(json.dumps({"question": f"{i} + 3 ?", "6b_finetuning": right, "175b_finetuning": wrong}) + "\n")
+    return path
+
+
+def test_preference_is_what_likelihoods_say(made: Path, solutions: Path) -> None:
+    for changes in ({"objective": "dpo"}, {"objective": "kto", "mix": Mix(paired=0.0, chosen=0.25)}):
+        found = run(cell(scale="gsm8k", learning_rate=0.1, **changes), made, "torch", Solutions.read(str(solutions)))
+        chosen, rejected = (found["log_p_a_token"][kind] for kind in ("chosen", "rejected"))
+        assert found["correct"] == [int(a > b) for a, b in zip(chosen, rejected, strict=True)] and len(chosen) == 4
+        assert found["rows"] == 8 and len(found["others"]["word problems"]) == 2
+        assert any(found["moved_chosen"]) and all(norm > 0 for norm in found["grad_norms"])
+
+
+def test_references_computed_once_are_those_of_each_step(
+    made: Path, solutions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bnf_align.experiments import cells
+
+    asked = cell(scale="gsm8k", learning_rate=0.1)
+    once = run(asked, made, "torch", Solutions.read(str(solutions)))
+    monkeypatch.setattr(cells, "before_training", lambda *args: None)
+    each = run(asked, made, "torch", Solutions.read(str(solutions)))
+    np.testing.assert_allclose(once["grad_norms"], each["grad_norms"], rtol=1e-3)
+    np.testing.assert_allclose(once["moved_chosen"], each["moved_chosen"], atol=2e-3)
+
+
+def test_solutions_are_compared_resumed_and_refused(
+    tmp_path: Path, solutions: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ask(*more: str) -> tuple[int, str]:
+        argv = ["solutions", "--output", str(tmp_path / "out"), "--hardware.backend", "torch", "--seeds", "1"]
+        code = cli.run(["experiment", *argv, "--solutions", str(solutions), *more])
+        return code, " ".join(capsys.readouterr().err.split())
+
+    assert ask("--methods", "BNF,DPO")[0] == 0
+    results = json.loads((tmp_path / "out" / "solutions" / "results.json").read_text())
+    assert results["facts"]["methods"] == ["BNF", "DPO"] and results["facts"]["scale"] == "gsm8k"
+    assert [(line["setting"], line["method"]) for line in results["lines"]] == [
+        ("pairs", "BNF"),
+        ("pairs", "DPO"),
+        ("no pairs, 62% wrong", "BNF"),
+    ]
+    assert results["seen"].startswith("Of held-out pairs the right solution was the likelier one in")
+    code, said = ask("--methods", "BNF", "--resume")
+    assert code == 2 and "methods: ['BNF', 'DPO'] → ['BNF']" in said
+    code, said = ask("--resume")
+    assert code == 2 and "methods: ['BNF', 'DPO'] → None" in said
+    lines = solutions.read_text().splitlines(keepends=True)
+    solutions.write_text("".join(lines[1:]))
+    code, said = ask("--methods", "BNF,DPO", "--resume")
+    assert code == 2 and "solutions: SHA-256" in said
+    solutions.write_text("".join(lines[:6]))
+    code, said = ask("--output", str(tmp_path / "few"))
+    assert code == 2 and "expected at least" in said
 
 
 def test_the_experiments_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,14 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bnf_align.experiments import EXPERIMENTS, experiment, tasks
+from bnf_align.experiments import EXPERIMENTS, experiment, tables, tasks
 from bnf_align.experiments.cells import VERSION
 from bnf_align.experiments.outcome import Outcome, collapsed, line_of, read
 from bnf_align.experiments.rows import Mix, feedback
 from bnf_align.experiments.runner import Plan, choose_rates
 from bnf_align.experiments.scales import SCALES
-from bnf_align.experiments.statistics import gini, interval
-from bnf_align.word_problems import OPERATIONS, draw, solve
+from bnf_align.experiments.statistics import gini, interval, separation
+from bnf_align.experiments.subjects import WordProblem, WordProblems
+from bnf_align.word_problems import OPERATIONS, Problem, draw, solve
+from bnf_core.data.records import parse_row
 from bnf_core.errors import UserError
 from bnf_core.objectives import parse
 from bnf_core.steps.balance import balanced
@@ -112,7 +114,7 @@ def test_answers_of_the_other_tasks() -> None:
 
 def counted(mix: Mix, count: int = 200) -> tuple[int, int, int]:
     """Rows in pairs, chosen and rejected rows by themselves."""
-    rows = feedback(DIDACTIC, count, random.Random(0), mix)
+    rows = feedback(DIDACTIC, WordProblems(), count, random.Random(0), mix)
     pairs = [row for row in rows if "chosen" in row]
     singles = [row["label"] for row in rows if "label" in row]
     return 2 * len(pairs), sum(singles), len(singles) - sum(singles)
@@ -131,7 +133,7 @@ def test_every_mix_has_its_exact_shares(mix: Mix, expected: tuple[int, int, int]
 
 
 def right_share(mix: Mix) -> float:
-    rows = feedback(DIDACTIC, 400, random.Random(5), mix)
+    rows = feedback(DIDACTIC, WordProblems(), 400, random.Random(5), mix)
     by_prompt = {p.question: p for p in tasks.problems(400, random.Random(5), "train")}
     said = [(row["prompt"][0]["content"], row["chosen"][0]["content"]) for row in rows]
     return float(np.mean([tasks.is_right(by_prompt[q], a) if q in by_prompt else np.nan for q, a in said]))
@@ -140,10 +142,21 @@ def right_share(mix: Mix) -> float:
 def test_flipped_and_contradicted_rows() -> None:
     assert right_share(Mix()) == 1.0
     assert right_share(Mix(flipped=0.4)) == pytest.approx(0.6)
-    rows = feedback(DIDACTIC, 400, random.Random(5), Mix(contradicted=0.4))
+    rows = feedback(DIDACTIC, WordProblems(), 400, random.Random(5), Mix(contradicted=0.4))
     both = {str((row["prompt"], row["chosen"], row["rejected"])) for row in rows}
     again = {str((row["prompt"], row["rejected"], row["chosen"])) for row in rows}
     assert len(both & again) == 80  # 40% of 200 pairs: 40 of them both ways round
+
+
+def test_grades_say_how_near_a_number_is() -> None:
+    rows = feedback(DIDACTIC, WordProblems(), 300, random.Random(6), Mix(paired=0.0, graded=True))
+    labels = np.array([row["label"] for row in rows])
+    assert (labels == 1.0).sum() == 150 and labels.min() == -1.0
+    assert 20 < ((labels < 1) & (labels > 0)).sum() < 130  # wrong by little
+    ten = WordProblem(Problem("?", 7, "+", 3))
+    assert [ten.grade(f"= {x}") for x in (10, 9, 15, 20, 80)] == pytest.approx([1.0, 0.8, 0.0, -1.0, -1.0])
+    parsed = [one for row in rows for one in parse_row(row, "rows:1")]
+    assert [one.weight * (1 if one.label else -1) for one in parsed] == pytest.approx(list(labels))
 
 
 def test_balanced_rows_weigh_alike() -> None:
@@ -187,6 +200,16 @@ def test_an_interval_of_differences_is_narrower_than_of_what_they_have_alike() -
     a, b = ((rng.random((10, 200)) < hard + extra).astype(float) for extra in (0.0, 0.02))
     paired, alone = interval(b - a), interval(a)
     assert paired.high - paired.low < alone.high - alone.low
+
+
+def test_how_well_numbers_are_told_apart() -> None:
+    rng = np.random.default_rng(2)
+    below = rng.normal(size=400)
+    assert separation(below + 100, below).mean() == 1.0
+    assert separation(below, below).mean() == pytest.approx(0.5)
+    found = separation(rng.normal(size=400) + 1, below)
+    assert found.mean() == pytest.approx(0.76, abs=0.04)  # Φ(1/√2)
+    assert interval(found[None]).excludes_zero and np.std(found) > 0
 
 
 # Results
@@ -256,6 +279,20 @@ def test_results_are_read_back(tmp_path: Path) -> None:
     assert read(path) == outcome
 
 
+def test_what_is_counted_is_said(tmp_path: Path) -> None:
+    apart = {"chosen": [-1.0, -2.0], "rejected": [-1.5, -3.0]}
+    own = [cell(log_p_a_token=apart)]
+    sweep = [{"objective": "BNF", "learning_rate": 1e-3, "accuracy": 0.6, "collapsed": 0, "seeds": 1, "taken": True}]
+    start = {"accuracy": 0.5, "others": 0.9, "perplexity": 3.0}
+    line = line_of(own, own, cell())
+    assert line.numbers["separated"].mean == pytest.approx(0.75)
+    for scale, counted in (("didactic", "right answers"), ("gsm8k", "right solutions preferred")):
+        made = Outcome("solutions", "claim", {"scale": scale}, start, sweep, [line])
+        text = tables.markdown(made)
+        assert f"| learning rate | {counted} |" in text and f"50% {counted}" in text
+        assert ("beside any" in text) == ("A right solution is preferred where" in text) == (scale == "gsm8k")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [("{", "not the results"), ("[]", "not the results"), ('{"format": 99}', "version 99, expected 1")],
@@ -274,7 +311,8 @@ def test_pages_of_what_was_seen(tmp_path: Path) -> None:
     assert spec is not None and spec.loader is not None
     pages = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(pages)
-    facts = {"seeds": 2, "sweep_seeds": 1, "cpu_hours": 0.1, "backend": "torch", "versions": {"numpy": "2.4"}}
+    facts: dict[str, Any] = {"seeds": 2, "sweep_seeds": 1, "cpu_hours": 0.1, "backend": "torch", "scale": "didactic"}
+    facts["versions"] = {"numpy": "2.4"}
     start = {"accuracy": 0.5, "others": 0.9, "perplexity": 3.0}
     sweep = [{"objective": "BNF", "learning_rate": 1e-3, "accuracy": 0.6, "collapsed": 0, "seeds": 1, "taken": True}]
     made = Outcome("tax", "It costs little.", facts, start, sweep, [line_of([cell()], [cell()], cell())], "", "It did.")
@@ -287,6 +325,16 @@ def test_pages_of_what_was_seen(tmp_path: Path) -> None:
     index, page = (tmp_path / "index.md").read_text(), (tmp_path / "tax.md").read_text()
     assert index.count("| [Tax](tax.md) | It costs little. | It did. |") == 1 and "Nothing has been run" not in index
     assert "![tax: result](tax_result.png)" in page and "**60%**" in page and (tmp_path / "tax.json").exists()
+    larger = replace(
+        made, facts=facts | {"scale": "smollm2", "methods": ["BNF", "NLL on right ones"]}, seen="It did too."
+    )
+    (tmp_path / "tax" / "results.json").write_text(larger.to_json())
+    pages.write(tmp_path, tmp_path)  # beside the first
+    index, page = (tmp_path / "index.md").read_text(), (tmp_path / "tax_smollm2.md").read_text()
+    assert index.index("[Tax](tax.md)") < index.index(
+        "| [Tax, smollm2](tax_smollm2.md) | It costs little. | It did too."
+    )
+    assert "`bnf experiment tax --scale smollm2 --methods 'BNF,NLL on right ones' --seeds 2 --sweep-seeds 1`" in page
 
 
 # Experiments
@@ -295,7 +343,7 @@ def test_pages_of_what_was_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_is_whole(name: str) -> None:
     found = experiment(name)
-    plan = Plan(name, found, "didactic", 2, 1, [1e-3], 4, 8)
+    plan = Plan(name, found, found.scales[0], 2, 1, [1e-3], 4, 8)
     rates = {method.rate_of: 1e-3 for method in found.methods.values()}
     cells = plan.cells(rates)
     assert {c.method for c in plan.sweep()} == rates.keys()
@@ -318,5 +366,6 @@ def test_experiments_share_what_they_have_in_common() -> None:
     assert replace(a, setting="other", method="other").digest == a.digest
     assert replace(a, seed=1).digest != a.digest
     before = {k: v for k, v in asdict(a).items() if k not in ("method", "setting", "answers", "task", "share")}
+    assert before["mix"].pop("graded") is False
     assert a.digest == json_digest(before | {"version": VERSION})[-16:]  # results that are there stay good
     assert len({a.digest, replace(a, answers="policy").digest, replace(a, task="sort").digest}) == 3

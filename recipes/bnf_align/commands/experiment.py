@@ -10,12 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bnf_align.experiments import EXPERIMENTS, experiment
+from bnf_align.experiments import EXPERIMENTS, experiment, gsm8k
 from bnf_align.experiments.base import Experiment
 from bnf_align.experiments.outcome import NAME, Outcome, line_of, start_of
 from bnf_align.experiments.pictures import panels
 from bnf_align.experiments.runner import Plan, Runner, choose_rates
-from bnf_align.experiments.scales import SCALES, Scale
+from bnf_align.experiments.scales import SCALES
+from bnf_align.experiments.subjects import Solutions, Subject, WordProblems
 from bnf_align.experiments.tables import markdown, table
 from bnf_align.run.pictures import save
 from bnf_core import registry
@@ -32,9 +33,13 @@ class ExperimentConfig:
 
     name: str = ""
     """Which; none: list them."""
-    scale: str = "didactic"
+    scale: str | None = None
     """didactic: a transformer of a million parameters that is pre-trained here, minutes to an hour; smollm2:
-    SmolLM2-135M, hours to days."""
+    SmolLM2-135M, hours; gsm8k: the same model on real solutions, hours. Default: the first that an experiment has."""
+    solutions: str = ""
+    """For gsm8k: OpenAI's example_model_solutions.jsonl."""
+    methods: list[str] = field(default_factory=list)
+    """Those that are compared, by the names in the table; default: all of the experiment."""
     output: str = "runs/experiments"
     """Folder of all experiments, which share models and what they have in common; this one's is in it by its name."""
     resume: bool = False
@@ -58,7 +63,7 @@ class ExperimentConfig:
                 raise ValueError(f"{name} is {value}: expected an integer of at least 1")
         if (self.hardware.device, self.hardware.dtype) != ("cpu", "float32"):
             raise ValueError("hardware.device: experiments are run in float32 on the CPU, expected cpu and float32")
-        if self.scale not in SCALES:
+        if self.scale is not None and self.scale not in SCALES:
             raise ValueError(f"scale is {self.scale!r}: expected {' or '.join(SCALES)}")
         for rate in self.learning_rates:
             if not _is_rate(rate):
@@ -76,12 +81,13 @@ def run_experiment(config: ExperimentConfig, console: Console) -> Outcome:
         near = difflib.get_close_matches(config.name, EXPERIMENTS, 1)
         hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(EXPERIMENTS)}"
         raise UserError(f"unknown experiment {config.name!r}: {hint}")
-    found, scale = experiment(config.name), SCALES[config.scale]
-    plan = _plan(config, found, scale)
+    found = _chosen(config, experiment(config.name))
+    plan = _plan(config, found)
+    subject = _subject(config, plan)
     folder = Path(config.output) / config.name
-    settings = _settings(config, plan)
+    settings = _settings(config, plan, subject)
     _begin(folder, settings, config)
-    runner = Runner(Path(config.output), config.scale, config.hardware.backend, config.jobs, console)
+    runner = Runner(Path(config.output), plan.scale, config.hardware.backend, config.jobs, console, subject)
     start, start_of_sweep = runner.run([plan.start(), plan.start_of_sweep()], "start")
     sweep, rates = choose_rates(runner.run(plan.sweep(), "sweep"), start_of_sweep)
     cells = runner.run(plan.cells(rates), config.name)
@@ -100,11 +106,27 @@ def run_experiment(config: ExperimentConfig, console: Console) -> Outcome:
     return outcome
 
 
-def _plan(config: ExperimentConfig, found: Experiment, scale: Scale) -> Plan:
+def _chosen(config: ExperimentConfig, found: Experiment) -> Experiment:
+    """The experiment with the methods that were asked for."""
+    if not config.methods:
+        return found
+    if unknown := [name for name in config.methods if name not in found.methods]:
+        raise UserError(f"methods has {unknown[0]!r}: {config.name} compares {', '.join(found.methods)}")
+    first = next(iter(found.methods))
+    if first not in config.methods:
+        raise UserError(f"methods lacks {first}, which {config.name} compares the others with: expected it among them")
+    return found.of(config.methods)
+
+
+def _plan(config: ExperimentConfig, found: Experiment) -> Plan:
+    name = config.scale or found.scales[0]
+    if name not in found.scales:
+        raise UserError(f"scale is {name!r}: {config.name} is run at {' or '.join(found.scales)}")
+    scale = SCALES[name]
     return Plan(
         config.name,
         found,
-        config.scale,
+        name,
         seeds=config.seeds or min(found.seeds or scale.seeds, scale.seeds),
         sweep_seeds=config.sweep_seeds or scale.sweep_seeds,
         learning_rates=[float(rate) for rate in config.learning_rates] or scale.learning_rates,
@@ -113,16 +135,28 @@ def _plan(config: ExperimentConfig, found: Experiment, scale: Scale) -> Plan:
     )
 
 
-def _settings(config: ExperimentConfig, plan: Plan) -> dict[str, Any]:
+def _subject(config: ExperimentConfig, plan: Plan) -> Subject:
+    """What it is about, whose file is read here so that it is refused before anything is begun."""
+    needed = SCALES[plan.scale].solutions
+    if needed and not config.solutions:
+        raise UserError(f"solutions: {config.name} needs the file of {gsm8k.SOURCE}: download it and name it here")
+    if config.solutions and not needed:
+        raise UserError(f"solutions is {config.solutions}: scale {plan.scale} has word problems, expected no file")
+    return Solutions.read(config.solutions) if needed else WordProblems()
+
+
+def _settings(config: ExperimentConfig, plan: Plan, subject: Subject) -> dict[str, Any]:
     """What decides the results."""
     return {
-        "scale": config.scale,
+        "scale": plan.scale,
         "backend": config.hardware.backend,
         "seeds": plan.seeds,
         "sweep_seeds": plan.sweep_seeds,
         "learning_rates": list(plan.learning_rates),
         "steps": plan.steps,
         "batch_size": plan.batch_size,
+        **({"methods": list(plan.experiment.methods)} if config.methods else {}),
+        **({"solutions": subject.digest} if subject.digest else {}),
     }
 
 
@@ -146,9 +180,9 @@ def _begin(folder: Path, settings: dict[str, Any], config: ExperimentConfig) -> 
 
 
 def _require_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    names = [name for name in now if before.get(name) != now[name]]
+    names = [name for name in before | now if before.get(name) != now.get(name)]
     if names:
-        changed = "\n  ".join(f"{name}: {before.get(name)} → {now[name]}" for name in names)
+        changed = "\n  ".join(f"{name}: {before.get(name)} → {now.get(name)}" for name in names)
         raise UserError(
             f"{folder} was begun with other settings:\n  {changed}\nChange them back, or choose another --output"
         )

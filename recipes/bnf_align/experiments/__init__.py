@@ -10,7 +10,8 @@ if TYPE_CHECKING:
 EXPERIMENTS = {
     "stability": "which methods keep a model whole on near-identical right and wrong answers",
     "balance": "feedback of which 5 to 95% is chosen",
-    "pairing": "all, half, a quarter or none of the rows with a partner",
+    "pairing": "all, half, a quarter or none of the rows with a partner; grades",
+    "solutions": "real right and wrong solutions of GSM8K, in pairs and as they are",
     "noise": "labels that are wrong, and rows that contradict each other",
     "hybrid": "BNF with a contrastive term, from none of it to nothing else",
     "shifts": "which tokens move, how evenly, and where the gradient goes",

@@ -13,11 +13,10 @@ def seen(outcome: Outcome) -> str:
     parts = []
     for setting in (outcome.settings[0], outcome.settings[-1]):
         bnf, weighed = outcome.line("BNF", setting), outcome.line("BNF, balanced", setting)
-        assert bnf is not None and weighed is not None
-        parts.append(
-            f"with {setting} of the rows chosen BNF answered {share(bnf.numbers['accuracy'])} right; weighing both "
-            f"labels alike changed that by {change(weighed.numbers['beside'])}"
-        )
+        assert bnf is not None
+        parts.append(f"with {setting} of the rows chosen BNF answered {share(bnf.numbers['accuracy'])} right")
+        if weighed:
+            parts.append(f"weighing both labels alike changed that by {change(weighed.numbers['beside'])}")
     return f"From {share(outcome.start['accuracy'])} right answers: {'; '.join(parts)}."
 
 

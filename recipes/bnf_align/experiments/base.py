@@ -1,7 +1,7 @@
 """What an experiment is: methods × settings × seeds, what the paper claims of them, and what is drawn."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bnf_align.experiments.outcome import Outcome
@@ -40,6 +40,7 @@ class Experiment:
         axis: what the settings are, for pictures that have them side by side.
         seeds: how many, where the scale's number is more than is needed.
         applies: whether a method can be trained in a setting.
+        scales: those that it can be run at; the first one is the default.
     """
 
     claim: str
@@ -51,6 +52,11 @@ class Experiment:
     axis: str = ""
     seeds: int | None = None
     applies: Callable[[str, str], bool] = lambda method, setting: True
+    scales: tuple[str, ...] = ("didactic", "smollm2")
+
+    def of(self, names: Sequence[str]) -> "Experiment":
+        """The same with some of its methods, in its order."""
+        return replace(self, methods={name: self.methods[name] for name in self.methods if name in names})
 
 
 # With the settings that their papers give; learning rates are swept.

@@ -6,6 +6,7 @@ Nothing is measured for one experiment alone, so that experiments which ask for 
 import contextlib
 import math
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,11 +14,12 @@ import numpy as np
 from rich.console import Console
 
 from bnf_align.experiments.answers import Answers
-from bnf_align.experiments.held_out import HeldOut, held_out
+from bnf_align.experiments.held_out import LONG_AT_ONCE, HeldOut, Look, held_out, log_p, row_means, scores_of
 from bnf_align.experiments.references import reference_model
 from bnf_align.experiments.rows import Mix, training_rows
 from bnf_align.experiments.scales import SCALES, Scale
 from bnf_align.experiments.statistics import gini
+from bnf_align.experiments.subjects import Subject, WordProblems
 from bnf_align.run.token_log import ByPlace, gradient_at
 from bnf_core import registry
 from bnf_core.config import OptimizerConfig
@@ -26,7 +28,7 @@ from bnf_core.protocol import Backend, Engine
 from bnf_core.steps import loop, steps
 from bnf_core.steps.balance import balanced
 from bnf_core.steps.baseline import Baseline
-from bnf_core.steps.batching import MicroBatching, Rows, rows_alone
+from bnf_core.steps.batching import MicroBatching, Rows, micro_batches, rows_alone
 from bnf_core.steps.reference import NoReference, Reference, ReferenceCache
 from bnf_core.steps.steps import Step
 from bnf_core.storage.digests import json_digest
@@ -35,7 +37,8 @@ from bnf_core.types import Array, Batch, Example, TokenScores
 VERSION = 2  # of what is measured and how: cells of another are not used
 # Fields that came later: results without them stay good.
 LATER = {"answers": "given", "task": "problems", "share": None}
-CHECKS = 4  # how often held-out rows are scored on the way
+LATER_OF_MIX = {"graded": False}
+WORD_PROBLEMS = WordProblems()
 
 Result = dict[str, Any]  # JSON: what was measured, by name
 
@@ -63,29 +66,34 @@ class Cell:
     @property
     def digest(self) -> str:
         """What its results are known by, whatever it is called."""
-        facts = asdict(self) | {"version": VERSION}
-        named = {k: v for k, v in facts.items() if k not in ("method", "setting") and LATER.get(k) != v}
+        facts = asdict(self) | {"version": VERSION, "mix": _without(asdict(self.mix), LATER_OF_MIX)}
+        named = _without({k: v for k, v in facts.items() if k not in ("method", "setting")}, LATER)
         return json_digest(named)[-16:]
 
 
-def run(cell: Cell, model: Path, backend_name: str) -> Result:
+def _without(facts: dict[str, Any], later: dict[str, Any]) -> dict[str, Any]:
+    return {name: fact for name, fact in facts.items() if name not in later or later[name] != fact}
+
+
+def run(cell: Cell, model: Path, backend_name: str, subject: Subject = WORD_PROBLEMS) -> Result:
     """Align once, and measure before, on the way and after.
 
     Args:
         model: the checkpoint of the cell's scale.
         backend_name: of `bnf_core.registry`.
+        subject: what it is about; that of the cell's scale.
     """
-    return Alignment(cell, model, registry.get(backend_name)).run()
+    return Alignment(cell, model, registry.get(backend_name), subject).run()
 
 
 class Alignment:
     """The training of one cell. Its held-out rows are scored against the model that training starts from, whatever the
     reference of the objective is."""
 
-    def __init__(self, cell: Cell, model: Path, backend: Backend):
-        self.cell, self.model, self.backend = cell, model, backend
+    def __init__(self, cell: Cell, model: Path, backend: Backend, subject: Subject):
+        self.cell, self.model, self.backend, self.subject = cell, model, backend, subject
         self.scale: Scale = SCALES[cell.scale]
-        self.held_out: HeldOut = held_out(model, cell.scale, cell.part, cell.task)
+        self.held_out: HeldOut = held_out(model, cell.scale, cell.part, cell.task, subject)
         self.objective: Objective = parse(cell.objective)
         self.optimizer = OptimizerConfig(learning_rate=cell.learning_rate, warmup_steps=max(1, cell.steps // 20))
         self.engine: Engine = backend.load(
@@ -102,11 +110,11 @@ class Alignment:
             self.engine.refresh_reference()  # a copy, so that it can be asked at any time
         self.answers = self._answers()
         self.examples = self._examples()
-        self.reference = self._reference()
         self.norms: list[float] = []
         self.path: list[Result] = []
-        self._look(0)
-        self.start = [scores.log_odds for scores in self.scored]
+        self.start = self.held_out.before(self.engine, backend.name)
+        self._seen(0, self.start)
+        self.reference = self._reference()
         self.diverged: int | None = None  # the step whose gradient was not finite
 
     def run(self) -> Result:
@@ -114,7 +122,7 @@ class Alignment:
         count = self.cell.steps
         if self.cell.answers != "policy":
             count = min(count, -(-len(self.examples) // self.cell.batch_size))
-        every = max(1, count // CHECKS)
+        every = max(1, count // self.scale.checks)
         baseline = 0.0
         gradient = {"start": self._gradient(baseline)}
 
@@ -126,12 +134,12 @@ class Alignment:
                 raise _Diverged
             self.norms.append(norm)
             if (step.number + 1) % every == 0 or step.number + 1 == count:
-                self._look(step.number + 1)
+                self._seen(step.number + 1, self.held_out.look(self.engine))
 
         with contextlib.suppress(_Diverged):
             loop.train(self.engine, self._steps(count), after, self.optimizer.max_grad_norm)
         if self.diverged is not None:
-            self._look(self.diverged - 1)
+            self._seen(self.diverged - 1, self.held_out.look(self.engine))
         gradient["end"] = self._gradient(baseline)
         return self._measured() | {"gradient_at": gradient}
 
@@ -166,44 +174,47 @@ class Alignment:
         if cell.answers != "given":
             steps_before = cell.steps if cell.answers == "start" else 0
             return [row for step in range(steps_before) for row in self.answers.draw(step)]
-        rows = list(training_rows(self.model, self.scale, cell.steps * cell.batch_size, cell.seed, cell.mix))
+        rows = list(self._given())
         alone = set(rows_alone(rows, self.objective.unit).tolist())
         rows = [row for i, row in enumerate(rows) if i not in alone]
         return balanced(rows) if cell.balanced else rows
+
+    def _given(self) -> tuple[Example, ...]:
+        cell = self.cell
+        count = cell.steps * cell.batch_size
+        return training_rows(self.model, self.scale, self.subject, count, cell.seed, cell.mix)
 
     def _reference(self) -> Reference:
         if not self.objective.needs_reference:
             return NoReference()
         if self.cell.reference == "start":
-            return ReferenceCache(self.engine.reference_log_odds)
+            known = None
+            if self.scale.lora and self.cell.answers == "given":  # a model that is large enough for this to matter
+                known = before_training(self.model, self.backend.name, self._given(), self.held_out.pad)
+            found = ReferenceCache(self.engine.reference_log_odds, known)
+            found.merge(self.start.state(self.held_out.pairs))
+            return found
         folder = reference_model(self.cell.reference, self.model, self.scale, self.backend, Console(quiet=True))
         other = self.backend.load(folder, device="cpu", dtype="float32")
-        return ReferenceCache(lambda batch: _scores(other, batch).log_odds)
+        return ReferenceCache(lambda batch: scores_of(other, batch).log_odds)
 
     # What is measured
 
-    def _look(self, step: int) -> None:
-        """What held-out rows and text are to the model as it now is."""
-        self.scored = [_scores(self.engine, batch) for batch in self.held_out.pairs]
-        self.nats = np.concatenate(
-            [
-                -batch.row_sums(_log_p(_scores(self.engine, batch).log_odds)) / np.bincount(batch.sequence_ids)
-                for batch in self.held_out.text
-            ]
-        )  # a token, of each sentence
-        rows = [batch.row_sums(_log_p(said.log_odds)) for batch, said in self._pairs()]
-        log_p, labels = np.concatenate(rows), np.concatenate([batch.labels for batch in self.held_out.pairs])
+    def _seen(self, step: int, now: Look) -> None:
+        self.now = now
+        rows = [batch.row_sums(log_p(said.log_odds)) for batch, said in self._pairs()]
+        sums, labels = np.concatenate(rows), np.concatenate([batch.labels for batch in self.held_out.pairs])
         self.path.append(
             {
                 "step": step,
-                "log_p_chosen": float(log_p[labels > 0].mean()),
-                "log_p_rejected": float(log_p[labels < 0].mean()),
-                "perplexity": perplexity(self.nats),
+                "log_p_chosen": float(sums[labels > 0].mean()),
+                "log_p_rejected": float(sums[labels < 0].mean()),
+                "perplexity": perplexity(now.nats),
             }
         )
 
     def _pairs(self) -> list[tuple[Batch, TokenScores]]:
-        return list(zip(self.held_out.pairs, self.scored, strict=True))
+        return list(zip(self.held_out.pairs, self.now.scored, strict=True))
 
     def _gradient(self, baseline: float) -> dict[str, list[float]]:
         """Where in held-out completions the gradient of the objective is."""
@@ -213,25 +224,29 @@ class Alignment:
     def _measured(self) -> Result:
         shift_at, tokens = ByPlace(), []
         rows: dict[str, list[float]] = {"chosen": [], "rejected": []}
-        for (batch, said), before in zip(self._pairs(), self.start, strict=True):
-            shift = said.log_odds - before
+        a_token: dict[str, list[float]] = {"chosen": [], "rejected": []}
+        for (batch, said), before in zip(self._pairs(), self.start.scored, strict=True):
+            shift = said.log_odds - before.log_odds
             tokens.append(np.abs(shift))
             shift_at.add(batch, shift)
-            moved = batch.row_sums(_log_p(said.log_odds) - _log_p(before))
-            for label, value in zip(batch.labels, moved, strict=True):
-                rows["chosen" if label > 0 else "rejected"].append(round(float(value), 4))
+            moved = batch.row_sums(log_p(said.log_odds) - log_p(before.log_odds))
+            for label, value, mean in zip(batch.labels, moved, row_means(batch, said), strict=True):
+                kind = "chosen" if label > 0 else "rejected"
+                rows[kind].append(round(float(value), 4))
+                a_token[kind].append(round(float(mean), 5))
         others = {name: self.held_out.others_answered(self.engine, name) for name in self.held_out.others}
         return {
             "version": VERSION,
             "cell": asdict(self.cell),
             "rows": len(self.examples),
             "diverged": self.diverged,
-            "correct": self.held_out.answered(self.engine),
+            "correct": self.held_out.answered(self.engine, self.now),
             "groups": self.held_out.groups,
             "others": others,
-            "text": [round(float(x), 5) for x in self.nats],
+            "text": [round(float(x), 5) for x in self.now.nats],
             "moved_chosen": rows["chosen"],
             "moved_rejected": rows["rejected"],
+            "log_p_a_token": a_token,
             "grad_norms": [round(x, 5) for x in self.norms],
             "path": self.path,
             "right": self.answers.right,
@@ -249,10 +264,11 @@ def perplexity(nats: Array) -> float:
     return float(np.exp(min(float(np.mean(nats)), 50.0)))
 
 
-def _scores(engine: Engine, batch: Batch) -> TokenScores:
-    return engine.evaluate(batch, np.zeros(len(batch.targets), np.float32))
-
-
-def _log_p(log_odds: Array) -> Array:
-    """log σ(o), float64."""
-    return -np.logaddexp(0.0, -log_odds.astype(np.float64))
+@lru_cache(2)
+def before_training(model: Path, backend_name: str, rows: tuple[Example, ...], pad: int) -> ReferenceCache:
+    """What the model says of rows, computed once for all methods that are trained on them."""
+    engine = registry.get(backend_name).load(model, device="cpu", dtype="float32")
+    found = ReferenceCache(lambda batch: scores_of(engine, batch).log_odds)
+    for batch in micro_batches(rows, MicroBatching(LONG_AT_ONCE, share_prompts=engine.shares_prompts), pad):
+        found(batch)
+    return found

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from bnf_align.experiments.cells import Result, perplexity
-from bnf_align.experiments.statistics import Interval, interval
+from bnf_align.experiments.scales import SCALES, Scale
+from bnf_align.experiments.statistics import Interval, interval, separation
 from bnf_core.errors import UserError
 from bnf_core.types import Array
 
@@ -66,6 +67,15 @@ class Outcome:
     @property
     def settings(self) -> list[str]:
         return list(dict.fromkeys(line.setting for line in self.lines))
+
+    @property
+    def scale(self) -> Scale:
+        return SCALES[self.facts.get("scale", "didactic")]
+
+    @property
+    def counted(self) -> str:
+        """What accuracy is a share of."""
+        return self.scale.counted
 
     def line(self, method: str, setting: str | None = None) -> Line | None:
         """None where the method cannot be trained in that setting; by default the first."""
@@ -146,6 +156,8 @@ def line_of(cells: Sequence[Result], beside: Sequence[Result], start: Result) ->
         "largest_grad_norm": interval(_table(cells, lambda c: [max(c["grad_norms"], default=math.nan)])),
         "gini": interval(_table(cells, lambda c: [c["gini"]])),
     }
+    if all("log_p_a_token" in c for c in cells):
+        numbers["separated"] = interval(_table(cells, _separated))
     names = cells[0]["others"]
     curves = {
         "path": _mean_path(cells),
@@ -169,6 +181,10 @@ def _table(cells: Sequence[Result], values: Any) -> Array:
 
 def _others(cell: Result) -> list[int]:
     return [x for answers in cell["others"].values() for x in answers]
+
+
+def _separated(cell: Result) -> Array:
+    return separation(*(np.array(cell["log_p_a_token"][kind]) for kind in ("chosen", "rejected")))
 
 
 def _exp(x: Interval) -> Interval:

@@ -1,4 +1,4 @@
-"""All, half, a quarter or none of the rows with a partner; as many rows each time."""
+"""All, half, a quarter or none of the rows with a partner, and none with grades; as many rows each time."""
 
 from bnf_align.experiments import pictures
 from bnf_align.experiments.base import Experiment, methods
@@ -7,20 +7,25 @@ from bnf_align.experiments.rows import Mix
 from bnf_align.experiments.words import share
 
 SHARES = (1.0, 0.5, 0.25, 0.0)
+UNPAIRED, GRADED = "0%", "0%, graded"
 
 
 def seen(outcome: Outcome) -> str:
-    first, last = (outcome.line("BNF", setting) for setting in (outcome.settings[0], outcome.settings[-1]))
-    assert first is not None and last is not None
-    a, b = first.numbers["accuracy"], last.numbers["accuracy"]
-    overlap = "which their intervals do not tell apart" if a.low <= b.high and b.low <= a.high else "which differ"
-    return f"BNF answered {share(a)} right with pairs alone and {share(b)} without any, {overlap}."
+    lines = [outcome.line("BNF", setting) for setting in (outcome.settings[0], UNPAIRED, GRADED)]
+    paired, unpaired, graded = (line.numbers["accuracy"] for line in lines if line)
+    apart = paired.low > unpaired.high or unpaired.low > paired.high
+    told = "which differ" if apart else "which their intervals do not tell apart"
+    return (
+        f"BNF answered {share(paired)} right with pairs alone and {share(unpaired)} without any, {told}; with grades "
+        f"in place of labels {share(graded)}."
+    )
 
 
 EXPERIMENT = Experiment(
     claim="BNF needs no pairwise preference data.",
     methods=methods("BNF", "KTO", "DPO"),
-    settings={f"{share:.0%}": {"mix": Mix(paired=share)} for share in SHARES},
+    settings={f"{share:.0%}": {"mix": Mix(paired=share)} for share in SHARES}
+    | {GRADED: {"mix": Mix(paired=0.0, graded=True)}},
     seen=seen,
     pictures={
         "result": (
@@ -31,5 +36,5 @@ EXPERIMENT = Experiment(
     },
     axis="share of rows with a partner",
     seeds=5,
-    applies=lambda method, setting: method != "DPO" or setting != "0%",
+    applies=lambda method, setting: method != "DPO" or setting not in (UNPAIRED, GRADED),
 )

@@ -49,7 +49,7 @@ def styles(outcome: Outcome) -> dict[str, Style]:
 
 def accuracy_of_methods(axes: Axes, outcome: Outcome) -> None:
     """Right answers, a method a line, beside the model before alignment."""
-    _dots(axes, outcome, "accuracy", "Right answers", outcome.start["accuracy"])
+    _dots(axes, outcome, "accuracy", outcome.counted.capitalize(), outcome.start["accuracy"])
     axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
@@ -70,7 +70,7 @@ def gini_of_methods(axes: Axes, outcome: Outcome) -> None:
 
 
 def by_setting(name: str, title: str, quantity: str, start: Callable[[Outcome], float] | None = None) -> Draw:
-    """A number over the settings, a line for each method, with intervals."""
+    """A number over the settings, a line for each method, with intervals; without a title, what is counted."""
 
     def draw(axes: Axes, outcome: Outcome) -> None:
         settings, style = outcome.settings, styles(outcome)
@@ -80,14 +80,17 @@ def by_setting(name: str, title: str, quantity: str, start: Callable[[Outcome], 
             _bars(axes, at, [n for _, n in found], method, style[method])
         if start is not None:
             axes.axhline(start(outcome), color=PLAIN, linestyle=":", linewidth=1)
-        label_axes(axes, title, quantity)
+        if not title:
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        label_axes(axes, title or outcome.counted.capitalize(), quantity)
         axes.set_xticks(range(len(settings)), settings)
+        axes.set_xlim(-0.5, len(settings) - 0.5)
         axes.set_xlabel(outcome.axis)
 
     return draw
 
 
-accuracy_by_setting = by_setting("accuracy", "Right answers", "", lambda outcome: outcome.start["accuracy"])
+accuracy_by_setting = by_setting("accuracy", "", "", lambda outcome: outcome.start["accuracy"])
 chosen_by_setting = by_setting("moved_chosen", "Chosen rows held out", "log-likelihood, change in nats", lambda _: 0.0)
 rejected_by_setting = by_setting(
     "moved_rejected", "Rejected rows held out", "log-likelihood, change in nats", lambda _: 0.0

@@ -36,4 +36,5 @@ EXPERIMENT = Experiment(
     },
     axis="reference",
     seeds=5,
+    scales=("didactic",),
 )

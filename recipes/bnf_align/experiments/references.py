@@ -8,6 +8,7 @@ from rich.console import Console
 from bnf_align.experiments import didactic
 from bnf_align.experiments.rows import Mix, training_rows
 from bnf_align.experiments.scales import Scale
+from bnf_align.experiments.subjects import WordProblems
 from bnf_core.config import OptimizerConfig
 from bnf_core.errors import UserError
 from bnf_core.objectives import parse
@@ -65,7 +66,7 @@ def _fine_tune(model: Path, scale: Scale, backend: Backend, folder: Path) -> Non
     engine = backend.load(
         model, device="cpu", dtype="float32", fine_tune_type="full", optimizer=optimizer, objective=objective
     )
-    rows = [row for row in training_rows(model, scale, 2 * count, -1, Mix()) if row.label]
+    rows = [row for row in training_rows(model, scale, WordProblems(), 2 * count, -1, Mix()) if row.label]
     schedule = steps.steps(
         Rows(rows, seed=0),
         batch_size=scale.batch_size,

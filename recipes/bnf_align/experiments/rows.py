@@ -1,4 +1,4 @@
-"""The rows that cells are trained on: near-identical right and wrong answers, in every share that is asked for."""
+"""The rows that cells are trained on: right and wrong answers, in every share that is asked for."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -7,9 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from bnf_align.experiments import tasks
 from bnf_align.experiments.scales import Scale
-from bnf_align.word_problems import Problem
+from bnf_align.experiments.subjects import Asked, Subject
 from bnf_core.data.records import parse_row
 from bnf_core.data.tokenization import load_tokenizer, tokenize
 from bnf_core.types import Example
@@ -25,25 +24,28 @@ class Mix:
     chosen: float = 0.5  # of rows without a partner
     flipped: float = 0.0  # of labels that say the opposite
     contradicted: float = 0.0  # of pairs that are there both ways round
+    graded: bool = False  # labels of rows without a partner say how near the answer is, from −1 to 1
 
 
 @lru_cache(2)  # methods of one setting and seed come one after another
-def training_rows(model: Path, scale: Scale, count: int, seed: int, mix: Mix) -> tuple[Example, ...]:
-    """So many rows as tokens; the same for every method."""
-    return tuple(tokenized(feedback(scale, count, random.Random(f"train {seed}"), mix), model))
+def training_rows(model: Path, scale: Scale, subject: Subject, count: int, seed: int, mix: Mix) -> tuple[Example, ...]:
+    """So many rows as tokens, less those whose grade says neither; the same for every method."""
+    rows = tokenized(feedback(scale, subject, count, random.Random(f"train {seed}"), mix), model)
+    return tuple(row for row in rows if row.weight)
 
 
-def feedback(scale: Scale, count: int, rng: random.Random, mix: Mix) -> list[Row]:
+def feedback(scale: Scale, subject: Subject, count: int, rng: random.Random, mix: Mix) -> list[Row]:
     """So many completions: pairs, then rows by themselves."""
     pairs = round(count * mix.paired / 2)
     singles = count - 2 * pairs
-    asked = tasks.problems(pairs + singles, rng, "train")
-    rows = [pair(scale, problem, rng) for problem in asked[:pairs]]
+    asked = subject.asked(pairs + singles, rng, "train")
+    rows = [pair(scale, one, rng) for one in asked[:pairs]]
     labels = [i < round(singles * mix.chosen) for i in range(singles)]
     rng.shuffle(labels)
-    for problem, label in zip(asked[pairs:], labels, strict=True):
-        answer = tasks.right(problem) if label else tasks.wrong(problem, rng)
-        rows.append({"prompt": scale.prompt(problem.question), "completion": _said(answer), "label": label})
+    for one, label in zip(asked[pairs:], labels, strict=True):
+        answer = one.right(rng) if label else one.wrong(rng)
+        said = one.grade(answer) if mix.graded else label
+        rows.append({"prompt": scale.prompt(one.question), "completion": _said(answer), "label": said})
     for i in range(round(pairs * mix.contradicted / 2)):  # the last pairs say the opposite of the first ones
         rows[pairs - 1 - i] = _flipped(rows[i])
     for i in rng.sample(range(len(rows)), round(len(rows) * mix.flipped)):
@@ -51,8 +53,8 @@ def feedback(scale: Scale, count: int, rng: random.Random, mix: Mix) -> list[Row
     return rows
 
 
-def pair(scale: Scale, problem: Problem, rng: random.Random) -> Row:
-    return two_answers(scale, problem.question, tasks.right(problem), tasks.wrong(problem, rng))
+def pair(scale: Scale, asked: Asked, rng: random.Random) -> Row:
+    return two_answers(scale, asked.question, asked.right(rng), asked.wrong(rng))
 
 
 def two_answers(scale: Scale, question: str, right: str, wrong: str) -> Row:

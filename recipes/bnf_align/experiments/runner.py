@@ -28,6 +28,7 @@ from bnf_align.experiments.cells import Cell, Result
 from bnf_align.experiments.outcome import collapsed
 from bnf_align.experiments.references import reference_model
 from bnf_align.experiments.scales import SCALES
+from bnf_align.experiments.subjects import Subject
 from bnf_align.run.progress import Bar, bar
 from bnf_core import registry
 from bnf_core.errors import TrainingStopped
@@ -95,18 +96,21 @@ class Runner:
         output: the folder of all experiments.
         backend: its name.
         jobs: processes at a time.
+        subject: what the scale is about.
     """
 
-    def __init__(self, output: Path, scale: str, backend: str, jobs: int, console: Console):
+    def __init__(self, output: Path, scale: str, backend: str, jobs: int, console: Console, subject: Subject):
         self.output, self.scale, self.backend, self.jobs, self.console = output, scale, backend, jobs, console
+        self.subject = subject
         self.folder = output / "cells"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.model = SCALES[scale].model(output / "models", registry.get(backend), console)
         self.digest = model_digest(self.model)
+        self.known_by = [self.digest, self.backend, *filter(None, [subject.digest])]
         self.seconds = 0.0
 
     def path(self, cell: Cell) -> Path:
-        return self.folder / f"{json_digest([cell.digest, self.digest, self.backend])[-16:]}.json"
+        return self.folder / f"{json_digest([cell.digest, *self.known_by])[-16:]}.json"
 
     def run(self, cells: Sequence[Cell], name: str) -> list[Result]:
         """What each cell came to, in their order; those that are done already are read.
@@ -136,13 +140,14 @@ class Runner:
     def _results(self, missing: dict[Path, Cell]) -> Iterator[tuple[Cell, Result]]:
         if self.jobs == 1 or len(missing) < 2:
             for path, cell in missing.items():
-                yield cell, run_and_keep(cell, self.model, self.backend, path)
+                yield cell, run_and_keep(cell, self.model, self.backend, path, self.subject)
             return
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes: one core each
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(self.jobs, mp_context=context, initializer=_begin, initargs=(self.backend,)) as pool:
             waiting: dict[Future[Result], Cell] = {
-                pool.submit(run_and_keep, cell, self.model, self.backend, path): cell for path, cell in missing.items()
+                pool.submit(run_and_keep, cell, self.model, self.backend, path, self.subject): cell
+                for path, cell in missing.items()
             }
             try:
                 for future in as_completed(waiting):
@@ -152,10 +157,10 @@ class Runner:
                 raise
 
 
-def run_and_keep(cell: Cell, model: Path, backend: str, path: Path) -> Result:
+def run_and_keep(cell: Cell, model: Path, backend: str, path: Path, subject: Subject) -> Result:
     """Run a cell, and write what it came to, whole or not at all."""
     started = time.process_time()
-    result = cell_module.run(cell, model, backend) | {"seconds": round(time.process_time() - started, 2)}
+    result = cell_module.run(cell, model, backend, subject) | {"seconds": round(time.process_time() - started, 2)}
     replace_file(path, json.dumps(result) + "\n")
     return result
 

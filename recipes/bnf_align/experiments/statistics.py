@@ -42,6 +42,14 @@ def interval(values: Array, seed: int = 0, groups: Array | None = None) -> Inter
     return Interval(float(values.mean()), float(low), float(high))
 
 
+def separation(above: Array, below: Array) -> Array:
+    """How well numbers that should be larger can be told from others: the mean is the area under the ROC curve, and the
+    values are those whose spread is that of the area (DeLong and others, 1988). Items of one place belong together."""
+    larger = (above[:, None] > below) + 0.5 * (above[:, None] == below)  # (items, items)
+    found: Array = larger.mean(axis=1) + larger.mean(axis=0) - larger.mean()
+    return found
+
+
 def gini(values: Array | Sequence[float]) -> float:
     """How unevenly a sum is spread over values of at least 0: 0 evenly, 1 all in one."""
     ordered = np.sort(np.asarray(values, np.float64))

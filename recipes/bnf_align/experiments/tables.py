@@ -8,9 +8,8 @@ from rich.table import Table
 from bnf_align.experiments.outcome import ACCURACY_FACTOR, PERPLEXITY_FACTOR, Line, Outcome
 from bnf_align.experiments.statistics import Interval
 
-# Heading, number, how it is written.
+# Heading, number, how it is written, after what is counted.
 COLUMNS: tuple[tuple[str, str, str], ...] = (
-    ("right answers", "accuracy", "share"),
     ("beside the first", "beside", "points"),
     ("other tasks", "tax", "points"),
     ("perplexity ×", "surprise", "number"),
@@ -33,19 +32,30 @@ def _written(kind: str, x: Interval) -> str:
     return f"{write(x.mean)} ({write(x.low)} to {write(x.high)})"
 
 
+def _columns(outcome: Outcome) -> list[tuple[str, str, str]]:
+    apart = [("beside any", "separated", "share")] if outcome.scale.solutions else []
+    return [(outcome.counted, "accuracy", "share"), *apart, *COLUMNS]
+
+
 def headings(outcome: Outcome) -> list[str]:
     first = ["setting"] if len(outcome.settings) > 1 else []
-    return [*first, "method", "learning rate", *(heading for heading, _, _ in COLUMNS), "collapsed"]
+    return [*first, "method", "learning rate", *(heading for heading, _, _ in _columns(outcome)), "collapsed"]
 
 
 def rows(outcome: Outcome) -> Iterator[list[str]]:
     for line in outcome.lines:
         first = [line.setting] if len(outcome.settings) > 1 else []
-        yield [*first, line.method, f"{line.learning_rate:g}", *cells(line), f"{line.collapsed} of {line.seeds}"]
+        yield [
+            *first,
+            line.method,
+            f"{line.learning_rate:g}",
+            *_cells(outcome, line),
+            f"{line.collapsed} of {line.seeds}",
+        ]
 
 
-def cells(line: Line) -> list[str]:
-    return [_written(kind, line.numbers[name]) for _, name, kind in COLUMNS]
+def _cells(outcome: Outcome, line: Line) -> list[str]:
+    return [_written(kind, line.numbers[name]) for _, name, kind in _columns(outcome)]
 
 
 def table(outcome: Outcome) -> Table:
@@ -66,7 +76,7 @@ def markdown(outcome: Outcome) -> str:
         "",
         explained(outcome),
         "",
-        "Right answers by learning rate, on problems and seeds of their own; bold: the one taken; †: a seed collapsed.",
+        swept_by(outcome),
         "",
         *_with_head([[f"**{text}**" if taken else text for text, taken in row] for row in swept(outcome)]),
         "",
@@ -75,13 +85,26 @@ def markdown(outcome: Outcome) -> str:
 
 
 def explained(outcome: Outcome) -> str:
+    start = outcome.start
+    preferred = (
+        "A right solution is preferred where it is likelier, a token, than the wrong one of its question: the model "
+        "solves next to none itself. “Beside any”: the same of a wrong one of any question, which is the area under "
+        "the ROC curve. "
+    )
     return (
-        f"Before alignment: {outcome.start['accuracy']:.0%} right, {outcome.start['others']:.0%} in the other tasks, "
-        f"perplexity {outcome.start['perplexity']:.2f}. Means over {max(x.seeds for x in outcome.lines)} seeds with "
-        "95% intervals of a bootstrap over seeds and questions, those of one calculation together, paired where two "
-        "are compared; “beside the first” and “other tasks” are in points. Collapsed: a perplexity over "
-        f"{PERPLEXITY_FACTOR:g} times, or fewer than {ACCURACY_FACTOR:g} times the right answers, as before, or a "
-        "gradient that is not finite."
+        f"Before alignment: {start['accuracy']:.0%} {outcome.counted}, {start['others']:.0%} right in the other tasks, "
+        f"perplexity {start['perplexity']:.2f}. {preferred if outcome.scale.solutions else ''}"
+        f"Means over {max(x.seeds for x in outcome.lines)} seeds with 95% intervals of a bootstrap over seeds and "
+        "questions, those of one calculation together, paired where two are compared; “beside the first” and “other "
+        f"tasks” are in points. Collapsed: a perplexity over {PERPLEXITY_FACTOR:g} times, or fewer than "
+        f"{ACCURACY_FACTOR:g} times the {outcome.counted}, as before, or a gradient that is not finite."
+    )
+
+
+def swept_by(outcome: Outcome) -> str:
+    return (
+        f"{outcome.counted.capitalize()} by learning rate, on questions and seeds of their own; bold: the one taken; "
+        "†: a seed collapsed."
     )
 
 

@@ -147,8 +147,12 @@ class Question:
 def questions(task: str, count: int, rng: random.Random) -> list[Question]:
     """So many of a task, `problems` or one of `OTHERS`, that no held-out one is among."""
     if task == "problems":
-        return [Question(one.question, partial(is_right, one)) for one in problems(count, rng, "train")]
+        return asked(problems(count, rng, "train"))
     return [Question(one.question, one.is_right) for one in others(task, count, rng, held_out=False)]
+
+
+def asked(of: list[Problem]) -> list[Question]:
+    return [Question(one.question, partial(is_right, one)) for one in of]
 
 
 def misplaced(task: Task, rng: random.Random) -> str:
@@ -174,6 +178,23 @@ TEXT = (
     ("the", "a", "that"),
     ("river", "house", "bridge", "tree", "garden", "hill", "road", "field"),
     ("in spring", "at night", "every morning", "after the rain", "before noon", "all day"),
+)
+
+
+# Plain sentences for models that have read real text.
+PROSE = (
+    "The library on the corner opens at nine in the morning and closes when the last reader leaves.",
+    "After three days of rain the river rose so high that the old bridge had to be closed.",
+    "My grandmother kept her letters in a wooden box under the bed and never showed them to anyone.",
+    "The train to the coast was late again, so we drank coffee on the platform and talked about the weather.",
+    "Most birds that live in cold countries fly south before the first snow and return in spring.",
+    "She learned to play the violin at the age of six and gave her first concert ten years later.",
+    "The committee will meet on Thursday to decide whether the new school should be built near the park.",
+    "If you leave bread in a warm and damp place for a week, mould will grow on it.",
+    "The painter used very little blue, because the colour was expensive and hard to find.",
+    "Nobody in the village could remember when the church bell had last been heard at night.",
+    "Iron expands when it is heated, which is why there are gaps between the rails.",
+    "He closed the door quietly, put down his bag and waited for his eyes to get used to the dark.",
 )
 
 

@@ -27,13 +27,13 @@ def which(outcome: Outcome, holds: Callable[[Line], bool], setting: str | None =
     return [m for m in outcome.methods if (line := outcome.line(m, setting)) and holds(line)]
 
 
-def beside(outcome: Outcome, setting: str | None = None) -> str:
-    """Which methods answer more or less often right than the first one, beyond their intervals."""
+def beside(outcome: Outcome, setting: str | None = None, did: str = "answered more often right") -> str:
+    """Which methods did so more or less often than the first one, beyond their intervals."""
     others = outcome.methods[1:]
     better = which(outcome, lambda line: line.method in others and line.numbers["beside"].low > 0, setting)
     worse = which(outcome, lambda line: line.method in others and line.numbers["beside"].high < 0, setting)
     rest = [m for m in others if m not in better + worse and outcome.line(m, setting)]
-    parts = [f"{listed(better)} answered more often right than it"] if better else []
+    parts = [f"{listed(better)} {did} than it"] if better else []
     parts += [f"{listed(worse)} less often"] if worse else []
     parts += [f"{listed(rest)} could not be told from it"] if rest else []
     return "; ".join(parts)
