@@ -242,7 +242,7 @@ _scaled_only = "cohere cohere2 ernie4_5 glm4 helium lfm2 lfm2_moe minimax_m2 phi
 CORRECTIONS: Mapping[str, tuple[Correction, ...]] = {
     **{family: (_rope_scaling,) for family in _scaled_only},
     **{family: (_groups_left_out,) for family in "deepseek_v3 exaone_moe nemotron_h".split()},
-    **{family: (_sliding_window,) for family in "mistral phi3 phimoe qwen2 qwen3 smollm3".split()},
+    **{family: (_sliding_window,) for family in "mistral phi3 phimoe qwen2 qwen3".split()},
     **{family: (_rope_scaling, _sliding_window) for family in "mixtral qwen2_moe qwen3_moe".split()},
     "dots1": (_sliding_window, _groups_left_out),
     "ernie4_5_moe": (_correction_bias,),
