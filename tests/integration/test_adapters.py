@@ -193,6 +193,7 @@ def test_the_shortest_keys_that_say_it() -> None:
 def test_half_precision_is_widened(tiny_model: Path, tmp_path: Path) -> None:
     folder = mlx_lm_adapter(tiny_model, tmp_path / "mlx", keys=["mlp.up_proj"])
     weights = {name: w.astype(mx.bfloat16) for name, w in mx.load(str(folder / "adapters.safetensors")).items()}
+    mx.eval(weights)  # read before the file is written over
     mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
     read = read_adapter(folder).modules["model.layers.1.mlp.up_proj"].a
     expected = weights["model.layers.1.mlp.up_proj.lora_a"].astype(mx.float32)
@@ -487,7 +488,9 @@ def test_an_mlx_adapter_that_brings_weights_of_the_model_is_refused(tiny_model: 
     folder = mlx_lm_adapter(tiny_model, tmp_path / "mlx", keys=["self_attn.q_proj"])
     file = folder / "adapters.safetensors"
     whole = mx.zeros((304, 32))
-    mx.save_safetensors(str(file), dict(mx.load(str(file))) | {"model.embed_tokens.weight": whole})
+    weights = dict(mx.load(str(file))) | {"model.embed_tokens.weight": whole}
+    mx.eval(weights)  # read before the file is written over
+    mx.save_safetensors(str(file), weights)
     with pytest.raises(UserError, match=r"model\.embed_tokens\.weight is not of an adapter"):
         mlx_adapter.load_adapter(mlx_base(tiny_model), folder)
 

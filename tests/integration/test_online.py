@@ -32,7 +32,7 @@ from bnf_core.errors import TrainingStopped
 from bnf_core.types import Example
 from conftest import fast_on, slow
 
-pytestmark = pytest.mark.usefixtures("undrawn", "at_hand")
+pytestmark = pytest.mark.usefixtures("at_hand")
 
 TIMES = ("seconds", "tokens_per_second")
 PROMPTS = [{"prompt": [{"role": "user", "content": f"What is {i}?"}], "answer": i} for i in range(5)]

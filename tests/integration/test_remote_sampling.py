@@ -25,7 +25,7 @@ from bnf_core.processes import ALONE
 from bnf_core.sampling import Completion
 from invariance import free_ports
 
-pytestmark = pytest.mark.usefixtures("undrawn", "at_hand")
+pytestmark = pytest.mark.usefixtures("at_hand")
 
 
 @pytest.fixture(scope="module")
