@@ -56,6 +56,7 @@ def accuracy_of_methods(axes: Axes, outcome: Outcome) -> None:
 def surprise_of_methods(axes: Axes, outcome: Outcome) -> None:
     _dots(axes, outcome, "surprise", "Perplexity of a text never trained on", 1.0)
     axes.set_xlabel("times that before; beyond 2 is a collapse")
+    axes.xaxis.set_major_locator(MaxNLocator(4))
 
 
 def tax_of_methods(axes: Axes, outcome: Outcome) -> None:
