@@ -26,6 +26,7 @@ from bnf_core.errors import UserError
 from bnf_core.models.architecture import Architecture, Grid, Memory, Training, memory
 from bnf_core.steps.batching import MicroBatching, Rows, collate
 from bnf_core.types import Example
+from conftest import fast_on
 from invariance import write_turns
 
 VOCAB = 4000
@@ -88,6 +89,7 @@ def _runtime(backend: str) -> float:
     return benchmark(HardwareConfig(backend, "cpu", "float32")).runtime_memory()
 
 
+@fast_on("torch")
 @pytest.mark.parametrize(
     ("kind", "dtype", "dropout", "completions", "checkpointing"),
     [
