@@ -134,7 +134,7 @@ def pair(runs: Runs, objective_runs: Callable[[str], Runs]) -> Pair:
     return pair
 
 
-@pytest.mark.parametrize("way", ways())
+@pytest.mark.parametrize("way", ways("fsdp", "mlx"))
 @pytest.mark.parametrize(("kind", "flags"), fast_of(SHARED, SHARED[0]))
 def test_two_processes_take_the_same_road(runs: Runs, pair: Pair, way: str, kind: str, flags: str) -> None:
     assert runs.complaints(WAYS[way][0], kind, pair(way, (kind, flags, ""))) == []

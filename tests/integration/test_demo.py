@@ -15,7 +15,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 
 @fast_on("torch")
-@pytest.mark.usefixtures("at_hand")
+@pytest.mark.usefixtures("at_hand", "drawn")
 def test_the_road_is_whole(tiny_model: Path, tmp_path: Path, backend_name: str) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
     config = DemoConfig(

@@ -143,7 +143,9 @@ def wide_blocks(small_blocks: None, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @on_both
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", [*(pytest.param(dtype, marks=long_interpreted) for dtype in ("float32", "float16")), "bfloat16"]
+)
 @pytest.mark.parametrize("chunk_tokens", [*(pytest.param(n, marks=long_interpreted) for n in (None, 1)), 8])
 @pytest.mark.parametrize("soft_cap", [None, 4.0], ids=["uncapped", "capped"])
 def test_bias_and_soft_cap(backend: str, dtype: str, chunk_tokens: int | None, soft_cap: float | None) -> None:
