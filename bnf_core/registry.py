@@ -100,4 +100,4 @@ def _preference(point: EntryPoint) -> int:
 @cache
 def _points() -> dict[str, EntryPoint]:
     """By name; of several of one name, the first. Found once: the record of every installed package is read for it."""
-    return {point.name: point for point in reversed(entry_points(group=GROUP))}
+    return {point.name: point for point in reversed([*entry_points(group=GROUP)])}

@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from bnf_core.errors import UserError
-from bnf_core.models.model_config import LOCAL_LAYERS, Config, rope_scaling, text_config
+from bnf_core.models.model_config import BEYOND, LOCAL_LAYERS, Config, rope_scaling, text_config
 from bnf_core.storage.tensors import weight_files
 
 Correction = Callable[[nn.Module, Config, Path], None]  # of a text model, its config and the checkpoint's folder
@@ -28,8 +28,8 @@ def correct(model: nn.Module, config: Config, folder: Path) -> None:
         UserError: the checkpoint lacks what that takes.
     """
     text = text_config(config)
-    for correction in CORRECTIONS.get(str(text.get("model_type")), ()):
-        inner: Any = getattr(model, "language_model", model)
+    inner: Any = getattr(model, "language_model", model)
+    for correction in (*CORRECTIONS.get(str(text.get("model_type")), ()), _long_rotation):
         correction(inner, text, folder)
 
 
@@ -91,6 +91,27 @@ def _rope_scaling(model: nn.Module, config: Config, _: Path) -> None:
             module.rope = initialize_rope(
                 rope.dims, rope.base, rope.traditional, config["rope_scaling"], config["max_position_embeddings"]
             )
+
+
+def _long_rotation(model: nn.Module, config: Config, _: Path) -> None:
+    """longrope: mlx-lm has one set of factors. transformers takes the long ones once a batch has a position beyond the
+    original length."""
+    from mlx_lm.models.rope_utils import SuScaledRoPE
+
+    if rope_scaling(config) != "longrope":
+        return
+    scaling = config["rope_scaling"]
+    stretch = mx.array(scaling[BEYOND]) / mx.array(scaling["short_factor"])
+
+    def call(self: Any, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        beyond = mx.max(mx.array(offset)) + x.shape[-2] > self.original_max_position_embeddings
+        freqs = mx.where(beyond, self._freqs * stretch, self._freqs)
+        scaled = x.at[..., : self.dim].multiply(self._scale)
+        return mx.fast.rope(scaled, self.dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
+
+    for module in model.modules():
+        if isinstance(rope := module.get("rope"), SuScaledRoPE):
+            _override(rope, call)
 
 
 def _partial_rotation(model: nn.Module, config: Config, _: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bnf_core.errors import UserError
-from bnf_core.models.model_config import Config, family_of, full_config, rope_scaling
+from bnf_core.models.model_config import Config, family_of, full_config, rotation_note
 
 # The published models at whose numbers a family's backends agree in log-odds, loss and gradients, with few layers and a
 # small vocabulary: tests/integration/test_families.py holds them to it.
@@ -60,7 +60,7 @@ AT_SMALL_NUMBERS = frozenset(
     """.split()
 )
 # Families that agree at two sizes at least, and of which no published config is in `DIFFERENCES`.
-VERIFIED = frozenset(family for family, models in AT_REAL_NUMBERS.items() if ", " in models and family != "phi3")
+VERIFIED = frozenset(family for family, models in AT_REAL_NUMBERS.items() if ", " in models)
 
 # Families that mlx-lm has and cannot load from what transformers saves: it stops, it never loads them wrong.
 UNREADABLE: Mapping[str, str] = {
@@ -81,10 +81,9 @@ UNREADABLE: Mapping[str, str] = {
 class Difference:
     """Where mlx-lm computes something else than transformers, whatever the config says."""
 
-    families: frozenset[str]  # none: every family
+    families: frozenset[str]
     applies: Callable[[Config], bool]  # to a config as `full_config` gives it
     what: str  # plain words; may hold keys of the config in braces
-    wrong: bool  # False: small, or in long rows only
 
 
 def _other_rope_base(config: Config) -> bool:
@@ -99,14 +98,6 @@ DIFFERENCES: tuple[Difference, ...] = (
         _other_rope_base,
         "mlx-lm takes the RoPE base from attn_config, transformers from rope_parameters ({rope_theta}), and these "
         "differ: write the right one into both",
-        wrong=True,
-    ),
-    Difference(
-        frozenset(),
-        lambda c: rope_scaling(c) == "longrope",
-        "rows of more than {original_max_position_embeddings} tokens are rotated by the short factors, "
-        "by the long ones in transformers",
-        wrong=False,
     ),
 )
 
@@ -118,14 +109,14 @@ def require_right_on_mlx(folder: Path) -> None:
         UserError: it is.
     """
     config = full_config(folder)
-    if wrong := [text for difference, text in _differences(folder, config) if difference.wrong]:
+    if wrong := _differences(folder, config):
         raise UserError(f"{folder} ({family_of(folder)}) is not computed right on MLX: {wrong[0]}; use --backend torch")
 
 
 def notes(folder: Path) -> list[str]:
     """What to know of this model on MLX; nothing for a family known to agree."""
-    family, known = family_of(folder), _differences(folder, full_config(folder))
-    said = [f"{family} on MLX: {text}" for _, text in known]
+    family, config = family_of(folder), full_config(folder)
+    said = [f"{family} on MLX: {text}" for text in (*_differences(folder, config), *rotation_note(config))]
     if family in VERIFIED:
         return said
     check = f"`bnf check-model {folder}` compares this one, where both backends are installed"
@@ -136,10 +127,10 @@ def notes(folder: Path) -> list[str]:
     return said or [f"{family} has not been compared between PyTorch and MLX: {check}"]
 
 
-def _differences(folder: Path, config: Config) -> list[tuple[Difference, str]]:
+def _differences(folder: Path, config: Config) -> list[str]:
     config = config | {"model_type": family_of(folder)}
     return [
-        (difference, difference.what.format_map(config))
+        difference.what.format_map(config)
         for difference in DIFFERENCES
-        if (not difference.families or config["model_type"] in difference.families) and difference.applies(config)
+        if config["model_type"] in difference.families and difference.applies(config)
     ]

@@ -9,7 +9,7 @@ from bnf_core.config import AttentionMasks, FineTuneType, LoraConfig, OptimizerC
 from bnf_core.devices import require_cpu
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
-from bnf_core.models.model_config import family_of, full_config, rope_scaling
+from bnf_core.models.model_config import family_of, full_config, rotation_note
 from bnf_core.objectives import Objective
 from bnf_core.processes import Processes
 from bnf_core.protocol import Backend, Engine, Inspector, Losses, Measures
@@ -128,14 +128,7 @@ class TorchBackend(Backend):
         )
 
     def notes(self, model: Path) -> list[str]:
-        config = full_config(model)
-        if rope_scaling(config) not in ("longrope", "dynamic"):
-            return []
-        longest = config.get("original_max_position_embeddings") or config["max_position_embeddings"]
-        return [
-            f"{family_of(model)} on PyTorch: a row of more than {longest} tokens has transformers rotate every row of "
-            f"its micro-batch otherwise, so that their losses depend on it: keep --max-length at {longest} or below"
-        ]
+        return [f"{family_of(model)} on PyTorch: {note}" for note in rotation_note(full_config(model))]
 
     def inspector(self, model: Path, dtype: str = "float32") -> Inspector:
         from bnf_torch.inspection import TorchInspector

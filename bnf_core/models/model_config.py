@@ -112,6 +112,20 @@ def normalised_config(config: Config) -> Config:
     return config
 
 
+def rotation_note(config: Config) -> list[str]:
+    """What to know of RoPE scalings that heed the longest row of a batch; nothing for others."""
+    if rope_scaling(config) not in ("longrope", "dynamic"):
+        return []
+    longest = config.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    return [
+        f"a row of more than {longest} tokens has every row of its micro-batch rotated otherwise, so that their losses "
+        f"depend on it: keep --max-length at {longest} or below"
+    ]
+
+
+BEYOND = "long_factor_beyond"  # ours: the long factors, where mlx-lm is given the short ones in their place
+
+
 def _spread_rope(config: Config) -> None:
     """Copy the rotary table's entries to the top-level keys of before transformers 5."""
     config.setdefault("rope_scaling", None)
@@ -128,9 +142,11 @@ def _spread_rope(config: Config) -> None:
     if rope.get("rope_type", "default") != "default" and config["rope_scaling"] is None:
         config["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} | {"type": rope["rope_type"]}
     _spread_yarn(config)
-    if rope_scaling(config) == "longrope":
+    scaling = config["rope_scaling"]
+    if rope_scaling(config) == "longrope" and BEYOND not in scaling:
         # mlx-lm rotates by the long factors always, transformers only in rows beyond the original length.
-        config["rope_scaling"] |= {"long_factor": config["rope_scaling"].get("short_factor")}
+        factors = {"long_factor": scaling.get("short_factor"), BEYOND: scaling.get("long_factor")}
+        config["rope_scaling"] = scaling | factors
 
 
 def _spread_yarn(config: Config) -> None:
