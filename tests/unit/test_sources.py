@@ -166,7 +166,7 @@ def test_json_must_be_a_sound_list(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"f\.json: expected a list of objects, found one dict"):
         load_feedback(write(tmp_path / "f.json", json.dumps(json.loads(ROW), indent=1)))
     with pytest.raises(RowError, match=r"g\.json:2: column 1: not JSON"):
-        load_feedback(write(tmp_path / "g.json", f"[{ROW},\n]"))
+        load_feedback(write(tmp_path / "g.json", f"[{ROW},\nx]"))
     with pytest.raises(RowError, match=r"h\.json:2: byte 3 of the line is not UTF-8"):
         load_feedback(write(tmp_path / "h.json", b'[\n "\xff"]'))
     with pytest.raises(RowError, match=r"i\.json:1: found 3, expected an object"):
