@@ -32,7 +32,7 @@ from pages import (
 NOT_RUN = {
     "has a test of its own": 4,  # test_streaming.py, test_conformance.py, test_push.py, test_export.py
     "needs a GPU": 3,
-    "needs a cluster": 4,
+    "needs a cluster": 5,
     "needs the network": 1,
     "takes minutes": 1,
 }
