@@ -105,12 +105,13 @@ def _long_rotation(model: nn.Module, config: Config, _: Path) -> None:
 
     def call(self: Any, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         beyond = mx.max(mx.array(offset)) + x.shape[-2] > self.original_max_position_embeddings
-        freqs = mx.where(beyond, self._freqs * stretch, self._freqs)
+        freqs = mx.where(beyond, self._long_freqs, self._freqs)
         scaled = x.at[..., : self.dim].multiply(self._scale)
         return mx.fast.rope(scaled, self.dim, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
 
     for module in model.modules():
         if isinstance(rope := module.get("rope"), SuScaledRoPE):
+            rope._long_freqs = rope._freqs * stretch
             _override(rope, call)
 
 

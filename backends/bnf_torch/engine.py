@@ -97,7 +97,8 @@ class TorchEngine:
         self.reference_weights: dict[str, Tensor] = {}  # by name; empty: those that training starts from
         if gradient_checkpointing:
             checkpoint_activations(self.base)
-        if compile and any(p.requires_grad for p in model.parameters()):
+        trains = any(p.requires_grad for p in model.parameters())
+        if compile and trains:
             compile_layers(self.base, self.device)
         autocast = None if dtype in (None, torch.float32, self.base.dtype) else dtype
         sharded = getattr(processes, "sharded", False)
@@ -111,7 +112,7 @@ class TorchEngine:
             register_fsdp_forward_method(self.scored, method)
         self.scored.eval()
         # FlexAttention is compiled, for which what only scores does not wait.
-        wanted = attention_masks if any(p.requires_grad for p in model.parameters()) else "dense"
+        wanted = attention_masks if trains else "dense"
         if wanted == "auto":
             wanted = "blocks" if self.device.type == "cuda" else "auto"
         with uncompiled():
