@@ -1,12 +1,16 @@
 import gc
 import importlib.util
 import os
+import random
 import shutil
+import sys
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import forked
@@ -79,6 +83,27 @@ def pytest_collection_finish() -> None:
 def pytest_sessionfinish() -> None:  # the last that a process of xdist's comes to
     forked.stop()
     shutil.rmtree(os.environ["BNF_CACHE"], ignore_errors=True)
+
+
+def seed(name: str) -> None:
+    """What is drawn without a seed is the same in every run, in any order: MLX would take the time of day."""
+    number = zlib.crc32(name.encode())
+    random.seed(number)
+    np.random.seed(number)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(number)
+    if "mlx.core" in sys.modules:
+        sys.modules["mlx.core"].random.seed(number)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> None:
+    seed(f"{fixturedef.baseid}::{fixturedef.argname}")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> None:
+    seed(item.nodeid)
 
 
 @pytest.fixture

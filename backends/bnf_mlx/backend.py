@@ -77,7 +77,6 @@ class MLXBackend(Backend):
 
         from bnf_mlx import adapter as adapters
         from bnf_mlx.engine import MLXEngine
-        from bnf_mlx.families import require_right_on_mlx
         from bnf_mlx.model import Checkpoint, load_model, resolve_device, resolve_dtype, unfreeze
         from bnf_mlx.processes import processes
 
@@ -113,7 +112,6 @@ class MLXBackend(Backend):
             require_cpu("cpu" if where == mx.Device(mx.cpu) else "gpu")
         frozen_dtype = resolve_dtype(dtype, where)
         loaded = load_model(model, where, mx.float32 if fine_tune_type == "full" else frozen_dtype)
-        require_right_on_mlx(model)
         whole = None
         with mx.stream(where):
             if fine_tune_type == "full":

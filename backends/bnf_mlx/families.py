@@ -1,12 +1,10 @@
-"""Which families agree between mlx-lm and transformers, as `bnf_mlx.corrections` has them, and where they still differ:
-found with `bnf check-model`, transformers 5.23 beside mlx-lm 0.32.2."""
+"""Which families agree between mlx-lm and transformers, as `bnf_mlx.corrections` has them: found with
+`bnf check-model`, transformers 5.23 beside mlx-lm 0.32.2."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
-from bnf_core.errors import UserError
-from bnf_core.models.model_config import Config, family_of, full_config, rotation_note
+from bnf_core.models.model_config import family_of, full_config, rotation_note
 
 # The published models at whose numbers a family's backends agree in log-odds, loss and gradients, with few layers and a
 # small vocabulary: tests/integration/test_families.py holds them to it.
@@ -59,7 +57,7 @@ AT_SMALL_NUMBERS = frozenset(
     solar_open
     """.split()
 )
-# Families that agree at two sizes at least, and of which no published config is in `DIFFERENCES`.
+# Families that agree at two sizes at least.
 VERIFIED = frozenset(family for family, models in AT_REAL_NUMBERS.items() if ", " in models)
 
 # Families that mlx-lm has and cannot load from what transformers saves: it stops, it never loads them wrong.
@@ -77,46 +75,10 @@ UNREADABLE: Mapping[str, str] = {
 }
 
 
-@dataclass(frozen=True)
-class Difference:
-    """Where mlx-lm computes something else than transformers, whatever the config says."""
-
-    families: frozenset[str]
-    applies: Callable[[Config], bool]  # to a config as `full_config` gives it
-    what: str  # plain words; may hold keys of the config in braces
-
-
-def _other_rope_base(config: Config) -> bool:
-    attention = config.get("attn_config")
-    base = attention.get("rope_theta") if isinstance(attention, dict) else None
-    return base is not None and base != config.get("rope_theta")
-
-
-DIFFERENCES: tuple[Difference, ...] = (
-    Difference(
-        frozenset(("dbrx",)),
-        _other_rope_base,
-        "mlx-lm takes the RoPE base from attn_config, transformers from rope_parameters ({rope_theta}), and these "
-        "differ: write the right one into both",
-    ),
-)
-
-
-def require_right_on_mlx(folder: Path) -> None:
-    """Refuse a model that mlx-lm is known to compute wrongly.
-
-    Raises:
-        UserError: it is.
-    """
-    config = full_config(folder)
-    if wrong := _differences(folder, config):
-        raise UserError(f"{folder} ({family_of(folder)}) is not computed right on MLX: {wrong[0]}; use --backend torch")
-
-
 def notes(folder: Path) -> list[str]:
     """What to know of this model on MLX; nothing for a family known to agree."""
     family, config = family_of(folder), full_config(folder)
-    said = [f"{family} on MLX: {text}" for text in (*_differences(folder, config), *rotation_note(config))]
+    said = [f"{family} on MLX: {text}" for text in rotation_note(config)]
     if family in VERIFIED:
         return said
     check = f"`bnf check-model {folder}` compares this one, where both backends are installed"
@@ -125,12 +87,3 @@ def notes(folder: Path) -> list[str]:
     if family in AT_SMALL_NUMBERS:
         return [*said, f"{family} agrees with PyTorch in small, but nobody has compared it at real sizes: {check}"]
     return said or [f"{family} has not been compared between PyTorch and MLX: {check}"]
-
-
-def _differences(folder: Path, config: Config) -> list[str]:
-    config = config | {"model_type": family_of(folder)}
-    return [
-        difference.what.format_map(config)
-        for difference in DIFFERENCES
-        if config["model_type"] in difference.families and difference.applies(config)
-    ]

@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from bnf_core.devices import choose_device
 from bnf_core.errors import UserError
+from bnf_core.models.model_config import read_config
 from bnf_core.models.quantization import Quantization, quantization_of
 from bnf_core.storage.tensors import weight_files
 from bnf_torch.attention import attending
@@ -76,7 +77,8 @@ def load_model(
             family, config = family_of(folder)
             loaded = family.from_pretrained(None, config=config, state_dict=stored_tensors(folder, dtype), **common)
         else:
-            loaded = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, **common, **options)
+            options |= {"config": read_config(folder), "use_safetensors": True}
+            loaded = AutoModelForCausalLM.from_pretrained(folder, **common, **options)
     model, info = loaded
     require_every_tensor(folder, info)
     model.requires_grad_(False)
@@ -103,7 +105,7 @@ def require_every_tensor(folder: Path, info: Mapping[str, Any]) -> None:
 
 def family_of(folder: Path) -> tuple[Any, Any]:
     """transformers' class for a checkpoint, and its configuration as that of plain weights."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = read_config(folder)
     for key in QUANTIZED:  # transformers would look for a quantiser of its own
         config.__dict__.pop(key, None)
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config

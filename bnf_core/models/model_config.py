@@ -13,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bnf_core.errors import UserError
+
 Config = dict[str, Any]
 
 # Where layers of two types have tables of their own, mlx-lm's top-level keys mean the first's.
@@ -21,6 +23,7 @@ GLOBAL_LAYERS, LOCAL_LAYERS = "full_attention", "sliding_attention"
 # What a family's mlx-lm model reads, from transformers' resolved config.
 DERIVED: Mapping[str, Mapping[str, Callable[[Config], Any]]] = {
     "apertus": {"mlp_bias": lambda _: False, "post_norm": lambda _: False, "qk_norm": lambda _: True},
+    "dbrx": {"attn_config": lambda c: c["attn_config"] | {"rope_theta": c["rope_theta"]}},
     "exaone4": {
         "sliding_window_pattern": lambda c: "".join("L" if t == LOCAL_LAYERS else "G" for t in c["layer_types"])
     },
@@ -96,6 +99,7 @@ def full_config(folder: Path) -> Config:
 
     Raises:
         OSError, ValueError: config.json cannot be read.
+        UserError: it has two values of one number.
     """
     return normalised_config(_merged(resolved_config(folder), raw_config(folder)))
 
@@ -172,6 +176,37 @@ def raw_config(folder: Path) -> Config:
     return config
 
 
+def read_config(folder: Path) -> Any:
+    """transformers' configuration of a checkpoint: what the model was published with, where transformers has lost it.
+
+    Raises:
+        OSError, ValueError: transformers cannot read it.
+        UserError: it has two values of one number.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.model_type == "dbrx":
+        _rope_base_of_attention(config, folder)
+    return config
+
+
+def _rope_base_of_attention(config: Any, folder: Path) -> None:
+    """DBRX was published with its RoPE base, 500,000, in `attn_config`, where transformers has not looked since its
+    version 5, and takes 10,000."""
+    raw = raw_config(folder)
+    published = raw.get("attn_config", {}).get("rope_theta")
+    given = raw.get("rope_theta", (raw.get("rope_parameters") or {}).get("rope_theta"))
+    if published is None or published == given:
+        return
+    if given is not None:
+        raise UserError(
+            f"{folder}/config.json: the RoPE base is {published:g} in attn_config and {given:g} in rope_parameters; "
+            "write into both the one that the weights were trained with (Databricks' models: 500000)"
+        )
+    config.rope_parameters["rope_theta"] = published
+
+
 def resolved_config(folder: Path) -> Config:
     """The config with every default of transformers', under its present names and the published ones; empty for a
     model that only mlx-lm knows."""
@@ -184,10 +219,8 @@ def transformers_config(folder: Path) -> Config:
 
 
 def _from_transformers(folder: Path, read: Callable[[Any], Config]) -> Config:
-    from transformers import AutoConfig
-
     try:
-        return read(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        return read(read_config(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
 
