@@ -61,7 +61,7 @@ demo: $(VENV)/.model openblas
 # Two files at a time, a thread each: threads that wait for each other's cores cost more than they bring. What forks is
 # one group (tests/conftest.py).
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadgroup tests/unit tests/integration tests/distributed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile tests/unit tests/integration tests/distributed
 
 test-unit: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/unit

@@ -1,7 +1,9 @@
+import functools
 import gc
 import importlib.util
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -62,16 +64,23 @@ def backend_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --dist loadgroup a file's tests run in one process, whose fixtures they share; and those of all files that
-    fork in the same one, so that there is one server of forks."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        module = item.getparent(pytest.Module)
-        forks = module is not None and not vars(module.obj).keys().isdisjoint({"forked", "launch"})
-        item.add_marker(pytest.mark.xdist_group("forks" if forks else str(item.path)))
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With --dist loadfile a file's tests run in one process, whose fixtures they share; and those of all files that
+    fork in the same one, so that there is one server of forks. (xdist's own groups do not work with pytest 9.2.)"""
+    from xdist.scheduler import LoadFileScheduling
+
+    class FilesOfForksTogether(LoadFileScheduling):  # type: ignore[misc]  # it has no types
+        def _split_scope(self, nodeid: str) -> str:
+            file = str(super()._split_scope(nodeid))
+            return "forks" if forks(config.rootpath / file) else file
+
+    return FilesOfForksTogether(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+@functools.cache
+def forks(file: Path) -> bool:
+    return re.search(r"\bforked\.|\blaunch\(", file.read_text(encoding="utf-8")) is not None
 
 
 def pytest_collection_finish() -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 from undrawn import leave_no_pictures
 
-PRELOADED = ["bnf_align.commands.train", "bnf_torch.engine", "peft", "bnf_mlx.engine", "mlx_lm", "datasets", "pytest"]
-PRELOADED += ["frozen"]
+PRELOADED = ["bnf_align.cli", "bnf_align.commands.train", "jsonargparse", "peft", "mlx_lm", "datasets", "pytest"]
+PRELOADED += [f"bnf_torch.{name}" for name in ("backend", "engine", "sharding", "tensor_parallel")]
+PRELOADED += ["bnf_mlx.backend", "bnf_mlx.engine", "frozen"]
 
 
 def context() -> ForkServerContext:

@@ -25,7 +25,14 @@ from bnf_align.commands import COMMANDS
 ROOT = Path(__file__).parents[1]
 BESIDE = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "conformance/SPEC.md")
 PAGES = [*(ROOT / name for name in BESIDE), *sorted((ROOT / "docs").glob("*.md"))]
-REASONS = ("needs the network", "needs a GPU", "needs a cluster", "takes minutes", "has a test of its own")
+REASONS = (
+    "needs the network",
+    "needs a GPU",
+    "needs a cluster",
+    "takes minutes",
+    "takes hours",
+    "has a test of its own",
+)
 # Programs that no test starts, and why; what they are told is checked all the same.
 NEVER = {"pip": "changes the environment under test", "make": "runs these tests, or takes minutes"}
 # Programs of others, whose flags nobody but they can read.

@@ -35,6 +35,7 @@ NOT_RUN = {
     "needs a cluster": 5,
     "needs the network": 1,
     "takes minutes": 1,
+    "takes hours": 1,
 }
 MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "models/SmolLM2-135M-Instruct", "Qwen/Qwen3-0.6B", "M", "MODEL")
 HERE = "--model M --data feedback.jsonl"  # what `…` stands for
