@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import forked
-import tiny
-import undrawn
+# What loads a framework is imported where it is used: of the processes of xdist, one runs no test.
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing under test may reach for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -90,7 +88,8 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish() -> None:  # the last that a process of xdist's comes to
-    forked.stop()
+    if "forked" in sys.modules:
+        sys.modules["forked"].stop()
     shutil.rmtree(os.environ["BNF_CACHE"], ignore_errors=True)
 
 
@@ -139,12 +138,16 @@ def compiled_or_not(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_pictures() -> None:
+    import undrawn
+
     undrawn.leave_no_pictures()
 
 
 @pytest.fixture
 def drawn() -> Iterator[None]:
     """But this test's do."""
+    import undrawn
+
     undrawn.draw()
     yield
     undrawn.leave_no_pictures()
@@ -152,9 +155,13 @@ def drawn() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import tiny
+
     return tiny.make_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture(scope="session")
 def feedback(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import tiny
+
     return tiny.write_rows(tmp_path_factory.mktemp("feedback") / "feedback.jsonl")

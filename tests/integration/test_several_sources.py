@@ -31,7 +31,7 @@ from bnf_core.data.sources import find_source, has_split
 from bnf_core.data.streaming import MixedStream
 from bnf_core.errors import UserError
 from bnf_core.types import Example
-from conftest import fast_on
+from conftest import fast_on, slow
 
 
 def said_by(work: Any, *args: Any) -> str:
@@ -68,7 +68,7 @@ def without_times(folder: Path) -> list[dict[str, Any]]:
 
 
 @fast_on("mlx")
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [slow(False), True])
 def test_a_run_of_two_sources_resumes_bit_for_bit_and_says_what_it_drew(
     tiny_model: Path, sources: list[dict[str, Any]], tmp_path: Path, backend_name: str, streaming: bool
 ) -> None:
