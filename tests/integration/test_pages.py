@@ -39,6 +39,11 @@ NOT_RUN = {
 }
 MODELS = ("HuggingFaceTB/SmolLM2-135M-Instruct", "models/SmolLM2-135M-Instruct", "Qwen/Qwen3-0.6B", "M", "MODEL")
 HERE = "--model M --data feedback.jsonl"  # what `…` stands for
+PROMPTS = "--model M --prompts questions.jsonl"  # in `bnf online …`
+BEFORE = {  # what a page takes for granted
+    "docs/adapters.md": ["python -m mlx_lm convert --hf-path M -q --q-group-size 32 --mlx-path my-4bit"],
+    "docs/watching.md": [f"bnf train {HERE} --valid held_out.jsonl --output runs/{name}" for name in ("mine", "other")],
+}
 # A stand-in never ends an answer, and would write 32 of 256 tokens for each of a hundred steps.
 BNF = """if [ "$1" = online ]; then
   shift; exec {bnf} online --iterations 2 --sample-tokens 16 "$@"{more}
@@ -162,13 +167,12 @@ def test_a_page_runs(page: str, workplace: Callable[[str], Path], tmp_path: Path
     """All of it that runs, in its order, in one folder."""
     folder = workplace(page)
     environment = programs(tmp_path / "bin", mac=page == "docs/laptop.md")
-    if page == "docs/adapters.md":
-        quantised = "python -m mlx_lm convert --hf-path M -q --q-group-size 32 --mlx-path my-4bit"
-        subprocess.run(quantised.split(), cwd=folder, env=environment, check=True)
+    for before in BEFORE.get(page, ()):
+        subprocess.run(["bash", "-c", before], cwd=folder, env=environment, check=True)
     for count, block in enumerate(block for block in BLOCKS if block.page == page and block.runs):
         if block.language == "bash":
             code = "\n".join(
-                line.replace("…", f"{HERE} --output runs/{count}-{number}")
+                line.replace("…", f"{PROMPTS if 'online' in line else HERE} --output runs/{count}-{number}")
                 for number, line in enumerate(block.code.splitlines())
             )
             command = ["bash", "-euo", "pipefail", "-c", code]
