@@ -229,5 +229,7 @@ def run(config: ExperimentConfig, console: Console) -> int:
     console.print(table(outcome))
     folder = Path(config.output) / config.name
     console.print(f"claimed  {outcome.claim}\nseen     {outcome.seen}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"results  {folder / NAME}\npictures {folder}/*.png", highlight=False, markup=False)
+    console.print(
+        f"results  {folder / NAME}\ntable    {folder}/table.md\npictures {folder}/*.png", highlight=False, markup=False
+    )
     return 0

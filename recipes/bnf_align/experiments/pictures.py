@@ -152,6 +152,10 @@ def moved(axes: Axes, outcome: Outcome) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6))
     if max(map(abs, axes.get_xlim())) > 20:  # a collapse: small changes shall still be seen
         axes.set_xscale("symlog", linthresh=5)
+        edge = max(map(abs, axes.get_xlim()))
+        decades = [10.0**k for k in range(1, 7) if 10.0**k <= edge]
+        axes.set_xticks([-x for x in decades[::-1]] + [0.0, *decades])
+        axes.xaxis.set_major_formatter("{x:g}")
 
 
 def places(curve: Sequence[str], kind: str, title: str, quantity: str) -> Draw:

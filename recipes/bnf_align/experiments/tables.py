@@ -19,6 +19,8 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("Gini", "gini", "number"),
 )
 
+WIDE = ("learning rate", "beside any", *(heading for heading, _, _ in COLUMNS[2:]))  # in the Markdown alone
+
 
 def _written(kind: str, x: Interval) -> str:
     write: Callable[[float], str] = {
@@ -59,9 +61,11 @@ def _cells(outcome: Outcome, line: Line) -> list[str]:
 
 
 def table(outcome: Outcome) -> Table:
-    found = Table(*headings(outcome), title=outcome.experiment)
+    """What fits a terminal."""
+    shown = [name for name in headings(outcome) if name not in WIDE]
+    found = Table(*shown, title=outcome.experiment)
     for row in rows(outcome):
-        found.add_row(*row)
+        found.add_row(*(cell for name, cell in zip(headings(outcome), row, strict=True) if name in shown))
     return found
 
 
