@@ -17,6 +17,8 @@ import pytest
 
 # What loads a framework is imported where it is used: of the processes of xdist, one runs no test.
 
+gc.disable()  # until all is loaded
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing under test may reach for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("LD_PRELOAD", "")  # or `bnf` on MLX would replace the process that runs the tests by its own
@@ -82,9 +84,12 @@ def forks(file: Path) -> bool:
 
 
 def pytest_collection_finish() -> None:
-    """The frameworks are loaded, and stay: each collection of garbage would look through a million of their objects."""
+    """The frameworks are loaded, and stay: each collection of garbage would look through a million of their objects.
+    And there is memory enough to collect less often than every 700 objects."""
+    gc.enable()
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 def pytest_sessionfinish() -> None:  # the last that a process of xdist's comes to

@@ -56,6 +56,7 @@ SEVERAL = "--micro-batch-size 2 --gradient-checkpointing true"
 SHARED = [("lora", SEVERAL), ("lora", f"--micro-batch-size 8 {PACKED}"), ("full", UNSORTED)]
 PAIR = ["averaged gradients", "per-rank mean"]
 FAST_BUG = {"ddp": PAIR[1], "fsdp": PAIR[0], "mlx": PAIR[0]}
+FAST_KINDS = {"ddp": ["kto"], "fsdp": ["lora"], "mlx": ["lora", "kto"]}
 Key = tuple[str, str, str]  # kind, or another objective; flags; bug
 Pair = Callable[[str, Key], Trajectory]
 
@@ -103,8 +104,8 @@ def test_a_bug_is_caught(runs: Runs, backend_name: str, bug: str) -> None:
 
 def beside(way: str, key: Key) -> list[Key]:
     """All runs of the fast tests if it is one of them, or of the slow ones."""
-    fast = [("lora", SEVERAL, ""), ("kto", SEVERAL, ""), ("lora", SEVERAL, FAST_BUG[way])]
-    every = [*((*shared, "") for shared in SHARED), *(("lora", SEVERAL, bug) for bug in PAIR)]
+    fast = [*((kind, SEVERAL, "") for kind in FAST_KINDS[way]), ("lora", SEVERAL, FAST_BUG[way])]
+    every: list[Key] = [*((*shared, "") for shared in SHARED), *(("lora", SEVERAL, bug) for bug in PAIR)]
     every += [(name, SEVERAL, "") for name in ("dpo", "kto")]
     return fast if key in fast else [other for other in every if other not in fast]
 
@@ -208,8 +209,16 @@ def test_a_bug_of_other_objectives_is_caught(
     assert runs.complaints(backend_name, "lora", runs.train(backend_name, "lora", uneven, bug))
 
 
-@pytest.mark.parametrize("way", ways())
-@pytest.mark.parametrize("name", ["kto", slow("dpo")])
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [
+        pytest.param(
+            *way.values, name, marks=[*way.marks, *([] if name in FAST_KINDS[way.values[0]] else [pytest.mark.slow])]
+        )
+        for way in ways()
+        for name in ("kto", "dpo")
+    ],
+)
 def test_two_processes_take_the_same_road_with_other_objectives(
     objective_runs: Callable[[str], Runs], pair: Pair, way: str, name: str
 ) -> None:

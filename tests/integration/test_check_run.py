@@ -99,7 +99,7 @@ def test_both_backends_take_the_same_road(
     ("change", "setting", "first"),
     [
         (("--lr", "2.02e-3"), "optimizer.learning_rate: 0.002 | 0.00202", "first in: learning rate (from step 1)"),
-        (("--seed", "1"), "seed: 0 | 1", "first in: tokens (from step 1)"),
+        slow(("--seed", "1"), "seed: 0 | 1", "first in: tokens (from step 1)"),
     ],
 )
 def test_other_settings_are_named_and_noticed(

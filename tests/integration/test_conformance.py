@@ -564,6 +564,7 @@ def test_a_device_has_its_tolerances(device: str, system: str, tier: str, monkey
     assert tolerances.choose("tf32", device).tier == "tf32"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small_cases")
 def test_the_tf32_tier_has_room_for_tf32_and_not_for_less() -> None:
     assert run(NumpyBackend(wrong.ShortFactors), tier="tf32").ok

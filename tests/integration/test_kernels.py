@@ -216,7 +216,7 @@ def test_malformed_input(backend: str, change: dict[str, Any], message: str) -> 
 
 
 @needs_torch
-@pytest.mark.parametrize("under", ["autocast", pytest.param("compile", marks=long_interpreted)])
+@pytest.mark.parametrize("under", ["autocast", pytest.param("compile", marks=pytest.mark.slow)])
 def test_the_last_bits_of_a_gradient_do_not_depend_on_autocast_or_on_compile(under: str) -> None:
     import torch
 

@@ -21,6 +21,7 @@ from bnf_core.data.streaming import FeedbackStream, shuffle
 from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import UserError
 from bnf_core.types import Example, Position
+from conftest import fast_of
 
 Batches = Iterator[tuple[list[Example], Position]]
 
@@ -373,7 +374,7 @@ def growth(few: Path, many: Path, report: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("ending", fast_of(("jsonl", "csv", "parquet"), "jsonl", "parquet"))
 def test_memory_does_not_grow_with_the_data(tmp_path: Path, ending: str) -> None:
     """80 MB of rows within 24 MiB more than 1.6 MB take; rejects whole files, and pyarrow's whole row groups."""
     text = "x" * 4000
