@@ -179,7 +179,7 @@ def objective_runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.mark.parametrize(
-    ("name", "flags"), [("dpo", CUTS[3]), ("kto", UNSORTED), *(slow("dpo", flags) for flags in CUTS[1:3])]
+    ("name", "flags"), [slow("dpo", CUTS[3]), ("kto", UNSORTED), *(slow("dpo", flags) for flags in CUTS[1:3])]
 )
 def test_other_objectives_take_one_trajectory(
     objective_runs: Callable[[str], Runs], backend_name: str, name: str, flags: str

@@ -190,6 +190,7 @@ def test_routers_take_the_steps_of_one_process(
     require_same_weights(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_the_trainer_reads_its_shard(tiny_model: Path, tmp_path: Path) -> None:
     """BNFTrainer on two processes takes the steps of one, and neither has the whole model. Rejects an adapter that is
     drawn otherwise in shards."""

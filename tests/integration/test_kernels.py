@@ -335,7 +335,7 @@ def test_all_of_it_as_on_cuda_under_the_interpreter(which: str, tmp_path: Path) 
 @pytest.mark.usefixtures("wide_blocks")
 @pytest.mark.parametrize(
     ("dtype", "largest"),
-    [("bfloat16", 20_000), *(pytest.param(d, 10**9, marks=pytest.mark.slow) for d in vectors.ALL)],
+    [("bfloat16", 3_000), *(pytest.param(d, 10**9, marks=pytest.mark.slow) for d in vectors.ALL)],
 )
 def test_the_fused_levels_conform(dtype: str, largest: int) -> None:
     subject = Subject(registry.get("torch").losses("cpu"), dtype)

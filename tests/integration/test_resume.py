@@ -163,6 +163,7 @@ def test_a_run_stopped_after_every_step_ends_as_one_that_was_not(
     assert_same(tmp_path / "run", expected)
 
 
+@fast_on("mlx")
 def test_dropout_and_the_second_epoch_are_put_to_the_test(
     tiny_model: Path, feedback: Path, tmp_path: Path, backend_name: str, whole: Callable[[str], Path]
 ) -> None:
@@ -272,8 +273,8 @@ def _train_until(run: TrainConfig, operation: int, count: Any) -> None:
     train(run, QUIET)
 
 
-@fast_on("mlx")
-@pytest.mark.parametrize("kills", [1, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [2, 30])
 def test_killed_at_random_moments(
     tiny_model: Path,
     feedback: Path,
@@ -321,7 +322,7 @@ def test_killed_at_any_operation_on_files(tiny_model: Path, feedback: Path, tmp_
 def test_the_command_line_killed_then_terminated(tiny_model: Path, feedback: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     words = ["train", "--model", tiny_model, "--data", feedback, "--backend", "torch", "--device", "cpu"]
-    words += ["--batch-size", 5, "--epochs", 12, "--save-every", 3, "--dropout", "0.1"]
+    words += ["--batch-size", 5, "--epochs", 8, "--save-every", 3, "--dropout", "0.1"]
     here, there, said = tmp_path / "run", tmp_path / "whole", tmp_path / "said"
     log = here / "metrics.jsonl"
 

@@ -13,6 +13,7 @@ from test_conformance import small_suite
 from bnf_align import cli
 from bnf_conformance import runner
 from bnf_conformance.report import Report
+from conftest import fast_on
 from others import __main__ as command
 from others import scoreboard
 from others.backends import FormBackend, FormLosses
@@ -56,6 +57,7 @@ def errors(report: Report, check: str, quantity: str, dtype: str = "float32") ->
             yield r.case, r.error, r.status == "pass"
 
 
+@fast_on("torch")
 def test_the_paper_form_divides_as_we_do_and_oat_by_the_shortest(backend_name: str) -> None:
     own, shortest = (small_report(form, backend_name) for form in (PAPER, OAT))
     assert all(passed for _, _, passed in errors(own, "L1 batches", "sequence_loss"))

@@ -226,6 +226,7 @@ for folder, start, stop, loss in {calls}:
 """
 
 
+@pytest.mark.slow
 def test_trackio_goes_on_with_the_same_run(tmp_path: Path) -> None:
     """In a process of its own: Trackio settles its folder when it is imported."""
     calls = [("a/mine", 0, 2, 0.5), ("b/mine", 0, 1, 5.0), ("a/mine", 1, 2, 10.0)]
