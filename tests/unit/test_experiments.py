@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bnf_align.experiments import EXPERIMENTS, experiment, tables, tasks
+from bnf_align.experiments import EXPERIMENTS, experiment, pictures, tables, tasks
 from bnf_align.experiments.cells import VERSION
 from bnf_align.experiments.outcome import Outcome, collapsed, line_of, read
 from bnf_align.experiments.rows import Mix, feedback
@@ -291,6 +291,14 @@ def test_what_is_counted_is_said(tmp_path: Path) -> None:
         text = tables.markdown(made)
         assert f"| learning rate | {counted} |" in text and f"50% {counted}" in text
         assert ("beside any" in text) == ("A right solution is preferred where" in text) == (scale == "gsm8k")
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (2, 2), (3, 2)])
+def test_a_picture_is_as_wide_as_its_panels(count: int, columns: int) -> None:
+    """Rejects a lone panel beside an empty half, which a page shows at half its size."""
+    figure = pictures.panels(Outcome("stability", "claim", {}, {}, [], []), *[lambda axes, _: None] * count)
+    assert figure.get_figwidth() == columns * pictures.PANEL[0]
+    assert len(figure.axes) == count
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,11 @@ Style = dict[str, Any]
 
 def panels(outcome: Outcome, *draw: Draw) -> Figure:
     """Two side by side, as many as there are, with one legend of the methods for all."""
-    rows = -(-len(draw) // 2)
-    figure = Figure(figsize=(2 * PANEL[0], rows * PANEL[1] + 0.5), layout="constrained")
+    columns = min(2, len(draw))
+    rows = -(-len(draw) // columns)
+    figure = Figure(figsize=(columns * PANEL[0], rows * PANEL[1] + 0.5), layout="constrained")
     methods: dict[str, Any] = {}
-    every = figure.subplots(rows, 2, squeeze=False).flat
+    every = figure.subplots(rows, columns, squeeze=False).flat
     for axes, one in zip(every, draw, strict=False):
         one(axes, outcome)
         handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
@@ -35,7 +36,14 @@ def panels(outcome: Outcome, *draw: Draw) -> Figure:
     for axes in every[len(draw) :]:
         axes.remove()
     if methods:
-        figure.legend(methods.values(), methods.keys(), loc="outside lower center", ncols=5, frameon=False, fontsize=8)
+        figure.legend(
+            methods.values(),
+            methods.keys(),
+            loc="outside lower center",
+            ncols=3 if columns == 1 else 5,
+            frameon=False,
+            fontsize=8,
+        )
     return figure
 
 
