@@ -170,9 +170,7 @@ def require_predicted(
     lora = LoraConfig(dropout=dropout)
     config = settings(model, backend_name, dtype, fine_tune_type=kind, lora=lora, gradient_checkpointing=checkpointing)
     predicted = auto_batch.peak(
-        Architecture.of(model),
-        auto_batch.training_of(config, benchmark(config.hardware)),
-        benchmark(config.hardware),
+        auto_batch.Planned.of(config, model),
         held_in_memory(rows),
         len(rows),
         MicroBatching(len(rows), share_prompts=True),
@@ -287,12 +285,10 @@ def test_auto_batch_takes_what_fits(
         share_prompts=False,
     )
     rows = load_split(config.data, "train", load_tokenizer(tiny_model), Console(quiet=True))
-    measures = benchmark(config.hardware)
-    training = auto_batch.training_of(config, measures)
+    planned = auto_batch.Planned.of(config, tiny_model)
 
     def needs(size: int) -> float:
-        data, model = held_in_memory(rows), Architecture.of(tiny_model)
-        found = auto_batch.peak(model, training, measures, data, 12, MicroBatching(size))
+        found = auto_batch.peak(planned, held_in_memory(rows), 12, MicroBatching(size))
         return found.total - found.weights
 
     monkeypatch.setattr(TorchMeasures, "free_memory", lambda self: needs(3) / 0.9 + 1)
@@ -349,7 +345,7 @@ def test_masks_are_planned_as_they_are_made() -> None:
             config=model.config, inputs_embeds=torch.zeros(*packed.input_ids.shape, 32), past_key_values=None, **options
         )
     grid = measures.grid(packed)
-    assert memory(planned, training, grid, measures.kept(planned, training, grid)).masks == made.nbytes
+    assert memory(planned, training, measures.kept(planned, training, grid)).masks == made.nbytes
     alone = measures.grid(collate(rows, 4))
     assert measures.kept(planned, training, alone).masks == 0
     long = Grid(1, 32768, 100, masked=True)
@@ -369,7 +365,7 @@ def test_memory_grows_with_what_it_depends_on() -> None:
 
     def needs(training: Training, rows: int = 2, completion_tokens: int = 64) -> Memory:
         grid = Grid(rows, 64, completion_tokens)
-        return memory(model, training, grid, measures.kept(model, training, grid))
+        return memory(model, training, measures.kept(model, training, grid))
 
     training = Training("float32", "lora", LoraConfig())
     few, many = needs(training), needs(training, 4, 128)
