@@ -1,4 +1,4 @@
-"""What layers of any kind keep in memory while they are trained: measured with random weights, of a small vocabulary."""
+"""What layers of any kind keep in memory while they are trained: measured, with random weights of few tokens."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -53,9 +53,9 @@ def measured(folder: Path, training: Training, device: mx.Device) -> Layers:
         linear_parameters=sum(m.weight.size for m in whole.modules() if isinstance(m, nn.Linear)),
         trained=sum(x.size for x in flat(whole.trainable_parameters()).values()),
         peak=trial.peak,
-        counts=(1, 2),
+        counts=(2, 3),
         widest=WIDEST_BY_TOKEN if text["model_type"] in BY_TOKEN else WIDEST,
-        how="measured on random weights",
+        how=f"of {len(set(trial.kinds))} kinds, measured on {device} with random weights",
     )
 
 
@@ -121,7 +121,7 @@ class _Trial:
         layers = list(self.layers)
         self.layers[:] = [layers[places[i]] if i in places else _Skipped(layer) for i, layer in enumerate(layers)]
         try:
-            if not isinstance(self.model.layers[next(i for i in range(len(layers)) if i not in places)], _Skipped):
+            if any(seen is not put for seen, put in zip(self.model.layers, self.layers, strict=True)):
                 raise UserError("this model makes its list of layers anew: what they keep cannot be measured")
             yield
         finally:

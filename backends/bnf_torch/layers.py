@@ -48,7 +48,7 @@ def measured(folder: Path, training: Training, device: torch.device) -> Layers:
         peak=trace.peak,
         counts=(2, 3),  # of one row less may be copied
         widest=WIDEST,
-        how="traced without data on PyTorch's own operations",
+        how=f"of {len(set(trace.kinds))} kinds, traced on {device.type} without data",
         scattered=_Scattered(config, training, device),
     )
 
@@ -124,6 +124,8 @@ class _Trace:
             ids = torch.zeros(rows, width, dtype=torch.int64, device=self.device)
             with torch.autocast(self.device.type, dtype) if narrow else nullcontext():
                 states: Tensor = decoder(self.model)(input_ids=ids, use_cache=False).last_hidden_state
+            if states.shape[:2] != ids.shape:  # its layers give more than states
+                raise ValueError(f"the states are of shape {tuple(states.shape)}")
             live.kept = live.now
             if backward:
                 states.backward(torch.zeros_like(states))
@@ -133,18 +135,13 @@ class _Trace:
     def _layers(self, places: Mapping[int, int]) -> Iterator[None]:
         """In these places the layers named, in all others nothing."""
         layers = list(self.layers)
-        bare: list[bool] = []
-        seen = layers[next(iter(places.values()))].register_forward_hook(
-            lambda *args: bare.append(isinstance(args[-1], Tensor))
-        )
         # As an inner layer's, the input of each needs a gradient.
         needs = self.model.get_input_embeddings().register_forward_hook(lambda *args: args[-1].requires_grad_())
         for i, layer in enumerate(layers):
-            self.layers[i] = layers[places[i]] if i in places else _Skipped(layer, bare)
+            self.layers[i] = layers[places[i]] if i in places else _Skipped(layer)
         try:
             yield
         finally:
-            seen.remove()
             needs.remove()
             for i, layer in enumerate(layers):
                 self.layers[i] = layer
@@ -153,9 +150,9 @@ class _Trace:
 class _Skipped(nn.Module):
     """In the place of a layer: gives back its input. The rest of the layer can be seen through."""
 
-    def __init__(self, layer: nn.Module, bare: list[bool]):
+    def __init__(self, layer: nn.Module):
         super().__init__()
-        self.__dict__["_layer"], self.__dict__["_bare"] = layer, bare
+        self.__dict__["_layer"] = layer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_layer"], name)
