@@ -25,7 +25,7 @@ from bnf_torch import adapter
 from bnf_torch.engine import checkpoint_activations
 from bnf_torch.model import DTYPES, decoder, family_of, readable
 
-WIDEST = 4096  # tokens in a row
+WIDEST = 1024  # tokens in a row
 MAPPED = 32 * 2**20  # bytes from which on glibc has the system map a block of its own, and leaves no hole
 
 

@@ -283,10 +283,7 @@ class Memory:
 
 
 class Trained(Protocol):
-    """A model whose memory can be told."""
-
-    @property
-    def parameters(self) -> int: ...
+    """A model of which it is known how much of it is trained."""
 
     def trained_parameters(self, training: Training) -> int: ...
 

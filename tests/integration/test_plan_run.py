@@ -215,8 +215,10 @@ def test_so_it_is_of_hybrids(
     checkpointing: bool,
 ) -> None:
     """Rejects a kind of layer that is counted as another, and layers of a kind that are counted once."""
-    if backend_name == "mlx" and dtype != "float32":
-        pytest.skip("MLX on a CPU multiplies in float32")
+    if backend_name == "mlx" and (dtype != "float32" or kind == "full"):
+        pytest.skip("MLX trains adapters of hybrids alone, and on a CPU multiplies in float32")
+    if backend_name == "mlx" and checkpointing and family == "qwen3_next":
+        pytest.skip("its layers cannot be replaced on MLX, and checkpointing is refused")
     require_predicted(hybrid(family), runtime, backend_name, kind, dtype, checkpointing=checkpointing)
 
 
@@ -560,7 +562,7 @@ def test_a_hybrid_is_planned_without_weights(planned_hybrid: Path, feedback: Pat
     plan = plan_run.plan(config, console)
     said = console.export_text()
     assert plan.largest == 2 and plan.memory.activations > 0 and math.isnan(plan.seconds)
-    assert "of 2 kinds, traced on cpu" in said or "of 2 kinds, measured on Device(cpu, 0)" in said
+    assert "of 2 kinds, traced on cpu" in said or "of 2 kinds, measured on cpu" in said
     assert not [line for line in said.splitlines() if line.startswith("time")]
 
 
