@@ -3,7 +3,7 @@
 import math
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -116,29 +116,51 @@ class _Trace:
             ) from error
 
     def _pass(self, places: Mapping[int, int], rows: int, width: int, below: float, *, backward: bool) -> "_Live":
-        dtype = DTYPES[self.training.dtype]
-        narrow = self.training.kind == "full" and dtype != torch.float32
         live = _Live(below)
-        with self._layers(places), FakeTensorMode(), _on(self.model, self.device), _unpacked(), live:
+        with self._layers(places, self._gives_tuples), FakeTensorMode(), _on(self.model, self.device), live:
             live.leave_out(self.model)
-            ids = torch.zeros(rows, width, dtype=torch.int64, device=self.device)
-            with torch.autocast(self.device.type, dtype) if narrow else nullcontext():
-                states: Tensor = decoder(self.model)(input_ids=ids, use_cache=False).last_hidden_state
-            if states.shape[:2] != ids.shape:  # its layers give more than states
-                raise ValueError(f"the states are of shape {tuple(states.shape)}")
+            states = self._states(rows, width)
+            if states.shape[:2] != (rows, width):
+                raise ValueError(f"states of shape {tuple(states.shape)}")
             live.kept = live.now
             if backward:
                 states.backward(torch.zeros_like(states))
         return live
 
+    def _states(self, rows: int, width: int) -> Tensor:
+        """A forward pass, up to the head."""
+        dtype = DTYPES[self.training.dtype]
+        narrow = self.training.kind == "full" and dtype != torch.float32
+        ids = torch.zeros(rows, width, dtype=torch.int64, device=self.device)
+        with _unpacked(), torch.autocast(self.device.type, dtype) if narrow else nullcontext():
+            states: Tensor = decoder(self.model)(input_ids=ids, use_cache=False).last_hidden_state
+        return states
+
+    @cached_property
+    def _gives_tuples(self) -> bool:
+        """Whether a layer gives its states within a tuple."""
+        given: list[Any] = []
+
+        def look(*args: Any) -> None:
+            given.append(args[-1])
+            raise _Enough
+
+        hook = self.layers[0].register_forward_hook(look)
+        try:
+            with FakeTensorMode(), _on(self.model, self.device), _Live(math.inf), suppress(_Enough):
+                self._states(2, 4)
+        finally:
+            hook.remove()
+        return isinstance(given[0], tuple)
+
     @contextmanager
-    def _layers(self, places: Mapping[int, int]) -> Iterator[None]:
+    def _layers(self, places: Mapping[int, int], tuples: bool) -> Iterator[None]:
         """In these places the layers named, in all others nothing."""
         layers = list(self.layers)
         # As an inner layer's, the input of each needs a gradient.
         needs = self.model.get_input_embeddings().register_forward_hook(lambda *args: args[-1].requires_grad_())
         for i, layer in enumerate(layers):
-            self.layers[i] = layers[places[i]] if i in places else _Skipped(layer)
+            self.layers[i] = layers[places[i]] if i in places else _Skipped(layer, tuples)
         try:
             yield
         finally:
@@ -150,15 +172,20 @@ class _Trace:
 class _Skipped(nn.Module):
     """In the place of a layer: gives back its input. The rest of the layer can be seen through."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, tuples: bool):
         super().__init__()
+        self.tuples = tuples
         self.__dict__["_layer"] = layer
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["_layer"], name)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return hidden_states
+        return (hidden_states,) if self.tuples else hidden_states
+
+
+class _Enough(Exception):
+    """Nothing more of a forward pass is wanted."""
 
 
 class _Live(TorchDispatchMode):

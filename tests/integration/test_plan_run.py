@@ -536,13 +536,21 @@ def test_a_trace_says_what_the_formulae_do(model: Path, kind: FineTuneType, dtyp
 SMALL: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128, "vocab_size": 304}
 
 
-def test_what_layers_keep_adds_up_to_the_model(tmp_path: Path, backend_name: str) -> None:
-    """On either backend. Rejects one kind counted as the other, of which one keeps five times as much."""
-    sizes = SMALL | {"mamba_n_heads": 4, "mamba_d_head": 32, "shared_intermediate_size": 128, "intermediate_size": 32}
-    folder = make_hybrid(tmp_path, "granitemoehybrid", **sizes)
+@pytest.mark.parametrize(("family", "kinds"), [("granitemoehybrid", (0, 0, 2, 0, 2)), ("falcon_h1", (0, 0, 0, 0))])
+def test_what_layers_keep_adds_up_to_the_model(
+    tmp_path: Path, backend_name: str, family: str, kinds: tuple[int, ...]
+) -> None:
+    """On either backend, and where layers give tuples. Rejects one kind counted as the other, of which one keeps five
+    times as much."""
+    sizes = SMALL | {"mamba_n_heads": 4, "mamba_d_head": 32}
+    if family == "granitemoehybrid":
+        sizes |= {"shared_intermediate_size": 128, "intermediate_size": 32}
+    else:
+        sizes |= {"mamba_d_ssm": 128}
+    folder = make_hybrid(tmp_path, family, **sizes)
     layers = benchmark(HardwareConfig(backend_name, "cpu")).layers(folder, Training("float32", "lora", LoraConfig()))
-    assert layers.kinds == (0, 0, 2, 0, 2)
-    whole = layers.peak({i: i for i in range(5)}, 3, 64)
+    assert layers.kinds == kinds
+    whole = layers.peak({i: i for i in range(len(kinds))}, 3, 64)
     assert sum(layers.step(Grid(3, 64, 1))) == pytest.approx(whole, rel=0.03 if backend_name == "torch" else 0.15)
 
 
