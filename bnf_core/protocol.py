@@ -14,6 +14,7 @@ from bnf_core.config import AttentionMasks, FineTuneType, LoraConfig, OptimizerC
 from bnf_core.errors import UserError
 from bnf_core.models.adapters import Layout
 from bnf_core.models.architecture import Architecture, Grid, Kept, Training
+from bnf_core.models.layers import Layers
 from bnf_core.objectives import Objective
 from bnf_core.processes import ALONE, Processes
 from bnf_core.sampling import Completion
@@ -252,8 +253,17 @@ class Measures(Protocol):
         """The sizes of a micro-batch as this backend computes it."""
         ...
 
-    def kept(self, model: Architecture, training: Training, grid: Grid) -> Kept:
-        """What a training step of such a micro-batch keeps in memory, by formulae."""
+    def layers(self, model: Path, training: Training) -> Layers:
+        """What the layers of a checkpoint keep in memory, which the formulae do not know: measured, of its
+        configuration alone.
+
+        Raises:
+            UserError: the backend cannot make such a model, or not measure it.
+        """
+        ...
+
+    def kept(self, model: Architecture | Layers, training: Training, grid: Grid) -> Kept:
+        """What a training step of such a micro-batch keeps in memory, by formulae or by what was measured."""
         ...
 
     def products(self, shapes: Sequence[tuple[int, int, int]], *, train_weights: bool) -> Callable[[], None]:

@@ -10,7 +10,16 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from bnf_core.models.architecture import Architecture, Grid, Kept, Training, adapter_inputs, adapter_products
+from bnf_core.models.architecture import (
+    Architecture,
+    Grid,
+    Kept,
+    KeptByLayer,
+    Training,
+    adapter_inputs,
+    adapter_products,
+)
+from bnf_core.models.layers import Layers
 from bnf_core.types import Batch
 from bnf_mlx.model import DTYPES, resolve_device, resolve_dtype
 from bnf_mlx.pages import pages
@@ -50,10 +59,10 @@ class MLXMeasures:
         rows, width = cut.input_ids.shape
         return Grid(rows, width, len(batch.targets), cut.table.shape[1])
 
-    def kept(self, model: Architecture, training: Training, grid: Grid) -> Kept:
-        full = training.kind == "full"
-        if full:  # all weights are trained in float32, whatever is asked for
-            training = replace(training, dtype="float32")
+    def kept(self, model: Architecture | Layers, training: Training, grid: Grid) -> Kept:
+        training, full = _widest(training), training.kind == "full"
+        if isinstance(model, Layers):
+            return Kept(_weights(model, training), *model.step(grid), _loss(model, grid))
         d, f, size = model.hidden, model.inner, training.size
         q, kv = model.heads * model.head_dim, model.kv_heads * model.head_dim
         inputs = size * (2 * d + f) if full else adapter_inputs(model, training)
@@ -72,17 +81,15 @@ class MLXMeasures:
         widened = 10 * outputs if training.half else 0
         if training.half and self.device == mx.Device(mx.cpu):  # float32 copies of what is multiplied
             matrices += 4 * model.linear_parameters * min(1.0, AHEAD / model.layers)
-        weights: float = model.parameters * size
-        if model.bits is not None and not full:  # they stay packed, and the head is widened once, for the loss
-            weights = model.parameters * model.bits / 8 + model.vocab * d * size
-        return Kept(
-            weights,
-            block + inputs + products,
-            4 * size * d,
-            1.5 * (block + size * (2 * d + f)) + widened,
-            matrices,
-            min(10.0 * grid.completion_tokens * model.vocab * 4, CHUNK),  # MLX runs ahead, and frees late what is small
+        by_layer = KeptByLayer(
+            block + inputs + products, 4 * size * d, 1.5 * (block + size * (2 * d + f)) + widened, matrices
         )
+        return Kept(_weights(model, training), *by_layer.of_all(model, training, grid), _loss(model, grid))
+
+    def layers(self, model: Path, training: Training) -> Layers:
+        from bnf_mlx.layers import measured
+
+        return measured(model, _widest(training), self.device)
 
     def products(self, shapes: Sequence[tuple[int, int, int]], *, train_weights: bool) -> Job:
         """The matrix products that linear layers cannot do without, forward and backward and nothing else.
@@ -131,3 +138,21 @@ class MLXMeasures:
     def runtime_memory(self) -> float:
         """Bytes that this process holds by now, as `memory` counts them."""
         return float(mx.get_active_memory())
+
+
+def _widest(training: Training) -> Training:
+    """All weights are trained in float32, whatever is asked for."""
+    return replace(training, dtype="float32") if training.kind == "full" else training
+
+
+def _weights(model: Architecture | Layers, training: Training) -> float:
+    """Bytes of the model. Quantised weights stay packed, and the head is widened once, for the loss."""
+    bits = model.bits if isinstance(model, Architecture) else None
+    if bits is None or training.kind == "full":
+        return model.parameters * training.size
+    return model.parameters * bits / 8 + model.vocab * model.hidden * training.size
+
+
+def _loss(model: Architecture | Layers, grid: Grid) -> float:
+    """MLX runs ahead, and frees late what is small."""
+    return min(10.0 * grid.completion_tokens * model.vocab * 4, CHUNK)

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from bnf_core.config import FineTuneType, LoraConfig
 from bnf_core.errors import UserError
@@ -17,7 +17,13 @@ from bnf_core.models.quantization import bits_per_weight
 from bnf_core.types import Batch
 
 MIXTURES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # families whose every layer may be one of experts
+# Families of other layers, recurrent ones among them, in any order; what these keep a backend measures.
+HYBRIDS = ("falcon_h1", "granitemoehybrid", "lfm2", "lfm2_moe", "mamba2", "nemotron_h", "qwen3_5_text", "qwen3_next")
 NORMED_HEADS = ("gemma3_text", "olmo2", "olmo3", "olmoe", "qwen3", "qwen3_moe")  # norms of queries and keys
+
+
+class UnknownLayers(UserError):
+    """The formulae do not know a model's layers, and a backend can measure them."""
 
 
 @dataclass(frozen=True)
@@ -54,17 +60,13 @@ class Architecture:
         Raises:
             UserError: it is missing, or of another kind of model.
         """
-        path = folder / "config.json"
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from error
-        return cls.from_config(config, str(path))
+        return cls.from_config(_config(folder), str(folder / "config.json"))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], name: str = "config") -> "Architecture":
         """
         Raises:
+            UnknownLayers: one of HYBRIDS.
             UserError: a size is missing, the layers are recurrent, of a family of mixtures of experts that is not known
                 here, not all alike, or quantised as MLX cannot.
         """
@@ -73,6 +75,8 @@ class Architecture:
         needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
         absent = [key for key in needed if not isinstance(config.get(key), int)]
         family = config.get("model_type")
+        if family in HYBRIDS:
+            raise UnknownLayers(f"{name} is of {family}, whose layers are not all attention with a gated MLP")
         mixture = family in MIXTURES
         other = [key for key in config if key.startswith(("ssm", "mamba", "conv_"))]
         other += [key for key in config if "expert" in key and not mixture]
@@ -82,7 +86,7 @@ class Architecture:
             why = f"lacks {', '.join(absent)}" if absent else f"has {', '.join(other[:3])}"
             raise UserError(
                 f"{name} {why}: the formulae of memory are of dense transformers with attention and a gated MLP, and "
-                f"of mixtures of experts in every layer ({', '.join(MIXTURES)})"
+                f"of mixtures of experts in every layer ({', '.join(MIXTURES)}). Measured are {', '.join(HYBRIDS)}"
             )
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         return cls(
@@ -94,7 +98,7 @@ class Architecture:
             head_dim=config.get("head_dim") or hidden // heads,
             vocab=config["vocab_size"],
             tied=bool(config.get("tie_word_embeddings", False)),
-            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+            dtype=_dtype(config),
             bits=bits,
             normed_heads=family in NORMED_HEADS,
             experts=_experts(config, name) if mixture else None,
@@ -140,6 +144,11 @@ class Architecture:
         """Of all layers; DoRA has a magnitude for each output."""
         return self.layers * sum(lora.rank * (i + o) + dora * o for i, o in self.adapted(lora.targets).values())
 
+    def trained_parameters(self, training: "Training") -> int:
+        if training.kind == "full":
+            return self.parameters
+        return self.adapter_parameters(training.lora, dora=training.kind == "dora")
+
     def layer_products(self, tokens: int) -> list[tuple[int, int, int]]:
         """(tokens, inputs, outputs) of the matrix products of one decoder layer."""
         products = [(tokens, i, o) for i, o in self.linear.values()]
@@ -151,6 +160,29 @@ class Architecture:
     def products(self, tokens: int, completion_tokens: int) -> list[tuple[int, int, int]]:
         """Of all layers in a step, and of the head on completion tokens alone."""
         return self.layer_products(tokens) * self.layers + [(completion_tokens, self.hidden, self.vocab)]
+
+
+def dtype_of(folder: Path) -> str:
+    """That a checkpoint is in.
+
+    Raises:
+        UserError: it has no config.json.
+    """
+    config = _config(folder)
+    return _dtype(config.get("text_config", config))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    return config
+
+
+def _dtype(config: Mapping[str, Any]) -> str:
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
 def _experts(config: Mapping[str, Any], name: str) -> Experts:
@@ -209,13 +241,28 @@ class Kept:
     """What a backend keeps of a model and a step, in bytes."""
 
     weights: float  # of the model, without what is trained on top of them
-    layer: float  # a token, for the backward pass of a layer
-    layer_input: float  # a token: what gradient checkpointing keeps of that
-    transient: float  # a token, beside that during the backward pass of a layer
-    matrices: float  # the same, of any number of tokens
+    activations: float  # of all layers, for the backward pass
+    backward: float  # beside that at the peak of the layers' backward pass
     loss: float  # of all completion tokens
     fragments: float = 0.0  # held by the allocator and of no use
     masks: float = 0.0  # of attention, for all layers
+
+
+@dataclass(frozen=True)
+class KeptByLayer:
+    """What a backend keeps of one of several layers, all alike, in bytes."""
+
+    layer: float  # a token, for the backward pass
+    layer_input: float  # a token: what gradient checkpointing keeps of that
+    transient: float  # a token, beside that during the backward pass
+    matrices: float  # the same, of any number of tokens
+
+    def of_all(self, model: Architecture, training: Training, grid: Grid) -> tuple[float, float]:
+        """The activations of all layers, and what their backward pass takes beside them."""
+        backward = self.transient * grid.tokens + self.matrices
+        if training.gradient_checkpointing:
+            return self.layer_input * model.layers * grid.tokens, backward + self.layer * grid.tokens
+        return self.layer * model.layers * grid.tokens, backward
 
 
 @dataclass(frozen=True)
@@ -235,16 +282,18 @@ class Memory:
         return float(sum(vars(self).values()))
 
 
-def memory(model: Architecture, training: Training, grid: Grid, kept: Kept, runtime: float = 0.0) -> Memory:
-    """Of a training step, whose micro-batches are at most of this grid, on a backend that keeps so much."""
-    if training.kind == "full":
-        trained = 3 * 4 * model.parameters
-    else:
-        trained = 4 * 4 * model.adapter_parameters(training.lora, dora=training.kind == "dora")
-    layer = kept.layer * grid.tokens
-    activations = (kept.layer_input if training.gradient_checkpointing else kept.layer) * model.layers * grid.tokens
-    backward = kept.transient * grid.tokens + kept.matrices + (layer if training.gradient_checkpointing else 0)
-    return Memory(runtime, kept.weights, trained, activations, max(kept.loss, backward), kept.fragments, kept.masks)
+class Trained(Protocol):
+    """A model of which it is known how much of it is trained."""
+
+    def trained_parameters(self, training: Training) -> int: ...
+
+
+def memory(model: Trained, training: Training, kept: Kept, runtime: float = 0.0) -> Memory:
+    """Of a training step, on a backend that keeps so much of it."""
+    copies = 3 if training.kind == "full" else 4  # of the gradients and both moments, and of an adapter itself
+    trained = copies * 4 * model.trained_parameters(training)
+    working = max(kept.loss, kept.backward)
+    return Memory(runtime, kept.weights, trained, kept.activations, working, kept.fragments, kept.masks)
 
 
 def adapter_inputs(model: Architecture, training: Training, mask: int = 1) -> float:

@@ -1,8 +1,10 @@
 """Planning: the formulae of memory against measured runs, and what is made of them."""
 
+import json
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -23,7 +25,8 @@ from bnf_align.run.feedback import TrainingData, load_split
 from bnf_core.config import DataConfig, FineTuneType, HardwareConfig, LoraConfig, TrainConfig
 from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import UserError
-from bnf_core.models.architecture import Architecture, Grid, Memory, Training, memory
+from bnf_core.models.architecture import HYBRIDS, Architecture, Grid, Memory, Training, UnknownLayers, memory
+from bnf_core.models.layers import Layers, kinds_of
 from bnf_core.steps.batching import MicroBatching, Rows, collate
 from bnf_core.types import Example
 from conftest import fast_on
@@ -64,6 +67,51 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         model.save_pretrained(folder / family)
         assert Architecture.of(folder / family).parameters == pytest.approx(model.num_parameters(), rel=0.002)
     return {family: folder / family for family in families}
+
+
+SIZES: dict[str, Any] = {"hidden_size": 256, "head_dim": 64, "intermediate_size": 512, "max_position_embeddings": 1024}
+SIZES |= {"vocab_size": VOCAB, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}
+MAMBA, FULL, CONV = "linear_attention", "full_attention", "conv"
+SSD: dict[str, Any] = {"mamba_d_head": 64, "mamba_d_state": 32, "mamba_n_groups": 1}
+DELTA: dict[str, Any] = {
+    "num_hidden_layers": 4,  # the last has attention
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 32,
+    "linear_value_head_dim": 64,
+}
+EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 128}
+HYBRID_SIZES: dict[str, dict[str, Any]] = {
+    "falcon_h1": SSD | {"num_hidden_layers": 4, "mamba_d_ssm": 256, "mamba_n_heads": 4},
+    "granitemoehybrid": SSD
+    | {"num_hidden_layers": 5, "layer_types": [MAMBA, MAMBA, FULL, MAMBA, FULL], "mamba_n_heads": 8}
+    | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 128, "shared_intermediate_size": 512},
+    "lfm2": {"num_hidden_layers": 6, "layer_types": [CONV, CONV, FULL, CONV, FULL, CONV], "intermediate_size": 1024}
+    | {"block_multiple_of": 8},
+    "lfm2_moe": EXPERTS
+    | {"num_hidden_layers": 5, "layer_types": [CONV, CONV, FULL, CONV, FULL], "num_dense_layers": 1},
+    "mamba2": {"num_hidden_layers": 3, "num_heads": 8, "head_dim": 64, "state_size": 32, "n_groups": 1},
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 64, "ssm_state_size": 32, "num_hidden_layers": 6}
+    | {"moe_intermediate_size": 128, "moe_shared_expert_intermediate_size": 256},
+    "qwen3_5_text": DELTA,
+    "qwen3_next": EXPERTS | DELTA | {"shared_expert_intermediate_size": 256},
+}
+
+
+def make_hybrid(folder: Path, family: str, **sizes: Any) -> Path:
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    kind = CONFIG_MAPPING[family]
+    given = SIZES | HYBRID_SIZES[family] | sizes
+    config = kind(**{kind.attribute_map.get(name, name): deepcopy(value) for name, value in given.items()})
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A model of a family."""
+    return cache(lambda family: make_hybrid(tmp_path_factory.mktemp("hybrids") / family, family))
 
 
 def settings(model: Path, backend: str, dtype: Any, **overrides: Any) -> TrainConfig:
@@ -144,6 +192,41 @@ def test_so_it_is_of_mixtures_of_experts(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "kind", "dtype", "checkpointing"),
+    [
+        *((family, "lora", "float32", False) for family in HYBRIDS),
+        ("lfm2", "lora", "bfloat16", False),
+        ("lfm2", "dora", "float32", False),
+        ("lfm2", "full", "float32", False),
+        ("falcon_h1", "full", "float32", False),
+        ("falcon_h1", "lora", "float32", True),
+        ("granitemoehybrid", "lora", "float32", True),
+        ("qwen3_next", "lora", "float32", True),
+    ],
+)
+def test_so_it_is_of_hybrids(
+    hybrid: Callable[[str], Path],
+    runtime: Callable[[str], float],
+    backend_name: str,
+    family: str,
+    kind: FineTuneType,
+    dtype: str,
+    checkpointing: bool,
+) -> None:
+    """Rejects a kind of layer that is counted as another, and layers of a kind that are counted once."""
+    if backend_name == "mlx" and (dtype != "float32" or kind == "full"):
+        pytest.skip("MLX trains adapters of hybrids alone, and on a CPU multiplies in float32")
+    if backend_name == "mlx" and family in ("nemotron_h", "qwen3_5_text"):
+        with pytest.raises(UserError, match=f"what {family.removesuffix('_text')} keeps in memory is not known on mlx"):
+            benchmark(HardwareConfig("mlx", "cpu")).layers(hybrid(family), Training(dtype, kind, LoraConfig()))
+        return
+    if backend_name == "mlx" and checkpointing and family == "qwen3_next":
+        pytest.skip("its layers cannot be replaced on MLX, and checkpointing is refused")
+    require_predicted(hybrid(family), runtime, backend_name, kind, dtype, checkpointing=checkpointing)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_so_it_is_of_a_long_row(runtime: Callable[[str], float], checkpointing: bool, tmp_path: Path) -> None:
     """Of 6,000 tokens on PyTorch. Rejects attention that keeps a number for every two tokens, 144 MiB a head."""
@@ -170,9 +253,7 @@ def require_predicted(
     lora = LoraConfig(dropout=dropout)
     config = settings(model, backend_name, dtype, fine_tune_type=kind, lora=lora, gradient_checkpointing=checkpointing)
     predicted = auto_batch.peak(
-        Architecture.of(model),
-        auto_batch.training_of(config, benchmark(config.hardware)),
-        benchmark(config.hardware),
+        auto_batch.Planned.of(config, model),
         held_in_memory(rows),
         len(rows),
         MicroBatching(len(rows), share_prompts=True),
@@ -287,12 +368,10 @@ def test_auto_batch_takes_what_fits(
         share_prompts=False,
     )
     rows = load_split(config.data, "train", load_tokenizer(tiny_model), Console(quiet=True))
-    measures = benchmark(config.hardware)
-    training = auto_batch.training_of(config, measures)
+    planned = auto_batch.Planned.of(config, tiny_model)
 
     def needs(size: int) -> float:
-        data, model = held_in_memory(rows), Architecture.of(tiny_model)
-        found = auto_batch.peak(model, training, measures, data, 12, MicroBatching(size))
+        found = auto_batch.peak(planned, held_in_memory(rows), 12, MicroBatching(size))
         return found.total - found.weights
 
     monkeypatch.setattr(TorchMeasures, "free_memory", lambda self: needs(3) / 0.9 + 1)
@@ -349,7 +428,7 @@ def test_masks_are_planned_as_they_are_made() -> None:
             config=model.config, inputs_embeds=torch.zeros(*packed.input_ids.shape, 32), past_key_values=None, **options
         )
     grid = measures.grid(packed)
-    assert memory(planned, training, grid, measures.kept(planned, training, grid)).masks == made.nbytes
+    assert memory(planned, training, measures.kept(planned, training, grid)).masks == made.nbytes
     alone = measures.grid(collate(rows, 4))
     assert measures.kept(planned, training, alone).masks == 0
     long = Grid(1, 32768, 100, masked=True)
@@ -369,7 +448,7 @@ def test_memory_grows_with_what_it_depends_on() -> None:
 
     def needs(training: Training, rows: int = 2, completion_tokens: int = 64) -> Memory:
         grid = Grid(rows, 64, completion_tokens)
-        return memory(model, training, grid, measures.kept(model, training, grid))
+        return memory(model, training, measures.kept(model, training, grid))
 
     training = Training("float32", "lora", LoraConfig())
     few, many = needs(training), needs(training, 4, 128)
@@ -398,3 +477,154 @@ def test_holes_are_those_of_glibc_alone(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_")
     monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
     assert fragments() == 0
+
+
+# Layers that the formulae do not know
+
+
+def layers_of(kept: Mapping[int, float], beside: Mapping[int, float], kinds: tuple[int, ...]) -> Layers:
+    """A decoder whose layers of a kind keep so many bytes of a row for each token, one for every two tokens, and 5 of
+    any number of rows; and take so many beside that while they are trained."""
+
+    def peak(places: Mapping[int, int], rows: int, width: int) -> float:
+        order = [kinds[places[i]] for i in sorted(places)]
+        each = [5 + rows * (kept[kind] * width + width**2) for kind in order]
+        return max(sum(each[: i + 1]) + rows * width * beside[kind] for i, kind in enumerate(order))
+
+    return Layers(kinds, 32, 304, 1000, 900, 100, peak, counts=(2, 3), widest=64, how="told")
+
+
+@pytest.mark.parametrize("kinds", [(0, 1, 0, 0, 1), (0, 0, 0, 0), (0, 1, 1, 1), (0, 1)])
+@pytest.mark.parametrize("width", [48, 64, 640])
+def test_layers_are_counted_each_by_its_kind(kinds: tuple[int, ...], width: int) -> None:
+    """Rejects one kind counted as the other, one layer of each kind, a second of a lone kind that is the other, rows
+    longer than those measured that grow with their length alone, and the sum at the last layer where an earlier one
+    takes more."""
+    kept, beside = {0: 100.0, 1: 7.0}, {0: 1000.0, 1: 3.0}
+    found = layers_of(kept, beside, kinds).step(Grid(4, width, 1))
+    each = [5 + 4 * (kept[kind] * width + width**2) for kind in kinds]
+    most = max(sum(each[: i + 1]) + 4 * width * beside[kind] for i, kind in enumerate(kinds))
+    assert found == pytest.approx((sum(each), most - sum(each)))
+
+
+def test_the_only_layer_is_all_there_is() -> None:
+    assert sum(layers_of({0: 100.0}, {0: 10.0}, (0,)).step(Grid(4, 8, 1))) == pytest.approx(5 + 4 * 8 * 118)
+
+
+def test_grids_that_fit_into_others_are_not_measured() -> None:
+    few, wide, many = Grid(4, 100, 50), Grid(4, 200, 50), Grid(4, 150, 60)
+    assert auto_batch.largest_of({few, wide, many}) == {wide, many}
+
+
+def test_layers_that_are_alike_are_of_one_kind() -> None:
+    assert kinds_of(["a", "b", "a", "b", "c"]) == (0, 1, 0, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "checkpointing"),
+    [("lora", "float32", False), ("lora", "bfloat16", False), ("lora", "float32", True), ("full", "bfloat16", False)],
+)
+def test_a_trace_says_what_the_formulae_do(model: Path, kind: FineTuneType, dtype: str, checkpointing: bool) -> None:
+    """Of a model that both know. Rejects weights that are counted with what layers keep, and tensors counted twice."""
+    measures, grid = benchmark(HardwareConfig("torch", "cpu", dtype)), Grid(8, 128, 64)
+    training = Training(dtype, kind, LoraConfig(), gradient_checkpointing=checkpointing)
+    known, traced = Architecture.of(model), measures.layers(model, training)
+    assert len(set(traced.kinds)) == 1
+    assert (traced.parameters, traced.trained) == (known.parameters, known.trained_parameters(training))
+    expected, found = (measures.kept(m, training, grid) for m in (known, traced))
+    assert found.activations + found.weights == pytest.approx(expected.activations + expected.weights, rel=0.01)
+    assert found.backward == pytest.approx(expected.backward, abs=0.05 * expected.activations + 4 * 2**20)
+    assert found.loss == expected.loss
+
+
+SMALL: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128, "vocab_size": 304}
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("granitemoehybrid", (0, 0, 2, 0, 2)), ("falcon_h1", (0, 0, 0, 0))])
+def test_what_layers_keep_adds_up_to_the_model(
+    tmp_path: Path, backend_name: str, family: str, kinds: tuple[int, ...]
+) -> None:
+    """On either backend, and where layers give tuples. Rejects one kind counted as the other, of which one keeps five
+    times as much."""
+    sizes = SMALL | {"mamba_n_heads": 4, "mamba_d_head": 32}
+    if family == "granitemoehybrid":
+        sizes |= {"shared_intermediate_size": 128, "intermediate_size": 32}
+    else:
+        sizes |= {"mamba_d_ssm": 128}
+    folder = make_hybrid(tmp_path, family, **sizes)
+    layers = benchmark(HardwareConfig(backend_name, "cpu")).layers(folder, Training("float32", "lora", LoraConfig()))
+    assert layers.kinds == kinds
+    whole = layers.peak({i: i for i in range(len(kinds))}, 3, 64)
+    assert sum(layers.step(Grid(3, 64, 1))) == pytest.approx(whole, rel=0.03 if backend_name == "torch" else 0.15)
+
+
+@pytest.fixture
+def planned_hybrid(tiny_model: Path, tmp_path: Path) -> Path:
+    """A tokenizer and the configuration of a model, without its weights."""
+    made = make_hybrid(tmp_path / "made", "lfm2", **SMALL)
+    folder = shutil.copytree(tiny_model, tmp_path / "lfm2", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copy(made / "config.json", folder)
+    return folder
+
+
+def test_a_hybrid_is_planned_without_weights(planned_hybrid: Path, feedback: Path, backend_name: str) -> None:
+    hardware = HardwareConfig(backend=backend_name, device="cpu", dtype="float32")
+    config = TrainConfig(str(planned_hybrid), DataConfig(str(feedback)), hardware=hardware, batch_size=2)
+    console = Console(record=True, width=160)
+    plan = plan_run.plan(config, console)
+    said = console.export_text()
+    assert plan.largest == 2 and plan.memory.activations > 0 and math.isnan(plan.seconds)
+    assert "of 2 kinds, traced on cpu" in said or "of 2 kinds, measured on cpu" in said
+    assert not [line for line in said.splitlines() if line.startswith("time")]
+
+
+def test_auto_batch_of_a_hybrid_does_not_share_prompts(
+    planned_hybrid: Path, feedback: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rejects grids in which states go from one completion into the next."""
+    from bnf_torch.memory import TorchMeasures
+
+    grids: list[Any] = []
+    grid_of = TorchMeasures.grid
+    monkeypatch.setattr(TorchMeasures, "grid", lambda self, batch: grids.append(batch) or grid_of(self, batch))
+    hardware = HardwareConfig("torch", "cpu", "float32")
+    config = TrainConfig(str(planned_hybrid), DataConfig(str(feedback)), hardware=hardware, batch_size=4)
+    plan_run.plan(config, Console(quiet=True))
+    assert grids and not any(batch.shared for batch in grids)
+
+
+def test_hybrids_are_not_taken_for_transformers() -> None:
+    for family in HYBRIDS:
+        for config in (LLAMA | {"model_type": family}, {"text_config": LLAMA | {"model_type": family}}):
+            with pytest.raises(UnknownLayers, match=f"is of {family}"):
+                Architecture.from_config(config)
+
+
+@pytest.mark.parametrize("family", ["jamba", "falcon_mamba", "recurrent_gemma"])
+def test_a_family_that_nobody_measured_is_refused(
+    family: str, planned_hybrid: Path, feedback: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bnf_align import cli
+
+    config = json.loads((planned_hybrid / "config.json").read_text()) | {"model_type": family}
+    (planned_hybrid / "config.json").write_text(json.dumps(config))
+    assert cli.run(["plan", "--model", str(planned_hybrid), "--data", str(feedback), "--backend", "torch"]) == 2
+    assert "Measured are falcon_h1, granitemoehybrid, lfm2" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_quantised_hybrid_is_refused_on_mlx(planned_hybrid: Path) -> None:
+    pytest.importorskip("mlx_lm")
+    config = json.loads((planned_hybrid / "config.json").read_text()) | {"quantization": {"bits": 4, "group_size": 64}}
+    (planned_hybrid / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="is quantised: what its layers keep is not measured"):
+        benchmark(HardwareConfig("mlx", "cpu")).layers(planned_hybrid, Training("float32", "lora", LoraConfig()))
+
+
+def test_layers_that_cannot_be_traced_are_refused(planned_hybrid: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as of kernels that want data."""
+    from transformers.models.lfm2.modeling_lfm2 import Lfm2ShortConv
+
+    monkeypatch.setattr(Lfm2ShortConv, "forward", lambda self, x, *_, **__: x * float(x.sum()))
+    layers = benchmark(HardwareConfig("torch", "cpu")).layers(planned_hybrid, Training("float32", "lora", LoraConfig()))
+    with pytest.raises(UserError, match="layers of Lfm2ForCausalLM keep cannot be traced without data"):
+        layers.step(Grid(1, 16, 1))

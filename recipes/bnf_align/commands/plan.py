@@ -9,13 +9,14 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from bnf_align.run.auto_batch import gib, largest, measures_of, peak, training_of
+from bnf_align.run.auto_batch import Planned, gib, largest, peak
 from bnf_align.run.feedback import load_training_data
 from bnf_core.config import TrainConfig
 from bnf_core.data.table import column
 from bnf_core.data.tokenization import load_tokenizer
 from bnf_core.errors import UserError
 from bnf_core.models.architecture import Architecture, Memory
+from bnf_core.models.layers import Layers
 from bnf_core.models.model_folder import resolve_model
 from bnf_core.protocol import Measures
 from bnf_core.steps.batching import Rows
@@ -31,34 +32,27 @@ class Plan:
     tokens: int
     completion_tokens: int  # that are trained
     steps: int
-    seconds: float  # of all steps
+    seconds: float  # of all steps; NaN where matrix products do not tell
+    how: str = ""  # what layers keep was found out; by formulae where it does not say
 
 
 def plan(config: TrainConfig, console: Console) -> Plan:
     """Plan, and print it.
 
     Raises:
-        UserError: bad input, or a kind of model that the formulae do not know.
+        UserError: bad input, or a kind of model that is neither known nor measured.
     """
     folder = resolve_model(config.model, weights=False)
-    model = Architecture.of(folder)
+    planned = Planned.of(config, folder)
     data = load_training_data(config, load_tokenizer(folder), console)
     if data.examples is None:
         raise UserError("streamed data cannot be planned: nobody knows how long the rows are. Leave out data.streaming")
-    measures = measures_of(config.hardware, model)
-    training = training_of(config, measures)
+    model, measures = planned.model, planned.measures
     runtime, free = measures.runtime_memory(), measures.free_memory()
 
     def needs(size: int) -> Memory:
-        return peak(
-            model,
-            training,
-            measures,
-            data,
-            config.batch_size,
-            replace(micro_batching_of(config), micro_batch_size=size),
-            runtime,
-        )
+        batching = replace(micro_batching_of(config), micro_batch_size=size)
+        return peak(planned, data, config.batch_size, batching, runtime)
 
     assert isinstance(data.rows, Rows)
     order, _ = data.rows.epoch(0, config.batch_size)
@@ -75,10 +69,13 @@ def plan(config: TrainConfig, console: Console) -> Plan:
         tokens=tokens,
         completion_tokens=completions,
         steps=steps,
-        seconds=passes
+        seconds=math.nan
+        if isinstance(model, Layers)
+        else passes
         * products_seconds(model, tokens, completions, measures)
         * measures.over_products
         * (4 / 3 if config.gradient_checkpointing else 1),
+        how=model.how if isinstance(model, Layers) else "",
     )
     console.print(table(result, config, measures.memory))
     return result
@@ -116,7 +113,10 @@ def table(plan: Plan, config: TrainConfig, memory: str) -> Table:
         made.add_row("free", f"{gib(plan.free)} GiB", fits)
     made.add_row("tokens", f"{plan.tokens:,}", f"of {plan.rows:,} rows; {plan.completion_tokens:,} are trained on")
     made.add_row("steps", f"{plan.steps:,}", f"of {config.batch_size} rows")
-    made.add_row("time", _duration(plan.seconds), "about: from the speed of matrix products here")
+    if plan.how:
+        made.add_row("layers", "", f"{plan.how}: the formulae do not know them, and time is not planned")
+    else:
+        made.add_row("time", _duration(plan.seconds), "about: from the speed of matrix products here")
     return made
 
 

@@ -1,8 +1,9 @@
-"""How many rows at a time fit into the memory of a device, by the formulae of `bnf_core.models.architecture`."""
+"""How many rows at a time fit into the memory of a device, by the formulae of `bnf_core.models.architecture` or what
+`bnf_core.models.layers` makes of layers that these do not know."""
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from dataclasses import astuple, dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import numpy as np
 
 from bnf_align.run.feedback import TrainingData
 from bnf_core import registry
-from bnf_core.config import HardwareConfig, TrainConfig
+from bnf_core.config import TrainConfig
 from bnf_core.data.table import column
 from bnf_core.errors import UserError
-from bnf_core.models.architecture import Architecture, Memory, Training, memory
+from bnf_core.models.architecture import Architecture, Grid, Memory, Training, UnknownLayers, dtype_of, memory
+from bnf_core.models.layers import Layers
 from bnf_core.protocol import Engine, Measures
 from bnf_core.steps.batching import MicroBatching, Rows, micro_batches
 from bnf_core.steps.steps import micro_batching_of
@@ -22,9 +24,28 @@ BATCHES = 500  # of which the largest micro-batch is found
 MARGIN = 0.9  # of the free memory is used
 
 
-def measures_of(hardware: HardwareConfig, model: Architecture) -> Measures:
-    """The backend's, in the precision of the run."""
-    return registry.get(hardware.backend).measures(hardware.device, hardware.dtype, own_dtype=model.dtype)
+@dataclass(frozen=True)
+class Planned:
+    """A model, what is trained of it, and the device that is planned for."""
+
+    model: Architecture | Layers
+    training: Training
+    measures: Measures
+
+    @classmethod
+    def of(cls, config: TrainConfig, folder: Path) -> "Planned":
+        """By the formulae, or where they do not know the layers as the backend measures them.
+
+        Raises:
+            UserError: neither can tell.
+        """
+        hardware = config.hardware
+        measures = registry.get(hardware.backend).measures(hardware.device, hardware.dtype, dtype_of(folder))
+        training = training_of(config, measures)
+        try:
+            return cls(Architecture.of(folder), training, measures)
+        except UnknownLayers:
+            return cls(measures.layers(folder, training), training, measures)
 
 
 def training_of(config: TrainConfig, measures: Measures) -> Training:
@@ -39,9 +60,7 @@ def training_of(config: TrainConfig, measures: Measures) -> Training:
 
 
 def peak(
-    model: Architecture,
-    training: Training,
-    measures: Measures,
+    planned: Planned,
     data: TrainingData,
     batch_size: int,
     batching: MicroBatching,
@@ -53,9 +72,23 @@ def peak(
     longest = [data.rows.examples[i] for i in by_length[-batch_size:].tolist()]
     first = islice(data.rows.batches(batch_size), min(BATCHES, data.rows.steps_per_epoch(batch_size)))
     batches = [longest, *(chosen for chosen, _ in first)]
+    model, training, measures = planned.model, planned.training, planned.measures
+    if isinstance(model, Layers):  # states do not begin anew for a completion
+        batching = replace(batching, share_prompts=False)
     grids = {measures.grid(part) for chosen in batches for part in micro_batches(chosen, batching)}
-    found = (memory(model, training, grid, measures.kept(model, training, grid), runtime) for grid in grids)
+    if isinstance(model, Layers):  # each takes seconds
+        grids = largest_of(grids)
+    found = (memory(model, training, measures.kept(model, training, grid), runtime) for grid in grids)
     return max(found, key=lambda memory: memory.total)
+
+
+def largest_of(grids: Collection[Grid]) -> set[Grid]:
+    """Without those that take no more than another in anything."""
+
+    def fits(small: Grid, large: Grid) -> bool:
+        return all(a <= b for a, b in zip(astuple(small), astuple(large), strict=True))
+
+    return {grid for grid in grids if not any(fits(grid, other) for other in grids if other != grid)}
 
 
 def largest(needs: Callable[[int], float], most: int, free: float) -> int:
@@ -75,18 +108,13 @@ def auto_micro_batch(config: TrainConfig, folder: Path, data: TrainingData, engi
     Raises:
         UserError: not even one row fits, or the formulae do not know this kind of model or data.
     """
-    model = Architecture.of(folder)
-    measures = measures_of(config.hardware, model)
-    training, batching, free = (
-        training_of(config, measures),
-        micro_batching_of(config, engine),
-        measures.free_memory(),
-    )
+    planned = Planned.of(config, folder)
+    batching, free = micro_batching_of(config, engine), planned.measures.free_memory()
     if data.examples is None:
         raise UserError("auto_batch needs rows that are not streamed: set micro_batch_size instead")
 
     def needs(size: int) -> float:
-        found = peak(model, training, measures, data, config.batch_size, replace(batching, micro_batch_size=size))
+        found = peak(planned, data, config.batch_size, replace(batching, micro_batch_size=size))
         return found.total - found.weights
 
     mine = np.array([largest(needs, config.batch_size, free)])
@@ -122,12 +150,10 @@ def out_of_memory(config: TrainConfig, folder: Path, data: TrainingData, engine:
 def _figures(config: TrainConfig, folder: Path, data: TrainingData, engine: Engine) -> str:
     """Of `bnf plan`, where its formulae know this kind of model and data."""
     try:
-        model = Architecture.of(folder)
-        measures = measures_of(config.hardware, model)
         if data.examples is None:
             return ""
-        batching = micro_batching_of(config, engine)
-        needed = peak(model, training_of(config, measures), measures, data, config.batch_size, batching)
+        Architecture.of(folder)  # nothing is to be measured where memory is full
+        needed = peak(Planned.of(config, folder), data, config.batch_size, micro_batching_of(config, engine))
     except UserError:
         return ""
     parts = ", ".join(f"{name} {gib(value)}" for name, value in vars(needed).items() if value)
