@@ -29,7 +29,7 @@ from bnf_core.models.architecture import HYBRIDS, Architecture, Grid, Memory, Tr
 from bnf_core.models.layers import Layers, kinds_of
 from bnf_core.steps.batching import MicroBatching, Rows, collate
 from bnf_core.types import Example
-from conftest import fast_on
+from conftest import fast_on, slow
 from invariance import write_turns
 
 VOCAB = 4000
@@ -522,7 +522,10 @@ def test_layers_that_are_alike_are_of_one_kind() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "dtype", "checkpointing"),
-    [("lora", "float32", False), ("lora", "bfloat16", False), ("lora", "float32", True), ("full", "bfloat16", False)],
+    [
+        ("lora", "float32", False),
+        *map(slow, ("lora", "lora", "full"), ("bfloat16", "float32", "bfloat16"), (False, True, False)),
+    ],
 )
 def test_a_trace_says_what_the_formulae_do(model: Path, kind: FineTuneType, dtype: str, checkpointing: bool) -> None:
     """Of a model that both know. Rejects weights that are counted with what layers keep, and tensors counted twice."""
@@ -540,7 +543,8 @@ def test_a_trace_says_what_the_formulae_do(model: Path, kind: FineTuneType, dtyp
 SMALL: dict[str, Any] = {"hidden_size": 64, "head_dim": 16, "intermediate_size": 128, "vocab_size": 304}
 
 
-@pytest.mark.parametrize(("family", "kinds"), [("granitemoehybrid", (0, 0, 2, 0, 2)), ("falcon_h1", (0, 0, 0, 0))])
+@fast_on("mlx")
+@pytest.mark.parametrize(("family", "kinds"), [("granitemoehybrid", (0, 0, 2, 0, 2)), slow("falcon_h1", (0, 0, 0, 0))])
 def test_what_layers_keep_adds_up_to_the_model(
     tmp_path: Path, backend_name: str, family: str, kinds: tuple[int, ...]
 ) -> None:
@@ -578,6 +582,7 @@ def test_a_hybrid_is_planned_without_weights(planned_hybrid: Path, feedback: Pat
     assert not [line for line in said.splitlines() if line.startswith("time")]
 
 
+@pytest.mark.slow
 def test_auto_batch_of_a_hybrid_does_not_share_prompts(
     planned_hybrid: Path, feedback: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
