@@ -571,6 +571,7 @@ def planned_hybrid(tiny_model: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@fast_on("mlx")
 def test_a_hybrid_is_planned_without_weights(planned_hybrid: Path, feedback: Path, backend_name: str) -> None:
     hardware = HardwareConfig(backend=backend_name, device="cpu", dtype="float32")
     config = TrainConfig(str(planned_hybrid), DataConfig(str(feedback)), hardware=hardware, batch_size=2)
