@@ -130,7 +130,7 @@ def changed(**changes: Any) -> Callable[[Path], dict[str, Any]]:
 @pytest.mark.parametrize(
     ("family", "settings", "mistake", "module", "cause"),
     [
-        (
+        slow(
             "llama",
             {"rms_norm_eps": 1e-2},
             changed(rms_norm_eps=1e-6),
@@ -151,7 +151,7 @@ def changed(**changes: Any) -> Callable[[Path], dict[str, Any]]:
             "layers.0.self_attn",
             "sliding window: the config says 8, and mlx computes as if it were none",
         ),
-        (
+        slow(
             "gemma2",
             GEMMA2,
             changed(attn_logit_softcapping=1e9),

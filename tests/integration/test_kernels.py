@@ -321,10 +321,18 @@ def interpreted(options: list[str]) -> int:
 @needs_torch
 @needs_triton
 @pytest.mark.skipif(INTERPRETED, reason="runs the others")
-@pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_all_of_it_as_on_cuda_under_the_interpreter(which: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("which", "named"),
+    [
+        ("not slow", "the_kernel or the_fused_levels"),
+        pytest.param("not slow", "not (the_kernel or the_fused_levels)", marks=pytest.mark.slow),
+        pytest.param("slow", "", marks=pytest.mark.slow),
+    ],
+    ids=["the kernel", "the others", "slow"],
+)
+def test_all_of_it_as_on_cuda_under_the_interpreter(which: str, named: str, tmp_path: Path) -> None:
     """Everything above, and what follows, in another process: Triton decides when it is imported."""
-    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", which, "-k", "not mlx"]
+    options = ["-q", "-x", "-p", "no:cacheprovider", "-m", which, "-k", f"not mlx{named and f' and ({named})'}"]
     environment, said = {"TRITON_INTERPRET": "1"}, tmp_path / "said"
     process = forked.start(interpreted, [*options, __file__], environment=environment, output=said)
     assert forked.ended(process, 3600) == 0, said.read_text()[-4000:]

@@ -410,8 +410,8 @@ def _online(made: OnlineConfig, quick: bool) -> None:
     online(made, QUIET)
 
 
-@fast_on("torch")
-@pytest.mark.parametrize("kills", [1, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [1, 50])
 def test_killed_at_random_moments(settings: Callable[..., OnlineConfig], kills: int) -> None:
     made = settings(iterations=8 if kills == 1 else 12, valid=None, reference_policy="previous")
     whole = online(replace(made, output=f"{made.output}-whole"), QUIET).folder

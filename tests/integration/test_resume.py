@@ -301,7 +301,7 @@ def test_killed_at_random_moments(
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("every", [149, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [199, pytest.param(1, marks=pytest.mark.slow)])
 def test_killed_at_any_operation_on_files(tiny_model: Path, feedback: Path, tmp_path: Path, every: int) -> None:
     run = settings(tiny_model, feedback, tmp_path / "whole", "torch", max_steps=3, valid=None, save_every=1)
 
