@@ -112,6 +112,9 @@ def _losses(config: BenchGrowthConfig) -> Case:
     return Case(VOCABULARY, works, lambda vocab: cases[vocab].memory(bench_loss.OURS), times=times)
 
 
+NOT_MEASURED = "not measured, for no time was left"
+
+
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
     """b of the values' best fit a · sizeᵇ, by least squares of logarithms; NaN of fewer than two."""
     if len(sizes) < 2 or min(values) <= 0:
@@ -142,6 +145,8 @@ class Growth:
     @property
     def verdict(self) -> str:
         time = exponent(self.sizes, self.seconds)
+        if not self.sizes:
+            return NOT_MEASURED
         if len(self.sizes) < 2:
             return ""
         each = float(np.polyfit(self.sizes, self.memory, 1)[0]) / 2**20
@@ -173,6 +178,11 @@ def picture(cases: Mapping[str, Figures]) -> Figure:
     figure = Figure(figsize=(4 * max(len(cases), 1), 6), layout="constrained")
     grid = figure.subplots(2, max(len(cases), 1), squeeze=False)
     for (time, memory), (title, figures) in zip(grid.T, cases.items(), strict=False):
+        if not figures.rounds:
+            time.set_title(f"{title}: {NOT_MEASURED}", fontsize=10, loc="left")
+            time.set_axis_off()
+            memory.set_axis_off()
+            continue
         for kind, colour in ((EACH, PLAIN), ("", AFTER)):
             growth = Growth.of(figures, kind)
             if not growth.sizes:

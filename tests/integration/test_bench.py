@@ -427,6 +427,15 @@ def test_growth_is_measured_and_fitted(tiny_model: Path, tmp_path: Path, monkeyp
     assert (tmp_path / "growth.png").exists()
 
 
+def test_what_no_time_was_left_for_is_said(tmp_path: Path) -> None:
+    """Rejects a picture that ends in an error where nothing was measured."""
+    measured = Figures(memory={"8": 1e6, "16": 2e6}, rounds=[{"8": 0.5, "16": 1.0}])
+    cases = {bench_growth.LENGTH: measured, bench_growth.VOCABULARY: Figures(memory={"8": 1e6})}
+    bench_growth.picture(cases).savefig(tmp_path / "growth.png")
+    page = bench_growth.page({}, cases, "command", "resident")
+    assert "time ∝ size^1.00" in page and "not measured, for no time was left." in page
+
+
 def test_the_exponent_is_that_of_a_power_law() -> None:
     sizes = [128, 256, 512, 1024]
     assert bench_growth.exponent(sizes, [3 * n**1.7 for n in sizes]) == pytest.approx(1.7)
