@@ -169,7 +169,8 @@ def test_a_full_device(runs: Runs, backend_name: str, monkeypatch: pytest.Monkey
 # Two processes
 
 
-@pytest.mark.parametrize("way", ways("mlx"))
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ways())
 def test_two_processes(runs: Runs, way: str, tmp_path: Path) -> None:
     """In one pair of processes, whose imports cost most of the time, one after another: a run that one of them is told
     to end; one that goes on after it was ended on one process; data that differ; a folder that another run has; and a

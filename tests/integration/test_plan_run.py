@@ -137,12 +137,11 @@ def _runtime(backend: str) -> float:
     return benchmark(HardwareConfig(backend, "cpu", "float32")).runtime_memory()
 
 
-@fast_on("torch")
 @pytest.mark.parametrize(
     ("kind", "dtype", "dropout", "completions", "checkpointing"),
     [
         pytest.param("lora", "float32", 0.0, 1, False, marks=pytest.mark.slow),
-        ("lora", "float32", 0.0, 4, False),
+        pytest.param("lora", "float32", 0.0, 4, False, marks=pytest.mark.slow),
         pytest.param("lora", "float32", 0.0, 1, True, marks=pytest.mark.slow),
         pytest.param("lora", "bfloat16", 0.0, 1, False, marks=pytest.mark.slow),
         pytest.param("dora", "float32", 0.1, 1, False, marks=pytest.mark.slow),
@@ -260,7 +259,7 @@ def require_predicted(
         runtime(backend_name),
     )
     # What glibc leaves lying about differs from run to run, and only ever adds.
-    measured = min(peak_memory(config, rows, OURS) for _ in range(2 if backend_name == "torch" else 1))
+    measured = min(peak_memory(config, rows, OURS) for _ in range(3 if backend_name == "torch" else 1))
     assert predicted.total == pytest.approx(measured, rel=0.15)
 
 

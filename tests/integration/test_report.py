@@ -115,6 +115,7 @@ def test_a_run_as_a_page(run_folder: Path, tmp_path: Path) -> None:
     assert "No idea, sorry.&lt;|end|&gt;" in re.sub(r"<[^>]*>", "", text)  # token by token, with nothing between
 
 
+@pytest.mark.slow
 def test_two_runs_side_by_side(run_folder: Path, tmp_path: Path) -> None:
     other = copied(run_folder, tmp_path / "second")
     assert cli.run(["report", str(run_folder), str(other), "--output", str(tmp_path / "page.html")]) == 0
