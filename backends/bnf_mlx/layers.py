@@ -63,7 +63,6 @@ def measured(folder: Path, training: Training, device: mx.Device) -> Layers:
         linear_parameters=sum(m.weight.size for m in whole.modules() if isinstance(m, nn.Linear)),
         trained=sum(x.size for x in flat(whole.trainable_parameters()).values()),
         peak=trial.peak,
-        counts=(2, 3),
         widest=WIDEST_BY_TOKEN if text["model_type"] in BY_TOKEN else WIDEST,
         how=f"of {len(set(trial.kinds))} kinds, measured on {device.type.name} with random weights",
     )

@@ -46,7 +46,6 @@ def measured(folder: Path, training: Training, device: torch.device) -> Layers:
         linear_parameters=trace.linear_parameters,
         trained=trace.trained,
         peak=trace.peak,
-        counts=(2, 3),  # of one row less may be copied
         widest=WIDEST,
         how=f"of {len(set(trace.kinds))} kinds, traced on {device.type} without data",
         scattered=_Scattered(config, training, device),

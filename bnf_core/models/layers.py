@@ -7,6 +7,8 @@ from itertools import accumulate
 
 from bnf_core.models.architecture import Grid, Training
 
+ROWS = 2, 3  # that are measured: of one alone a framework may take copies
+
 
 @dataclass(frozen=True)
 class Held:
@@ -35,7 +37,6 @@ class Layers:
     peak: Callable[[Mapping[int, int], int, int], float]
     """Bytes at the peak of a forward and backward pass, beside weights and their gradients, over so many rows of so
     many tokens each, by a model that has layers in some places alone: in each place that of some number."""
-    counts: tuple[int, int]  # of rows that are measured
     widest: int  # tokens in a row that is measured; what a longer one takes two shorter ones tell
     how: str  # in words
     scattered: Callable[[int, int], float] = lambda rows, width: 0.0
@@ -80,8 +81,8 @@ class Layers:
         return kept, one.without(kept)
 
     def _rows(self, places: Mapping[int, int], width: int) -> Held:
-        few, many = self.counts
-        less, more = (self.peak(places, count, width) for count in self.counts)
+        few, many = ROWS
+        less, more = (self.peak(places, count, width) for count in ROWS)
         each = (more - less) / (many - few)
         return Held(each, less - few * each)
 

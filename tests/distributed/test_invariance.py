@@ -2,9 +2,10 @@
 tried on the classical bugs."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -102,6 +103,17 @@ def test_a_bug_is_caught(runs: Runs, backend_name: str, bug: str) -> None:
 # Two processes
 
 
+def on_each_way(names: list[str], fast: Mapping[str, list[str]]) -> list[Any]:
+    """Each name on each way; slow, but for those that are fast on it."""
+    return [
+        pytest.param(
+            *way.values, name, marks=[*way.marks, *([] if name in fast.get(way.values[0], ()) else [pytest.mark.slow])]
+        )
+        for way in ways()
+        for name in names
+    ]
+
+
 def beside(way: str, key: Key) -> list[Key]:
     """All runs of the fast tests if it is one of them, or of the slow ones."""
     fast = [(kind, SEVERAL, "") for kind in FAST_KINDS[way]]
@@ -142,16 +154,7 @@ def test_two_processes_take_the_same_road(runs: Runs, pair: Pair, way: str, kind
     assert runs.complaints(WAYS[way][0], kind, pair(way, (kind, flags, ""))) == []
 
 
-@pytest.mark.parametrize(
-    ("way", "bug"),
-    [
-        pytest.param(
-            *way.values, bug, marks=[*way.marks, *([] if bug == FAST_BUG.get(way.values[0]) else [pytest.mark.slow])]
-        )
-        for way in ways()
-        for bug in PAIR
-    ],
-)
+@pytest.mark.parametrize(("way", "bug"), on_each_way(PAIR, {way: [bug] for way, bug in FAST_BUG.items()}))
 def test_a_bug_of_two_processes_is_caught(runs: Runs, pair: Pair, way: str, bug: str) -> None:
     assert runs.complaints(WAYS[way][0], "lora", pair(way, ("lora", SEVERAL, bug)))
 
@@ -210,16 +213,7 @@ def test_a_bug_of_other_objectives_is_caught(
     assert runs.complaints(backend_name, "lora", runs.train(backend_name, "lora", uneven, bug))
 
 
-@pytest.mark.parametrize(
-    ("way", "name"),
-    [
-        pytest.param(
-            *way.values, name, marks=[*way.marks, *([] if name in FAST_KINDS[way.values[0]] else [pytest.mark.slow])]
-        )
-        for way in ways()
-        for name in ("kto", "dpo")
-    ],
-)
+@pytest.mark.parametrize(("way", "name"), on_each_way(["kto", "dpo"], FAST_KINDS))
 def test_two_processes_take_the_same_road_with_other_objectives(
     objective_runs: Callable[[str], Runs], pair: Pair, way: str, name: str
 ) -> None:

@@ -98,7 +98,7 @@ LOADED_TOO = [
 
 @pytest.mark.parametrize("cases", [LOADED, slow(LOADED_TOO)], ids=["one", "others"])
 def test_a_model_in_shards_is_the_model(models: dict[str, str], cases: list[Any], tmp_path: Path) -> None:
-    """The fast: all weights; matrices that lie the other way round, with an adapter."""
+    """The fast: all weights. Slow: matrices that lie the other way round, adapters, experts, quantised ones."""
     known: list[shards_worker.Case] = [(models[name], *rest) for name, *rest in cases if name in models]
     together(shards_worker.loading, known, folder=tmp_path)
 

@@ -490,7 +490,7 @@ def layers_of(kept: Mapping[int, float], beside: Mapping[int, float], kinds: tup
         each = [5 + rows * (kept[kind] * width + width**2) for kind in order]
         return max(sum(each[: i + 1]) + rows * width * beside[kind] for i, kind in enumerate(order))
 
-    return Layers(kinds, 32, 304, 1000, 900, 100, peak, counts=(2, 3), widest=64, how="told")
+    return Layers(kinds, 32, 304, 1000, 900, 100, peak, widest=64, how="told")
 
 
 @pytest.mark.parametrize("kinds", [(0, 1, 0, 0, 1), (0, 0, 0, 0), (0, 1, 1, 1), (0, 1)])

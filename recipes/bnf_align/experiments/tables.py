@@ -62,10 +62,11 @@ def _cells(outcome: Outcome, line: Line) -> list[str]:
 
 def table(outcome: Outcome) -> Table:
     """What fits a terminal."""
-    shown = [name for name in headings(outcome) if name not in WIDE]
+    every = headings(outcome)
+    shown = [name for name in every if name not in WIDE]
     found = Table(*shown, title=outcome.experiment)
     for row in rows(outcome):
-        found.add_row(*(cell for name, cell in zip(headings(outcome), row, strict=True) if name in shown))
+        found.add_row(*(cell for name, cell in zip(every, row, strict=True) if name in shown))
     return found
 
 
